@@ -1,0 +1,46 @@
+"""The one error tree. A message names the key, its value, the broken rule and what to do next."""
+
+from __future__ import annotations
+
+
+class RlhflessError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(RlhflessError):
+    """A configuration value breaks a rule."""
+
+    def __init__(self, key: str, value: object, rule: str, action: str) -> None:
+        super().__init__(f"{key}={value!r}: {rule}. {action}")
+        self.key, self.value, self.rule, self.action = key, value, rule, action
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str, str]]:
+        return type(self), (self.key, self.value, self.rule, self.action)  # survives Ray's pickling
+
+
+class DataError(RlhflessError):
+    """An input file is missing, empty or malformed; the message holds path and line."""
+
+
+class LeaseTimeoutError(RlhflessError):
+    """GPUs were not granted in time; the message names what is missing."""
+
+
+class DeviceMismatchError(RlhflessError):
+    """A lease came back with other devices than the suspended processes are bound to."""
+
+
+class ReplicaError(RlhflessError):
+    """A rollout replica failed to start, load, drain or stop."""
+
+
+class WeightStoreError(RlhflessError):
+    """A weight version is missing, stale, or does not fit into host memory."""
+
+
+class SampleLossError(RlhflessError):
+    """A training batch holds fewer samples than prompts x n."""
+
+
+class UnsupportedError(RlhflessError):
+    """A combination that this package refuses by name (version, backend, trainer)."""

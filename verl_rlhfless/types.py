@@ -1,0 +1,88 @@
+"""Frozen values shared by policy, ledger, simulator and live system.
+
+Times are seconds since the Unix epoch in the live system and simulated seconds in the simulator; a value never mixes both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedNode:
+    """The part of a lease that lies on one node."""
+
+    node_id: str
+    ip: str
+    device_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseSpan:
+    """One lease from grant to release.
+
+    Attributes:
+        lease_id: Unique name of the lease (the placement group's name or id).
+        role: ``trainer`` or ``replica``.
+        num_gpus: GPUs held.
+        granted_s: When the hold began.
+        usable_s: First moment at which a trainer phase or a request could run on it; ``None`` while starting.
+        released_s: When the hold ended; ``None`` while held.
+    """
+
+    lease_id: str
+    role: str
+    num_gpus: int
+    granted_s: float
+    usable_s: float | None = None
+    released_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BusySpan:
+    """Work on ``num_gpus`` GPUs of one lease: a trainer phase, or an engine with at least one running request."""
+
+    lease_id: str
+    num_gpus: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A half-open interval of time, such as one training step."""
+
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSeconds:
+    """GPU-seconds of a window by state. ``busy + idle + startup == allocated``."""
+
+    allocated: float
+    busy: float
+    idle: float
+    startup: float
+    max_gpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSpec:
+    """One rollout replica to lease: its tensor-parallel size is its number of GPUs."""
+
+    tp: int
+
+
+@dataclass(frozen=True, slots=True)
+class FleetDecision:
+    """The replicas of one step, with the reason that is logged, asserted on and counted."""
+
+    step: int
+    replicas: tuple[ReplicaSpec, ...]
+    reason: str
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that the fleet leases."""
+        return sum(replica.tp for replica in self.replicas)
