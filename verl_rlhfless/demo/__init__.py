@@ -1,0 +1,1 @@
+"""The main job: a tiny GRPO run on real verl, vLLM and Ray, once per arm, without a GPU."""
