@@ -10,7 +10,7 @@ from typing import Any
 
 from verl_rlhfless.errors import DataError
 
-_VOCABULARY = 2048
+_MAX_VOCABULARY = 2048
 _CHAT_TEMPLATE = (
     "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
@@ -99,7 +99,7 @@ def _build_tokenizer(texts: list[str]) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=_VOCABULARY,
+        vocab_size=_MAX_VOCABULARY,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -122,7 +122,7 @@ def _build_model(folder: Path, tokenizer: Any, seed: int) -> None:
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(
             Qwen3Config(
-                vocab_size=_VOCABULARY,
+                vocab_size=len(tokenizer),  # verl masks logits beyond it, which would bend every log-prob
                 hidden_size=128,
                 intermediate_size=256,
                 num_hidden_layers=2,

@@ -1,0 +1,132 @@
+"""Runs the arms one after another on the same recipe and budget, and writes ``ab.json``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from verl_rlhfless.demo import recipe
+from verl_rlhfless.demo.assets import Assets, Problem, arithmetic_problems, build_assets, read_problems
+from verl_rlhfless.demo.cluster import Cluster, private_cluster
+from verl_rlhfless.errors import ConfigError, RlhflessError
+from verl_rlhfless.live.events import OBSERVER_DIR_VARIABLE
+from verl_rlhfless.live.observer import Observer
+
+_POLL_S = 0.5
+_ARM_TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class DemoOptions:
+    """What the user of ``rlhfless demo`` may choose."""
+
+    out: Path
+    data: Path | None = None
+    steps: int = 4
+    seed: int = 1
+    arms: tuple[str, ...] = ("stock", "elastic")
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError("--steps", self.steps, "must be >= 1", "Use 4 or more to see the whole schedule.")
+        if not 0 <= self.seed < 2**31:
+            raise ConfigError("--seed", self.seed, "must be between 0 and 2**31 - 1", "Choose another seed.")
+        for name in self.arms:
+            if name not in recipe.ARMS:
+                raise ConfigError("--arms", name, f"must be among {', '.join(recipe.ARMS)}", "Separate several by commas.")
+        if not self.arms or len(set(self.arms)) < len(self.arms):
+            raise ConfigError("--arms", ",".join(self.arms), "must name each arm once", "Use --arms stock,elastic.")
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError("--out", str(self.out), "is a file", "Name a folder.")
+
+    def problems(self) -> list[Problem]:
+        """Return the data of the run: the given file, or arithmetic of its own.
+
+        Raises:
+            DataError: The file is missing, empty, malformed, or smaller than one step.
+        """
+        if self.data is None:
+            return arithmetic_problems(1024, self.seed)
+        problems = read_problems(self.data)
+        if len(problems) < recipe.PROMPTS_PER_STEP:
+            raise ConfigError(
+                "--data", str(self.data), f"must hold at least {recipe.PROMPTS_PER_STEP} problems", "Add some."
+            )
+        return problems
+
+
+@dataclass(frozen=True, slots=True)
+class ArmOutcome:
+    """How an arm ended.
+
+    Attributes:
+        folder: Everything that the arm wrote.
+        exit_code: Of ``python -m verl.trainer.main_ppo``.
+        leftovers: Engine processes and shared-memory segments that outlived the training job.
+    """
+
+    folder: Path
+    exit_code: int
+    leftovers: tuple[str, ...]
+
+
+def run_arm(arm: recipe.Arm, assets: Assets, options: DemoOptions, say: Callable[[str], None]) -> ArmOutcome:
+    """Train one arm on a private Ray cluster under the observer and return how it ended."""
+    folder = options.out.resolve() / arm.name
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {
+        **recipe.CPU_ENVIRONMENT,
+        OBSERVER_DIR_VARIABLE: str(folder),
+        "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "verl.trainer.main_ppo",
+        *recipe.common_overrides(assets, folder, options.steps, options.seed),
+        *arm.overrides,
+    ]
+    with private_cluster(recipe.NUM_GPUS, environment) as cluster, Observer(folder):
+        exit_code = _train(command, cluster, folder, lambda line: say(f"{arm.name}: {line}"))
+        return ArmOutcome(folder, exit_code, tuple(cluster.leftovers()))
+
+
+def _train(command: Sequence[str], cluster: Cluster, folder: Path, say: Callable[[str], None]) -> int:
+    log = folder / "train.log"
+    say(f"starting verl, its log is {log}")
+    started = time.monotonic()
+    with log.open("w") as output, subprocess.Popen(
+        command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=cluster.child_environment()
+    ) as process:
+        try:
+            done = 0
+            while process.poll() is None:
+                if time.monotonic() - started > _ARM_TIMEOUT_S:
+                    raise RlhflessError(f"the arm did not end within {_ARM_TIMEOUT_S:g} s; see {log}")
+                done = _tell_new_steps(folder / "metrics.jsonl", done, started, say)
+                time.sleep(_POLL_S)
+            _tell_new_steps(folder / "metrics.jsonl", done, started, say)
+            return process.returncode
+        finally:
+            process.kill()
+
+
+def _tell_new_steps(metrics: Path, done: int, started: float, say: Callable[[str], None]) -> int:
+    if not metrics.exists():
+        return done
+    lines = metrics.read_text().splitlines(keepends=True)
+    for line in lines[done:]:
+        if not line.endswith("\n"):
+            break
+        data = json.loads(line)["data"]
+        say(
+            f"step {data['training/global_step']} took {data['timing_s/step']:.1f} s "
+            f"(reward {data['critic/score/mean']:.3f}), {time.monotonic() - started:.0f} s since the start"
+        )
+        done += 1
+    return done

@@ -1,0 +1,186 @@
+"""One elastic rollout replica, from the request for GPUs to their confirmed return.
+
+Invariants: an engine runs outside its lease's placement group (removing a group kills everything inside it), so the end of a replica is
+always engine first, lease second; whatever fails on the way up, the lease is returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from verl.plugin.platform import get_platform
+from verl.workers.rollout.replica import RolloutMode
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMReplica
+
+from verl_rlhfless.config import PoolConfig
+from verl_rlhfless.errors import ReplicaError
+from verl_rlhfless.live.lease import Lease, LeaseRequest
+from verl_rlhfless.process_tree import ProcessTree, end_tree
+from verl_rlhfless.live.server import ElasticServer
+from verl_rlhfless.live.weights import PullReport
+
+
+class ReplicaState(str, enum.Enum):
+    """Where a replica is in its life; ``LOST`` and ``RELEASED`` are final."""
+
+    REQUESTED = "requested"
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    RELEASED = "released"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSource:
+    """Where a replica pulls its weights from, and which version it must serve."""
+
+    store_name: str
+    version: int
+    timeout_s: float
+
+
+class ElasticReplica(vLLMReplica):  # type: ignore[misc]
+    """A vLLM replica on a lease of its own. Its rank is never reused: verl's actor and socket names contain it."""
+
+    def __init__(self, replica_rank: int, config: Any, model_config: Any, pool: PoolConfig) -> None:
+        super().__init__(replica_rank, config, model_config, gpus_per_node=config.tensor_model_parallel_size)
+        self.server_class = ray.remote(ElasticServer)
+        self.rollout_mode = RolloutMode.STANDALONE
+        self.state = ReplicaState.REQUESTED
+        self.lease: Lease | None = None
+        self._pool = pool
+        self._processes: tuple[int, ProcessTree] | None = None
+
+    @property
+    def name(self) -> str:
+        """The replica's name in leases, logs and errors."""
+        return f"r{self.replica_rank}"
+
+    async def start(self, weights: WeightSource) -> PullReport:
+        """Lease GPUs, start the engine on them, load the weights, and return what was loaded.
+
+        Raises:
+            LeaseTimeoutError: The GPUs were not granted in time.
+            ReplicaError: The engine did not start in time or failed; the lease is returned.
+        """
+        request = LeaseRequest(
+            name=self.name, role="replica", gpus_per_node=(self.world_size,), resource=get_platform().ray_resource_name()
+        )
+        self.lease = await asyncio.to_thread(Lease.acquire, request, self._pool.grant_timeout_s)
+        try:
+            self.state = ReplicaState.STARTING
+            await asyncio.wait_for(self.launch_servers(), self._pool.start_timeout_s)
+            self.state = ReplicaState.LOADING
+            report: PullReport = await self._server_handle.pull_weights.remote(
+                weights.version, weights.store_name, weights.timeout_s
+            )
+            self.state = ReplicaState.READY
+            return report
+        except asyncio.TimeoutError:
+            await self.stop()
+            raise ReplicaError(
+                f"replica {self.name}: the engine was not ready after {self._pool.start_timeout_s:g} s. Raise "
+                "rlhfless.pool.start_timeout_s, or look for the engine's error above."
+            ) from None
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def launch_servers(self) -> None:
+        """Start verl's server actor on the leased devices. Differs from verl: no worker process tells the devices, the lease does."""
+        assert self.lease is not None
+        (node,) = self.lease.nodes
+        platform = get_platform()
+        env_vars = {
+            **{variable: "1" for variable in platform.ray_noset_envvars()},
+            **platform.rollout_env_vars(),
+            "RLHFLESS_LEASE": self.lease.name,
+        }
+        server = self.server_class.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.node_id, soft=False),
+            runtime_env={"env_vars": env_vars},
+            name=f"{self._get_server_name_prefix()}server_{self.replica_rank}_0",
+            max_concurrency=self.max_concurrency,
+            num_cpus=0,
+        ).remote(
+            config=self.config,
+            model_config=self.model_config,
+            rollout_mode=self.rollout_mode,
+            workers=[None] * self.world_size,
+            replica_rank=self.replica_rank,
+            node_rank=0,
+            gpus_per_node=self.world_size,
+            nnodes=1,
+            cuda_visible_devices=",".join(node.device_ids),
+        )
+        self.servers = [server]
+        await server.launch_server.remote()
+        self._processes = await server.process_tree.remote()
+        ip, port = await server.get_server_address.remote()
+        self._server_handle = server
+        self._server_address = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+
+    async def drain(self) -> bool:
+        """Wait until no request runs, at most ``drain_timeout_s``; return whether it drained by itself.
+
+        Past the deadline the requests are aborted, which their clients see as an error.
+        """
+        self.state = ReplicaState.DRAINING
+        deadline = time.monotonic() + self._pool.drain_timeout_s
+        with contextlib.suppress(ray.exceptions.RayError):
+            while await self._server_handle.num_running.remote():
+                if time.monotonic() > deadline:
+                    await self.abort_all_requests(reject_request=True)
+                    return False
+                await asyncio.sleep(0.02)
+        return True
+
+    async def stop(self) -> None:
+        """End the engine, confirm that its processes are gone, and give the lease back. Safe to call twice, and after a loss.
+
+        Raises:
+            ReplicaError: A process survived; the lease is kept, because its GPUs are still in use.
+        """
+        survivors: tuple[int, ...] = ()
+        for server in self.servers:
+            survivors = await self._stop_server(server)
+        self.servers = []
+        if survivors:
+            self.state = ReplicaState.LOST
+            raise ReplicaError(f"replica {self.name}: processes {list(survivors)} survived a kill, so its GPUs stay leased.")
+        if self.lease is not None:
+            await asyncio.to_thread(self.lease.release, self._pool.release_timeout_s)
+        if self.state is not ReplicaState.LOST:
+            self.state = ReplicaState.RELEASED
+
+    async def _stop_server(self, server: Any) -> tuple[int, ...]:
+        timeout_s = self._pool.release_timeout_s
+        try:
+            survivors = await asyncio.wait_for(_awaitable(server.stop_engine.remote(timeout_s)), timeout_s + 5)
+        except (ray.exceptions.RayError, asyncio.TimeoutError):
+            self.state = ReplicaState.LOST
+            survivors = await self._reap(timeout_s)
+        ray.kill(server, no_restart=True)
+        return tuple(survivors)
+
+    async def _reap(self, timeout_s: float) -> tuple[int, ...]:
+        """End the processes of a server that no longer answers, from a task on its node."""
+        if self._processes is None or self.lease is None:
+            return ()
+        pid, tree = self._processes
+        affinity = NodeAffinitySchedulingStrategy(node_id=self.lease.nodes[0].node_id, soft=False)
+        reap = ray.remote(num_cpus=0)(end_tree).options(scheduling_strategy=affinity)
+        return tuple(await _awaitable(reap.remote(tree, timeout_s)))
+
+
+async def _awaitable(reference: Any) -> Any:
+    return await reference

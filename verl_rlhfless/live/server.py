@@ -1,0 +1,50 @@
+"""The server actor of an elastic replica: verl's own vLLM server, which can also pull weights, be cut off, and end without a trace."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
+
+from verl_rlhfless.process_tree import ProcessTree, end_tree, inspect_tree
+from verl_rlhfless.live.weights import PullReport, pull_into_engine
+
+_WORKER_EXTENSION = "verl_rlhfless.live.engine_worker.ElasticWorkerExtension"
+
+
+class ElasticServer(vLLMHttpServer):  # type: ignore[misc]
+    """A vLLM server whose weights come from the store and whose end is confirmed."""
+
+    def _get_worker_extension_cls(self) -> str:
+        return _WORKER_EXTENSION
+
+    async def process_tree(self) -> tuple[int, ProcessTree]:
+        """Return this actor's pid and everything that must be gone once it ended."""
+        return os.getpid(), inspect_tree(os.getpid())
+
+    async def pull_weights(self, version: int, store_name: str, timeout_s: float) -> PullReport:
+        """Load ``version`` from the store into the engine and return what was loaded.
+
+        Raises:
+            WeightStoreError: The version is not held, the pull timed out, or the loaded weights are not the published ones.
+        """
+        report = await pull_into_engine(self.engine, version=version, store_name=store_name, timeout_s=timeout_s)
+        await self.clear_kv_cache()
+        await self.set_global_steps(version)
+        return report
+
+    async def stop_engine(self, timeout_s: float) -> tuple[int, ...]:
+        """End the engine's processes, free their shared memory, and return the pids that survived.
+
+        A direct kill takes well under a second; vLLM's own shutdown takes five, for state that nobody needs any more.
+        """
+        tree = inspect_tree(os.getpid())
+        self._server_task.cancel()
+        return await asyncio.to_thread(end_tree, tree, timeout_s)
+
+    async def num_running(self) -> int:
+        """Return how many requests the engine still holds."""
+        states: Any = self.engine.output_processor.request_states
+        return len(states)
