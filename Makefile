@@ -1,0 +1,29 @@
+# Everything runs in .venv, which `setup` creates from the pins in requirements/ and reuses while they don't change.
+.PHONY: help setup demo test check bench clean
+
+help:
+	@echo "make demo    set up, then run stock verl beside the elastic arm; results in out/demo"
+	@echo "make test    set up, then all checks and tests"
+	@echo "make check   set up, then format, lint and type checks, unit and property tests"
+	@echo "make bench   set up, then the benchmarks; results in benchmarks/results"
+	@echo "make setup   create or reuse .venv"
+	@echo "make clean   remove build output, caches and out/ (keeps .venv)"
+
+setup:
+	@scripts/setup
+
+demo: setup
+	@.venv/bin/rlhfless demo --out out/demo
+
+test: setup
+	@scripts/check tests
+
+check: setup
+	@scripts/check
+
+bench: setup
+	@.venv/bin/python -m benchmarks.run
+
+clean:
+	rm -rf build dist out outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
