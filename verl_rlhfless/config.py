@@ -1,134 +1,174 @@
 """The one schema of ``rlhfless.*``. Values are checked here, once; past this module every field is valid.
 
-Invariant: every key that the Hydra groups under ``hydra_configs/rlhfless`` set is a field here, and an unknown key is an error.
+Invariants: every key that the Hydra groups under ``hydra_configs/rlhfless`` set is a field here, and an unknown key is
+an error. A field carries its rule beside its default, so a section is its own documentation.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from verl_rlhfless.errors import ConfigError
 
 TRAINER_MODE = "rlhfless_sync"
 """Value of ``trainer.v1.trainer_mode`` that selects the elastic trainer."""
 
+_Rule = Callable[[str, Any], None]
+"""Raises ``ConfigError`` if the value (second) of the key (first) breaks the rule."""
+_RULE = "rule"
+
 _T = TypeVar("_T")
 
 
-def _choice(key: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        close = difflib.get_close_matches(value, known, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else "Choose one of them."
-        raise ConfigError(key, value, f"must be one of {', '.join(known)}", hint)
+def _one_of(*known: str) -> Any:
+    """Return a field whose value is one of ``known``; the first one is the default."""
+
+    def check(key: str, value: str) -> None:
+        if value not in known:
+            close = difflib.get_close_matches(value, known, n=1)
+            hint = f"Did you mean {close[0]}?" if close else f"Set {key} to one of these names."
+            raise ConfigError(key, value, f"must be one of {', '.join(known)}", hint)
+
+    return field(default=known[0], metadata={_RULE: check})
 
 
-def _at_least(key: str, value: float, low: float) -> None:
-    if not value >= low:
-        raise ConfigError(key, value, f"must be >= {low:g}", f"Set {key}={low:g} or more.")
+def _within(low: float, high: float = math.inf, *, default: float | None) -> Any:
+    """Return a field whose value is finite and in ``low .. high`` inclusive, or ``None`` where its type allows it."""
 
-
-@dataclass(frozen=True, slots=True)
-class PoolConfig:
-    """``rlhfless.pool``: who leases GPUs, and how many at most."""
-
-    name: str = "off"
-    max_gpus: int | None = None
-    grant_timeout_s: float = 300.0
-    release_timeout_s: float = 30.0
-    start_timeout_s: float = 600.0
-    drain_timeout_s: float = 60.0
-    same_device_wait_s: float = 30.0
-    resume_timeout_s: float = 600.0
-
-    def __post_init__(self) -> None:
-        _choice("rlhfless.pool.name", self.name, ("off", "elastic"))
-        if self.max_gpus is not None:
-            _at_least("rlhfless.pool.max_gpus", self.max_gpus, 1)
-        for name in (
-            "grant_timeout_s",
-            "release_timeout_s",
-            "start_timeout_s",
-            "drain_timeout_s",
-            "same_device_wait_s",
-            "resume_timeout_s",
-        ):
-            _at_least(f"rlhfless.pool.{name}", getattr(self, name), 0.1)
-
-
-@dataclass(frozen=True, slots=True)
-class WeightsConfig:
-    """``rlhfless.weights``: how a replica gets the trainer's weights."""
-
-    name: str = "off"
-    bucket_mib: int = 256
-    max_versions: int = 2
-    pull_timeout_s: float = 300.0
-
-    def __post_init__(self) -> None:
-        _choice("rlhfless.weights.name", self.name, ("off", "store"))
-        _at_least("rlhfless.weights.bucket_mib", self.bucket_mib, 1)
-        if self.bucket_mib > 1024:
+    def check(key: str, value: float | None) -> None:
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            limits = f">= {low:g}" if high == math.inf else f"in {low:g} .. {high:g}"
             raise ConfigError(
-                "rlhfless.weights.bucket_mib", self.bucket_mib, "must be <= 1024", "Use buckets of at most 1 GiB."
+                key, value, f"must be a finite number {limits}", f"Set {key}={default or low:g}, for instance."
             )
-        if self.max_versions not in (1, 2):
-            raise ConfigError(
-                "rlhfless.weights.max_versions",
-                self.max_versions,
-                "must be 1 or 2",
-                "Use 2: one version is served while the next one is published.",
-            )
-        _at_least("rlhfless.weights.pull_timeout_s", self.pull_timeout_s, 1)
+
+    return field(default=default, metadata={_RULE: check})
+
+
+def _check_schedule(key: str, value: tuple[Any, ...]) -> None:
+    if not value:
+        raise ConfigError(key, [], "must not be empty", f"Give the number of replicas of each step: {key}=[1,2].")
+    wrong = [n for n in value if isinstance(n, bool) or not isinstance(n, int) or n < 1]
+    if wrong:
+        raise ConfigError(
+            key, list(value), f"every entry must be an integer >= 1, and {wrong[0]!r} is not", f"Write {key}=[1,2,1,2]."
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class PlannerConfig:
-    """``rlhfless.planner``: how many rollout replicas a step leases."""
+class _Section:
+    """A group of keys below ``KEY``; applies the rule of every field."""
 
-    name: str = "off"
-    schedule: tuple[int, ...] = (1,)
+    KEY: ClassVar[str]
 
     def __post_init__(self) -> None:
-        _choice("rlhfless.planner.name", self.name, ("off", "fixed"))
-        key, schedule = "rlhfless.planner.schedule", list(self.schedule)
-        if not schedule:
-            raise ConfigError(key, schedule, "must not be empty", "Give the number of replicas of each step, e.g. [1,2].")
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in schedule):
-            raise ConfigError(key, schedule, "every entry must be an integer >= 1", "Write e.g. [1,2,1,2].")
+        for item in dataclasses.fields(self):
+            if _RULE in item.metadata:
+                item.metadata[_RULE](f"{self.KEY}.{item.name}", getattr(self, item.name))
 
 
 @dataclass(frozen=True, slots=True)
-class StageConfig:
-    """A stage that this version knows only as switched off; later versions give it names."""
+class PoolConfig(_Section):
+    """Who leases GPUs, how many at most, and how long each part of a lease may take.
 
-    name: str = "off"
+    ``max_gpus`` counts the trainer's GPUs and the replicas' together; ``None`` sets no limit of our own.
+    """
 
-    def __post_init__(self) -> None:
-        _choice("rlhfless.<stage>.name", self.name, ("off",))
+    KEY: ClassVar[str] = "rlhfless.pool"
+    name: str = _one_of("off", "elastic")
+    max_gpus: int | None = _within(1, default=None)
+    grant_timeout_s: float = _within(0.1, default=300.0)
+    release_timeout_s: float = _within(0.1, default=30.0)
+    start_timeout_s: float = _within(0.1, default=600.0)
+    drain_timeout_s: float = _within(0.1, default=60.0)
+    same_device_wait_s: float = _within(0.1, default=30.0)
+    resume_timeout_s: float = _within(0.1, default=600.0)
 
 
 @dataclass(frozen=True, slots=True)
-class ReplayConfig:
-    """``rlhfless.replay``: force every response length from a recorded trace."""
+class WeightsConfig(_Section):
+    """How a replica gets the trainer's weights.
 
+    ``max_versions`` is 2 so that one version is served while the next one is published.
+    """
+
+    KEY: ClassVar[str] = "rlhfless.weights"
+    name: str = _one_of("off", "store")
+    bucket_mib: int = _within(1, 1024, default=256)
+    max_versions: int = _within(1, 2, default=2)
+    pull_timeout_s: float = _within(1, default=300.0)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannerConfig(_Section):
+    """How many rollout replicas a step leases: ``schedule`` repeats when the run has more steps than entries."""
+
+    KEY: ClassVar[str] = "rlhfless.planner"
+    name: str = _one_of("off", "fixed")
+    schedule: tuple[int, ...] = field(default=(1,), metadata={_RULE: _check_schedule})
+
+
+@dataclass(frozen=True, slots=True)
+class PredictorConfig(_Section):
+    """Response lengths are not predicted in this version."""
+
+    KEY: ClassVar[str] = "rlhfless.predictor"
+    name: str = _one_of("off")
+
+
+@dataclass(frozen=True, slots=True)
+class DispatcherConfig(_Section):
+    """Requests reach replicas by verl's own load balancer in this version."""
+
+    KEY: ClassVar[str] = "rlhfless.dispatcher"
+    name: str = _one_of("off")
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixDedupConfig(_Section):
+    """Shared prefixes are left to vLLM's prefix cache in this version."""
+
+    KEY: ClassVar[str] = "rlhfless.prefix_dedup"
+    name: str = _one_of("off")
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationConfig(_Section):
+    """A sample stays on its replica in this version."""
+
+    KEY: ClassVar[str] = "rlhfless.migration"
+    name: str = _one_of("off")
+
+
+@dataclass(frozen=True, slots=True)
+class FusionConfig(_Section):
+    """Inference on finished samples starts after the rollout in this version."""
+
+    KEY: ClassVar[str] = "rlhfless.fusion"
+    name: str = _one_of("off")
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayConfig(_Section):
+    """Forces every response length from the recorded trace ``trace`` (a path), multiplied by ``scale``."""
+
+    KEY: ClassVar[str] = "rlhfless.replay"
     trace: str | None = None
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.scale > 0:
-            raise ConfigError("rlhfless.replay.scale", self.scale, "must be > 0", "Use 1.0 for the recorded lengths.")
+    scale: float = _within(1e-3, 1e3, default=1.0)
 
 
 @dataclass(frozen=True, slots=True)
-class InstrumentConfig:
-    """``rlhfless.instrument``: what every arm, stock too, is measured with."""
+class InstrumentConfig(_Section):
+    """What every arm, stock too, is measured with: paths of a pacing profile and of the observer's record."""
 
+    KEY: ClassVar[str] = "rlhfless.instrument"
     pace: str | None = None
     observer: str | None = None
 
@@ -140,13 +180,25 @@ class RlhflessConfig:
     pool: PoolConfig = field(default_factory=PoolConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     planner: PlannerConfig = field(default_factory=PlannerConfig)
-    predictor: StageConfig = field(default_factory=StageConfig)
-    dispatcher: StageConfig = field(default_factory=StageConfig)
-    prefix_dedup: StageConfig = field(default_factory=StageConfig)
-    migration: StageConfig = field(default_factory=StageConfig)
-    fusion: StageConfig = field(default_factory=StageConfig)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    dispatcher: DispatcherConfig = field(default_factory=DispatcherConfig)
+    prefix_dedup: PrefixDedupConfig = field(default_factory=PrefixDedupConfig)
+    migration: MigrationConfig = field(default_factory=MigrationConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     instrument: InstrumentConfig = field(default_factory=InstrumentConfig)
+
+    def __post_init__(self) -> None:
+        together = {section.KEY: section.name for section in (self.pool, self.weights, self.planner)}
+        off = [key for key, name in together.items() if name == "off"]
+        if 0 < len(off) < len(together):
+            state = ", ".join(f"{key}.name={name}" for key, name in together.items())
+            raise ConfigError(
+                f"{off[0]}.name",
+                "off",
+                f"pool, weights and planner work only together ({state})",
+                "Start from +rlhfless=default, or use +rlhfless=off for stock verl.",
+            )
 
     @property
     def is_elastic(self) -> bool:
@@ -154,9 +206,11 @@ class RlhflessConfig:
         return self.pool.name == "elastic"
 
     def active(self) -> dict[str, str]:
-        """Return ``{stage: name}`` of everything that is not off, for the start-up line."""
-        named = {f.name: getattr(getattr(self, f.name), "name", "off") for f in dataclasses.fields(self)}
-        return {stage: name for stage, name in named.items() if name != "off"}
+        """Return ``{section: name}`` of what is not off; replay, pace and observer are named by their file."""
+        parts = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        names = {section: getattr(part, "name", "off") for section, part in parts.items()}
+        files = {"replay": self.replay.trace, "pace": self.instrument.pace, "observer": self.instrument.observer}
+        return {key: name for key, name in {**names, **files}.items() if name not in ("off", None)}
 
 
 def parse_config(values: Mapping[str, Any] | None) -> RlhflessConfig:
@@ -166,54 +220,46 @@ def parse_config(values: Mapping[str, Any] | None) -> RlhflessConfig:
         values: The resolved mapping, or ``None`` when the recipe has no ``rlhfless`` key (everything off).
 
     Raises:
-        ConfigError: An unknown key, a value of the wrong type, or a broken rule; the message has key, value, rule, action.
+        ConfigError: An unknown key, a value of the wrong type, or a broken rule.
     """
-    config = _build(RlhflessConfig, values or {}, "rlhfless")
-    together = {"pool": config.pool.name, "weights": config.weights.name, "planner": config.planner.name}
-    if len({name == "off" for name in together.values()}) > 1:
-        off = next(stage for stage, name in together.items() if name == "off")
-        raise ConfigError(
-            f"rlhfless.{off}.name",
-            "off",
-            f"pool, weights and planner work only together, and {together} mixes on and off",
-            f"Set rlhfless/{off} as in +rlhfless=default, or use +rlhfless=off for stock verl.",
-        )
-    return config
+    return _build(RlhflessConfig, {} if values is None else values, "rlhfless")
 
 
-def _build(cls: type[_T], values: Mapping[str, Any], prefix: str) -> _T:
+def _build(cls: type[_T], values: Any, key: str) -> _T:
     if not isinstance(values, Mapping):
-        raise ConfigError(prefix, values, "must be a group of keys", "Compose it with +rlhfless=default.")
+        group = key.replace(".", "/")
+        raise ConfigError(
+            key, values, "must be a group of keys, not one value", f"Choose the group with a slash: {group}=NAME."
+        )
     hints = typing.get_type_hints(cls)
+    known = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for name in values:
-        if name not in hints:
-            close = difflib.get_close_matches(str(name), list(hints), n=1)
-            action = f"Did you mean {prefix}.{close[0]}?" if close else f"Known keys: {', '.join(hints)}."
-            raise ConfigError(f"{prefix}.{name}", values[name], "is not a known key", action)
-    kwargs = {name: _convert(hints[name], value, f"{prefix}.{name}") for name, value in values.items()}
-    try:
-        return cls(**kwargs)
-    except ConfigError as error:
-        if "<stage>" not in error.key:
-            raise
-        raise ConfigError(f"{prefix}.name", error.value, error.rule, error.action) from None
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            action = f"Did you mean {key}.{close[0]}?" if close else f"Known keys: {', '.join(known)}."
+            raise ConfigError(f"{key}.{name}", values[name], "is not a known key", action)
+    return cls(**{name: _convert(hints[name], value, f"{key}.{name}") for name, value in values.items()})
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _build(hint, value, key)
+    """Return ``value`` as the annotated type ``hint``: a section, a tuple, or a scalar that may be ``None``."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast("type[Any]", hint), value, key)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
+    if value is None and types.NoneType in options:
         return None
-    kind = next(option for option in options if option is not type(None))
+    kind = options[0]
     if typing.get_origin(kind) is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):
-            raise ConfigError(key, value, "must be a list", "Write e.g. [1,2,1,2].")
+            raise ConfigError(key, value, "must be a list", f"Write {key}=[1,2,1,2].")
         return tuple(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
     if kind is str and value is False:
         return "off"  # YAML 1.1 reads a bare `off` as a boolean
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(key, value, f"must be of type {kind.__name__}", "Correct the value.")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ConfigError(key, value, f"must be {_NOUNS[kind]}", f"Set {key} to {_NOUNS[kind]}.")
     return value
+
+
+_NOUNS = {str: "a string", int: "an integer", float: "a number"}
