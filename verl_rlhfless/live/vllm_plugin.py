@@ -1,0 +1,26 @@
+"""The entry point ``vllm.general_plugins``: vLLM calls it in its API process, in EngineCore and in every worker.
+
+vLLM does so before it builds an executor or a worker, also when it forks; what is patched here is therefore in place
+before its first use. The module must stay light: nothing of vLLM is imported before vLLM does so itself.
+"""
+
+from __future__ import annotations
+
+import os
+
+from verl_rlhfless.live.engine_probe import OBSERVER_ENV
+from verl_rlhfless.live.pacing import PACE_ENV
+from verl_rlhfless_patches import vllm_shm_spin, vllm_worker_hook
+
+
+def install_in_vllm() -> None:
+    """Install the parts of the instrument that the environment asks for; may be called any number of times.
+
+    Raises:
+        UnsupportedError: This version of vLLM is not the one that the patches were written for.
+    """
+    is_paced = bool(os.environ.get(PACE_ENV))
+    if is_paced or os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
+        vllm_shm_spin.apply()
+    if is_paced or os.environ.get(OBSERVER_ENV):
+        vllm_worker_hook.apply()
