@@ -26,8 +26,20 @@ class LeaseTimeoutError(RlhflessError):
     """GPUs were not granted in time; the message names what is missing."""
 
 
+class LeaseImpossibleError(RlhflessError):
+    """The cluster as it is can never grant a lease; the message names what it has."""
+
+
+class LeaseReleaseError(RlhflessError):
+    """GPUs were not given back in time; the message names the lease and its state."""
+
+
 class DeviceMismatchError(RlhflessError):
     """A lease came back with other devices than the suspended processes are bound to."""
+
+
+class SuspendError(RlhflessError):
+    """Ranks of a worker group could not leave or regain their devices; the message names them."""
 
 
 class ReplicaError(RlhflessError):

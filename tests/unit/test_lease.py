@@ -1,0 +1,59 @@
+"""What a lease asks Ray for, and how it names and orders what it gets."""
+
+from __future__ import annotations
+
+import pytest
+
+from verl_rlhfless.live.holder import Holder, HolderReport
+from verl_rlhfless.live.lease import Lease, LeaseRequest
+
+
+def lease(*reports: HolderReport) -> Lease:
+    request = LeaseRequest("r0", "replica", tuple(len(report.device_ids) for report in reports))
+    return Lease(request, None, 10.0, {object(): report for report in reports})  # type: ignore[arg-type]
+
+
+def test_a_request_is_one_bundle_per_node_under_a_name_that_an_observer_can_parse() -> None:
+    request = LeaseRequest("global_pool-1", "trainer", (4, 2), resource="NPU")
+    assert request.group_name == "rlhfless/trainer/global_pool-1"
+    assert request.bundles() == [{"NPU": 4.0}, {"NPU": 2.0}]
+    assert request.num_gpus == 6
+    assert str(request) == "lease rlhfless/trainer/global_pool-1 of 4 + 2 NPU"
+
+
+def test_a_pinned_request_names_each_bundles_node() -> None:
+    request = LeaseRequest("r1", "replica", (1, 2), node_ips=("10.0.0.2", "10.0.0.1"))
+    assert request.bundles() == [{"GPU": 1.0, "node:10.0.0.2": 0.001}, {"GPU": 2.0, "node:10.0.0.1": 0.001}]
+    with pytest.raises(ValueError):
+        LeaseRequest("r2", "replica", (1, 2), node_ips=("10.0.0.2",)).bundles()
+
+
+def test_nodes_are_sorted_by_address_as_verl_sorts_placement_groups() -> None:
+    got = lease(HolderReport("b", "10.0.0.20", ("3",)), HolderReport("a", "10.0.0.1", ("1", "0")))
+    assert [node.ip for node in got.nodes] == ["10.0.0.1", "10.0.0.20"]
+    assert got.nodes[0].device_ids == ("1", "0"), "Ray's order of devices is kept"
+
+
+def test_device_keys_compare_sets_per_node() -> None:
+    key = lease(HolderReport("a", "10.0.0.1", ("0", "1")), HolderReport("b", "10.0.0.2", ("2",))).device_key()
+    assert key == lease(HolderReport("b", "10.0.0.2", ("2",)), HolderReport("a", "10.0.0.1", ("1", "0"))).device_key()
+    assert key != lease(HolderReport("a", "10.0.0.1", ("0", "2")), HolderReport("b", "10.0.0.2", ("1",))).device_key()
+    assert key != lease(HolderReport("a", "10.0.0.1", ("0", "1", "2"))).device_key()
+
+
+def test_two_bundles_on_one_node_are_one_set() -> None:
+    split = lease(HolderReport("a", "10.0.0.1", ("0", "1")), HolderReport("a", "10.0.0.1", ("2",)))
+    assert split.device_key() == lease(HolderReport("a", "10.0.0.1", ("2", "1", "0"))).device_key()
+
+
+def test_a_port_in_use_is_passed_over_and_a_full_range_is_an_error() -> None:
+    import socket
+
+    holder = Holder()
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        port = taken.getsockname()[1]
+        assert holder.free_port((port, port + 50)) > port
+        with pytest.raises(OSError, match="no free port"):
+            holder.free_port((port, port + 1))
+    assert holder.free_port() > 0

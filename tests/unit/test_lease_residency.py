@@ -1,0 +1,112 @@
+"""What moves when verl's workers leave their device and come back, on a recorded device."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from verl_rlhfless.errors import UnsupportedError
+from verl_rlhfless.live import residency
+from verl_rlhfless.live.residency import RankMemory, VerlResidency
+
+
+class Engine:
+    """Records its moves; offloads by itself what verl was configured to offload."""
+
+    def __init__(self, journal: list[Any], name: str = "actor", param: bool = False, optimizer: bool = False) -> None:
+        self.name, self.journal = name, journal
+        self.is_param_offload_enabled, self.is_optimizer_offload_enabled = param, optimizer
+
+    def to(self, device: str, *, model: bool, optimizer: bool, grad: bool) -> None:
+        assert model or not grad, "verl refuses gradients without their model"
+        self.journal.append((self.name, device, model, optimizer, grad))
+
+
+class Device:
+    """Stands for ``torch.cuda``."""
+
+    def __init__(self, journal: list[Any]) -> None:
+        self.journal = journal
+
+    def synchronize(self) -> None:
+        self.journal.append("synchronize")
+
+    def empty_cache(self) -> None:
+        self.journal.append("empty_cache")
+
+    def memory_reserved(self) -> int:
+        return 7 if "empty_cache" in self.journal else 10**9
+
+    def host_memory_stats(self) -> dict[str, int]:
+        return {"allocated_bytes.current": 42}
+
+
+@pytest.fixture
+def journal(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    events: list[Any] = []
+    monkeypatch.setattr(residency, "_device", lambda: Device(events))
+    monkeypatch.setattr(residency, "_device_name", lambda: "cuda")
+    return events
+
+
+def training_worker(engine: Engine) -> Any:
+    return SimpleNamespace(engine=engine, fused_worker_dict={})
+
+
+def test_everything_goes_to_the_host_and_the_copies_are_complete(journal: list[Any]) -> None:
+    VerlResidency().offload(training_worker(Engine(journal)))
+    assert journal == [("actor", "cpu", True, True, True), "synchronize"]
+
+
+def test_everything_comes_back(journal: list[Any]) -> None:
+    VerlResidency().onload(training_worker(Engine(journal)))
+    assert journal == [("actor", "cuda", True, True, True), "synchronize"]
+
+
+def test_what_verl_keeps_on_the_host_between_phases_stays_there(journal: list[Any]) -> None:
+    VerlResidency().onload(training_worker(Engine(journal, optimizer=True)))
+    VerlResidency().onload(training_worker(Engine(journal, param=True, optimizer=True)))
+    fsdp2_policy = Engine(journal)
+    fsdp2_policy._uses_fsdp2_cpu_offload_policy = True  # type: ignore[attr-defined]
+    VerlResidency().onload(training_worker(fsdp2_policy))
+    moves = [event for event in journal if event != "synchronize"]
+    assert moves == [("actor", "cuda", True, False, True)] + 2 * [("actor", "cuda", False, False, False)]
+
+
+@pytest.mark.parametrize("attribute", ["worker_dict", "fused_worker_dict"])
+def test_every_role_of_a_process_moves(journal: list[Any], attribute: str) -> None:
+    actor_ref = SimpleNamespace(
+        actor=training_worker(Engine(journal, "actor")), ref=training_worker(Engine(journal, "ref")), rollout=object()
+    )
+    critic = training_worker(Engine(journal, "critic"))
+    worker = SimpleNamespace(**{"fused_worker_dict": {}, attribute: {"actor_rollout_ref": actor_ref, "critic": critic}})
+    VerlResidency().offload(worker)
+    assert [event[0] for event in journal[:-1]] == ["actor", "ref", "critic"]
+
+
+def test_a_pure_reference_worker_without_an_actor_moves_its_reference(journal: list[Any]) -> None:
+    worker = SimpleNamespace(fused_worker_dict={}, actor=None, ref=training_worker(Engine(journal, "ref")))
+    VerlResidency().offload(worker)
+    assert journal[0][0] == "ref"
+
+
+def test_a_worker_without_an_engine_is_refused_by_name(journal: list[Any]) -> None:
+    with pytest.raises(UnsupportedError, match="no training engine in worker SimpleNamespace"):
+        VerlResidency().offload(SimpleNamespace(fused_worker_dict={}, actor=None, ref=None))
+    assert journal == []
+
+
+def test_memory_is_read_after_the_cache_was_given_back(journal: list[Any]) -> None:
+    assert VerlResidency().memory(object()) == RankMemory(device_reserved_bytes=7, pinned_host_bytes=42)
+    assert journal.index("empty_cache") < journal.index("synchronize")
+
+
+def test_a_device_that_is_the_host_has_no_memory_of_its_own(
+    journal: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residency, "_device_name", lambda: "cpu")
+    VerlResidency().offload(training_worker(Engine(journal)))
+    assert VerlResidency().memory(object()) == RankMemory(device_reserved_bytes=0, pinned_host_bytes=0)
+    assert "synchronize" not in journal

@@ -1,0 +1,225 @@
+"""Leases: the only thing that costs. A lease is a placement group that holds GPUs, with one holder actor per node.
+
+Invariants: removing a placement group kills every actor inside it, therefore nothing but the holder runs there and
+all work runs outside, on the devices that the holder names. A lease ends when Ray says so, not when we asked. An
+error or an interrupt during a grant leaves no pending group behind. Names are ``rlhfless/<role>/<name>`` and are
+never used twice: an observer outside the run reads them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from verl_rlhfless.errors import LeaseImpossibleError, LeaseReleaseError, LeaseTimeoutError, RlhflessError
+from verl_rlhfless.live.holder import Holder, HolderReport
+from verl_rlhfless.types import LeasedNode
+
+RELEASE_TIMEOUT_S = 30.0
+"""How long a release that nobody gave a time-out for may take."""
+
+_HOLDER_START_S = 60.0
+_NODE_PIN = 0.001  # share of the resource that every Ray node has under its own name
+_RELEASE_POLL_S = 0.002
+
+DeviceKey = tuple[tuple[str, frozenset[str]], ...]
+"""The devices of a lease as ``((node id, {device ids}), ...)``, sorted by node: equal keys mean the same devices."""
+
+_HolderActor = ray.remote(Holder)
+_used_names: set[str] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRequest:
+    """What to lease.
+
+    Attributes:
+        name: Unique in the run, never reused.
+        role: Who pays: the trainer's worker group or a rollout replica.
+        gpus_per_node: GPUs of each bundle; a bundle lies on one node.
+        resource: Ray's name of the accelerator.
+        node_ips: Pins bundle ``i`` to the node with this address; ``None`` lets Ray choose.
+    """
+
+    name: str
+    role: Literal["trainer", "replica"]
+    gpus_per_node: tuple[int, ...]
+    resource: str = "GPU"
+    node_ips: tuple[str, ...] | None = None
+
+    @property
+    def group_name(self) -> str:
+        """Name of the placement group."""
+        return f"rlhfless/{self.role}/{self.name}"
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of all bundles."""
+        return sum(self.gpus_per_node)
+
+    def bundles(self) -> list[dict[str, float]]:
+        """Return the placement group's bundles."""
+        bundles = [{self.resource: float(count)} for count in self.gpus_per_node]
+        if self.node_ips is not None:
+            for bundle, ip in zip(bundles, self.node_ips, strict=True):
+                bundle[f"node:{ip}"] = _NODE_PIN
+        return bundles
+
+    def __str__(self) -> str:
+        where = f" on {', '.join(self.node_ips)}" if self.node_ips else ""
+        return f"lease {self.group_name} of {' + '.join(map(str, self.gpus_per_node))} {self.resource}{where}"
+
+
+class Lease:
+    """A hold on GPUs from grant to release. Make one with :meth:`acquire`; as a context manager it releases at the end.
+
+    Attributes:
+        name: Name of the placement group.
+        nodes: The leased devices, sorted by address as verl sorts placement groups, so that ranks keep their node
+            over restarts.
+        granted_s: When the GPUs were granted [s since the epoch].
+        released_s: When Ray confirmed the release [s since the epoch]; ``None`` while held.
+    """
+
+    def __init__(
+        self, request: LeaseRequest, group: PlacementGroup, granted_s: float, holders: dict[Any, HolderReport]
+    ) -> None:
+        ordered = sorted(holders.items(), key=lambda item: item[1].ip)
+        self.name = request.group_name
+        self.nodes = tuple(LeasedNode(report.node_id, report.ip, report.device_ids) for _, report in ordered)
+        self.granted_s = granted_s
+        self.released_s: float | None = None
+        self._group = group
+        self._holders = tuple(holder for holder, _ in ordered)
+
+    @classmethod
+    def acquire(cls, request: LeaseRequest, timeout_s: float, *, fail_if_impossible: bool = False) -> Lease:
+        """Return a granted lease.
+
+        Args:
+            request: What to lease.
+            timeout_s: How long to wait for the GPUs [s]; rounded up to whole seconds, which is Ray's resolution.
+            fail_if_impossible: Refuse at once what the cluster's present nodes can never give. Leave it off where an
+                autoscaler may add nodes.
+
+        Raises:
+            LeaseTimeoutError: Not granted in time. The message names lease, GPUs wanted and available, and who holds
+                them.
+            LeaseImpossibleError: With ``fail_if_impossible``: the cluster is too small.
+        """
+        if request.group_name in _used_names:
+            raise RlhflessError(f"{request} reuses a name of this run. Give every lease a name of its own.")
+        if fail_if_impossible:
+            _refuse_impossible(request)
+        _used_names.add(request.group_name)
+        group = placement_group(request.bundles(), strategy="PACK", name=request.group_name)
+        try:
+            _wait_granted(request, group, timeout_s)
+            granted_s = time.time()
+            return cls(request, group, granted_s, _start_holders(request, group))
+        except BaseException:  # an interrupt too must leave no group behind
+            _remove(request.group_name, group, RELEASE_TIMEOUT_S)
+            raise
+
+    def device_key(self) -> DeviceKey:
+        """Return the leased devices as sets per node, to compare leases with."""
+        per_node: dict[str, set[str]] = {}
+        for node in self.nodes:
+            per_node.setdefault(node.node_id, set()).update(node.device_ids)
+        return tuple((node_id, frozenset(ids)) for node_id, ids in sorted(per_node.items()))
+
+    def master_address(self, port_range: tuple[int, int] | None = None) -> tuple[str, int]:
+        """Return address and a free port of the first node, for a process group's rendezvous."""
+        port: int = ray.get(self._holders[0].free_port.remote(port_range), timeout=_HOLDER_START_S)
+        return self.nodes[0].ip.strip("[]"), port
+
+    def release(self, timeout_s: float = RELEASE_TIMEOUT_S) -> None:
+        """Give the GPUs back and wait until Ray confirms it. Safe to call twice.
+
+        Raises:
+            LeaseReleaseError: Not confirmed within ``timeout_s``; the lease still counts as held.
+        """
+        if self.released_s is None:
+            _remove(self.name, self._group, timeout_s)
+            self.released_s = time.time()
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def _wait_granted(request: LeaseRequest, group: PlacementGroup, timeout_s: float) -> None:
+    for _ in range(max(1, math.ceil(timeout_s))):
+        if group.wait(1):  # whole seconds only: Ray truncates a fraction to 0; slices keep Ctrl-C alive
+            return
+    raise LeaseTimeoutError(f"{request}: not granted within {timeout_s:g} s. {_who_holds(request.resource)}")
+
+
+def _start_holders(request: LeaseRequest, group: PlacementGroup) -> dict[Any, HolderReport]:
+    """Return one report per holder actor, in bundle order."""
+    holders = []
+    for index, count in enumerate(request.gpus_per_node):
+        devices: dict[str, Any] = (
+            {"num_gpus": count} if request.resource == "GPU" else {"resources": {request.resource: count}}
+        )
+        strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
+        holders.append(_HolderActor.options(num_cpus=0, scheduling_strategy=strategy, **devices).remote())
+    try:
+        reports = ray.get([holder.report.remote(request.resource) for holder in holders], timeout=_HOLDER_START_S)
+    except GetTimeoutError:
+        raise LeaseTimeoutError(
+            f"{request}: granted, but a holder process did not start within {_HOLDER_START_S:g} s. "
+            "Look at the node's load and memory."
+        ) from None
+    return dict(zip(holders, reports, strict=True))
+
+
+def _remove(name: str, group: PlacementGroup, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    remove_placement_group(group)
+    while (state := placement_group_table(group)["state"]) != "REMOVED":
+        if time.monotonic() > deadline:
+            raise LeaseReleaseError(
+                f"lease {name}: still {state} {timeout_s:g} s after its release. Look at Ray's head node and its log."
+            )
+        time.sleep(_RELEASE_POLL_S)
+
+
+def _refuse_impossible(request: LeaseRequest) -> None:
+    per_node = sorted(
+        (node["Resources"].get(request.resource, 0) for node in ray.nodes() if node["Alive"]), reverse=True
+    )
+    if sum(per_node) < request.num_gpus or max(per_node) < max(request.gpus_per_node):
+        raise LeaseImpossibleError(
+            f"{request}: the cluster has {sum(per_node):g} {request.resource}, at most {max(per_node):g} on one node. "
+            "Ask for less, or add nodes."
+        )
+
+
+def _who_holds(resource: str) -> str:
+    total, available = (view().get(resource, 0.0) for view in (ray.cluster_resources, ray.available_resources))
+    held: dict[str, float] = {}
+    for group in placement_group_table().values():
+        if group["state"] == "CREATED":
+            count = sum(bundle.get(resource, 0.0) for bundle in group["bundles"].values())
+            held[group["name"] or group["placement_group_id"]] = count
+    elsewhere = total - available - sum(held.values())
+    holders = [f"{name} ({count:g})" for name, count in sorted(held.items()) if count]
+    if elsewhere > 0:
+        holders.append(f"actors and tasks outside placement groups ({elsewhere:g})")
+    return (
+        f"{available:g} of {total:g} {resource} are available; held by: {', '.join(holders) or 'nobody'}. "
+        "Wait for them to end, lower the number of GPUs, or raise the grant time-out (rlhfless.pool.grant_timeout_s)."
+    )

@@ -1,0 +1,112 @@
+"""How the ranks of a worker group leave their devices and come back. Every method runs inside a rank's own process.
+
+Not yet measured on a GPU: moving the state, the memory that stays reserved, and the pinned host memory were run on
+CPU only.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from verl_rlhfless.errors import UnsupportedError
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """What a rank holds after its state went to the host.
+
+    Attributes:
+        device_reserved_bytes: Device memory that torch's allocator still holds. The CUDA context and NCCL's buffers
+            are not in it.
+        pinned_host_bytes: Page-locked host memory of torch's allocator: the offloaded state, kept for the way back.
+    """
+
+    device_reserved_bytes: int
+    pinned_host_bytes: int
+
+
+class DeviceResidency(Protocol):
+    """Moves one rank's state. The instance is pickled into the rank, so it holds values only."""
+
+    def offload(self, worker: Any) -> None:
+        """Move every role's state from the device to the host; return when the copies are complete."""
+
+    def memory(self, worker: Any) -> RankMemory:
+        """Give cached device memory back and return what is still held."""
+
+    def onload(self, worker: Any) -> None:
+        """Undo :meth:`offload`; return when the copies are complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerlResidency:
+    """Moves verl's training engines (actor, reference, critic), also those of colocated and fused workers."""
+
+    def offload(self, worker: Any) -> None:
+        """Move model, gradients and optimizer state to the host.
+
+        Raises:
+            UnsupportedError: The worker has no training engine that this class knows.
+        """
+        for engine in _engines(worker):
+            engine.to("cpu", model=True, optimizer=True, grad=True)
+        _synchronize()  # verl copies to pinned memory without waiting; the device may be someone else's in a moment
+
+    def memory(self, worker: Any) -> RankMemory:
+        """Empty torch's device cache and return what it still holds; zeros on a platform whose device is the host."""
+        if _device_name() == "cpu":
+            return RankMemory(device_reserved_bytes=0, pinned_host_bytes=0)
+        device = _device()
+        gc.collect()
+        device.empty_cache()
+        device.synchronize()
+        return RankMemory(int(device.memory_reserved()), _pinned_host_bytes(device))
+
+    def onload(self, worker: Any) -> None:
+        """Put back on the device what verl keeps there between two phases: nothing that it offloads by itself."""
+        for engine in _engines(worker):
+            # CPUOffloadPolicy is FSDP2's own offload: such a model must never be moved as a whole.
+            is_fixed_on_host = getattr(engine, "_uses_fsdp2_cpu_offload_policy", False)
+            model = not engine.is_param_offload_enabled and not is_fixed_on_host
+            optimizer = not engine.is_optimizer_offload_enabled and not is_fixed_on_host
+            engine.to(_device_name(), model=model, optimizer=optimizer, grad=model)
+        _synchronize()
+
+
+def _engines(worker: Any) -> list[Any]:
+    """Return the training engines of a rank: of the worker itself, or of each role that shares its process."""
+    roles = getattr(worker, "worker_dict", None) or getattr(worker, "fused_worker_dict", None) or {"": worker}
+    parts: list[Any] = [
+        part for role in roles.values() for part in (role, getattr(role, "actor", None), getattr(role, "ref", None))
+    ]
+    engines = [part.engine for part in parts if getattr(part, "engine", None) is not None]
+    if not engines:
+        kinds = ", ".join(type(role).__name__ for role in roles.values())
+        raise UnsupportedError(
+            f"no training engine in worker {kinds}: can't suspend it. Suspend after init_model(), or hold the lease."
+        )
+    return engines
+
+
+def _device() -> Any:
+    from verl.utils.device import get_torch_device
+
+    return get_torch_device()
+
+
+def _device_name() -> str:
+    from verl.utils.device import get_device_name
+
+    return str(get_device_name())
+
+
+def _synchronize() -> None:
+    if _device_name() != "cpu":
+        _device().synchronize()
+
+
+def _pinned_host_bytes(device: Any) -> int:
+    stats = getattr(device, "host_memory_stats", None)  # CUDA only
+    return int(stats().get("allocated_bytes.current", 0)) if stats else 0
