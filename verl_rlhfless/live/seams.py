@@ -1,0 +1,76 @@
+"""The names of verl that the live system subclasses, overrides or calls, probed before a run.
+
+A verl of the supported range may still be a fork or a snapshot: all missing names and parameters are reported at once,
+instead of one after the other from inside a run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from verl_rlhfless.errors import UnsupportedError
+from verl_rlhfless.versions import installed_version
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """A callable of verl: ``module`` + attribute ``path``, and the parameters that we rely on."""
+
+    module: str
+    path: str
+    parameters: tuple[str, ...] = ()
+
+
+_TRAINER = "verl.trainer.ppo.v1.trainer_base"
+_TRAINER_HOOKS = (
+    "_setup",
+    "_init_resource_pool_mgr",
+    "_get_n_gpus_for_throughput",
+    "_balance_batch",
+    "fit",
+    "prepare_step",
+    "on_init_end",
+    "on_step_end",
+    "on_sample_end",
+    "on_validate_begin",
+    "on_validate_end",
+)
+SEAMS = (
+    Seam(_TRAINER, "register_trainer", ("name",)),
+    Seam(_TRAINER, "get_trainer_cls", ("name",)),
+    *(Seam(_TRAINER, f"PPOTrainer.{hook}", ("self",)) for hook in _TRAINER_HOOKS),
+    Seam("verl.plugin.platform", "PlatformRegistry.register"),
+    Seam("verl.single_controller.ray.base", "RayWorkerGroup._init_with_resource_pool", ("resource_pool",)),
+    Seam("verl.workers.rollout.router", "GlobalRequestLoadBalancer.add_servers", ("servers",)),
+    Seam("verl.workers.rollout.router", "GlobalRequestLoadBalancer.remove_servers", ("server_ids",)),
+    Seam("verl.checkpoint_engine.base", "CheckpointEngineRegistry.register", ("backend",)),
+)
+
+
+def check_seams(seams: tuple[Seam, ...] = SEAMS) -> None:
+    """Check that the installed verl has every name that we build on.
+
+    Raises:
+        UnsupportedError: Some are missing; the message names them and the version.
+    """
+    problems = [problem for seam in seams if (problem := _problem_of(seam))]
+    if problems:
+        raise UnsupportedError(
+            f"verl={installed_version('verl')}: lacks what the elastic trainer builds on: {'; '.join(problems)}. "
+            "Install an unmodified verl of the supported range: pip install --force-reinstall --no-deps verl==0.9.1"
+        )
+
+
+def _problem_of(seam: Seam) -> str | None:
+    name = f"{seam.module}.{seam.path}"
+    try:
+        target: Any = reduce(getattr, seam.path.split("."), importlib.import_module(seam.module))
+    except (ImportError, AttributeError) as error:
+        return f"{name} ({error})"
+    found = inspect.signature(target).parameters
+    missing = [parameter for parameter in seam.parameters if parameter not in found]
+    return f"{name} has no parameter {', '.join(missing)}" if missing else None

@@ -1,0 +1,206 @@
+"""Checks a run in the launching process, before Ray starts: bad input ends it with one line and nothing left behind.
+
+The Hydra groups ``default`` and ``off`` register ``StartupCheck`` as a callback. Hydra turns exceptions of callbacks
+into warnings, therefore a failed check leaves through ``SystemExit``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
+from verl_rlhfless.errors import ConfigError, DataError, RlhflessError, UnsupportedError
+from verl_rlhfless.live.seams import check_seams
+from verl_rlhfless.versions import REQUIREMENTS, check_requirement
+
+PLUGIN_NAME = "rlhfless"
+"""Name of our entry point in the group ``verl.plugins``."""
+
+_MODE_KEY = "trainer.v1.trainer_mode"
+_POLICY_KEY = "VERL_USE_EXTERNAL_PLUGINS"
+
+
+class StartupCheck(Callback):
+    """Hydra callback that checks the composed configuration and prints what is active."""
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """Check ``config``; print one line and exit with 1 if it can't work."""
+        try:
+            print(f"rlhfless: {check_run(config, os.environ)}", flush=True)
+        except Exception as error:  # whatever it is, Hydra would print a warning and start the run unchecked
+            text = str(error) if isinstance(error, RlhflessError) else f"{type(error).__name__}: {error}"
+            print(f"rlhfless: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+            raise SystemExit(1) from error
+
+
+def check_run(config: DictConfig, environ: Mapping[str, str]) -> str:
+    """Return the start-up line: what is active, on which versions.
+
+    Args:
+        config: The composed configuration of ``verl.trainer.main_ppo``.
+        environ: The process environment.
+
+    Raises:
+        RlhflessError: The configuration is invalid, unsupported, or can't become active.
+    """
+    parsed = _read_section(config)
+    check_trainer_mode(config, parsed)
+    active = parsed.active()
+    if not active:
+        return "all plugins are off: stock verl"
+    check_plugin_policy(environ)
+    versions = [f"{item.distribution} {check_requirement(item)}" for item in REQUIREMENTS]
+    _load_plugin()
+    if parsed.is_elastic:
+        check_backend(config)
+        check_budget(config, parsed, environ)
+        check_seams()
+        _check_trainer_registered()
+    check_data_files(config)
+    if parsed.replay.trace is not None:
+        from verl_rlhfless.live.replay import check_replay
+
+        check_replay(config)
+    return f"active: {_describe(active, parsed)} ({', '.join(versions)})"
+
+
+def check_trainer_mode(config: DictConfig, parsed: RlhflessConfig) -> None:
+    """Check that the trainer mode and the pool are both elastic or both not."""
+    mode = OmegaConf.select(config, _MODE_KEY)
+    if parsed.is_elastic and mode != TRAINER_MODE:
+        given = [item for item in _task_overrides(config) if item.lstrip("+").startswith(f"{_MODE_KEY}=")]
+        source = f"the override {given[-1]!r}" if given else "a configuration file after the group"
+        raise ConfigError(
+            _MODE_KEY,
+            mode,
+            f"must be {TRAINER_MODE} while rlhfless.pool.name={parsed.pool.name}, but {source} replaced it",
+            f"Remove it, or append {_MODE_KEY}={TRAINER_MODE} as the last override.",
+        )
+    if mode == TRAINER_MODE and not parsed.is_elastic:
+        raise ConfigError(
+            _MODE_KEY,
+            mode,
+            "needs an elastic pool, and rlhfless.pool.name is off",
+            f"Use +rlhfless=default, or {_MODE_KEY}=sync for stock verl.",
+        )
+
+
+def check_plugin_policy(environ: Mapping[str, str]) -> None:
+    """Check that verl is allowed to load our entry point."""
+    policy = environ.get(_POLICY_KEY, "auto")
+    allowed = [name.strip() for name in policy.strip().lower().split(",")]
+    if allowed != ["auto"] and PLUGIN_NAME not in allowed:
+        raise ConfigError(
+            _POLICY_KEY,
+            policy,
+            "keeps verl from loading the plugin: it is configured but not active",
+            f"Unset {_POLICY_KEY}, add {PLUGIN_NAME} to it, or use +rlhfless=off.",
+        )
+
+
+def check_backend(config: DictConfig) -> None:
+    """Refuse what an elastic run can't do: the v0 trainer, other engines, disaggregation, other parallelism."""
+    if not config.trainer.use_v1:
+        raise ConfigError("trainer.use_v1", False, "the v0 trainer is not supported", "Set trainer.use_v1=True.")
+    key, rollout = "actor_rollout_ref.rollout", config.actor_rollout_ref.rollout
+    engine = OmegaConf.select(rollout, "name")
+    if engine != "vllm":
+        rule = "elastic replicas need vllm; sglang, trtllm and others are not supported"
+        raise ConfigError(f"{key}.name", engine, rule, f"Set {key}.name=vllm, or use +rlhfless=off.")
+    if OmegaConf.select(rollout, "disaggregation.enabled"):
+        rule = "prefill / decode disaggregation is not supported by elastic replicas"
+        raise ConfigError(f"{key}.disaggregation.enabled", True, rule, "Set it to False, or use +rlhfless=off.")
+    for name in ("data_parallel_size", "pipeline_model_parallel_size"):
+        if rollout[name] != 1:
+            rule = "an elastic replica is parallel over tensors only"
+            raise ConfigError(f"{key}.{name}", rollout[name], rule, "Set it to 1, or use +rlhfless=off.")
+
+
+def check_budget(config: DictConfig, parsed: RlhflessConfig, environ: Mapping[str, str]) -> None:
+    """Check that trainer and largest scheduled fleet fit into ``max_gpus`` and into a local cluster of known size."""
+    trainer = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    tp, replicas = config.actor_rollout_ref.rollout.tensor_model_parallel_size, max(parsed.planner.schedule)
+    needed = trainer + replicas * tp
+    ray_init = OmegaConf.select(config, "ray_kwargs.ray_init") or {}
+    limits = {"rlhfless.pool.max_gpus": parsed.pool.max_gpus}
+    if ray_init.get("address") is None and "RAY_ADDRESS" not in environ:
+        limits["ray_kwargs.ray_init.num_gpus"] = ray_init.get("num_gpus")
+    for key, limit in limits.items():
+        if limit is not None and needed > limit:
+            raise ConfigError(
+                key,
+                limit,
+                f"the trainer's {trainer} GPUs and the largest scheduled fleet, {replicas} replicas of {tp} GPUs, "
+                f"need {needed}",
+                f"Raise it to {needed}, or lower trainer.n_gpus_per_node or rlhfless.planner.schedule.",
+            )
+
+
+def check_data_files(config: DictConfig) -> None:
+    """Check that local training and validation files exist and hold something.
+
+    Raises:
+        DataError: One is missing or empty.
+    """
+    for key in ("train_files", "val_files"):
+        names = config.data[key]
+        for name in [names] if isinstance(names, str) else names or []:
+            path = Path(name).expanduser()
+            if "://" in name or (path.is_file() and path.stat().st_size > 0) or path.is_dir():
+                continue
+            state = "is empty" if path.is_file() else "is missing"
+            raise DataError(
+                f"data.{key}={name!r}: the file {state}. Set data.{key} to an existing Parquet or JSON file."
+            )
+
+
+def _read_section(config: DictConfig) -> RlhflessConfig:
+    section = OmegaConf.select(config, "rlhfless")
+    values = OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section
+    return parse_config(cast("Mapping[str, Any] | None", values))
+
+
+def _load_plugin() -> None:
+    """Load our entry point; verl has done so already, but it hides why one fails."""
+    found = entry_points(group="verl.plugins", name=PLUGIN_NAME)
+    if not found:
+        raise UnsupportedError(
+            f"the entry point {PLUGIN_NAME!r} of group verl.plugins is missing: the plugin is configured but not "
+            "active. Install the package with pip instead of putting its folder on PYTHONPATH."
+        )
+    for entry_point in found:
+        try:
+            entry_point.load()
+        except Exception as error:
+            raise UnsupportedError(
+                f"the plugin {entry_point.value} can't be loaded: {type(error).__name__}: {error}. "
+                "Run `rlhfless doctor`."
+            ) from error
+
+
+def _check_trainer_registered() -> None:
+    from verl.trainer.ppo.v1.trainer_base import get_trainer_cls
+
+    try:
+        get_trainer_cls(TRAINER_MODE)
+    except ValueError as error:
+        raise UnsupportedError(f"{_MODE_KEY}={TRAINER_MODE!r}: {error} Run `rlhfless doctor`.") from error
+
+
+def _task_overrides(config: DictConfig) -> Sequence[str]:
+    return list(OmegaConf.select(config, "hydra.overrides.task") or [])
+
+
+def _describe(active: Mapping[str, str], parsed: RlhflessConfig) -> str:
+    parts = [f"{section}={name}" for section, name in active.items()]
+    if parsed.is_elastic:
+        parts.append(f"schedule={list(parsed.planner.schedule)}")
+    return " ".join(parts)
