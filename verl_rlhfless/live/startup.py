@@ -58,7 +58,7 @@ def check_run(config: DictConfig, environ: Mapping[str, str]) -> str:
         return "all plugins are off: stock verl"
     check_plugin_policy(environ)
     versions = [f"{item.distribution} {check_requirement(item)}" for item in REQUIREMENTS]
-    _load_plugin()
+    load_plugin()
     if parsed.is_elastic:
         check_backend(config)
         check_budget(config, parsed, environ)
@@ -168,7 +168,7 @@ def _read_section(config: DictConfig) -> RlhflessConfig:
     return parse_config(cast("Mapping[str, Any] | None", values))
 
 
-def _load_plugin() -> None:
+def load_plugin() -> None:
     """Load our entry point; verl has done so already, but it hides why one fails."""
     found = entry_points(group="verl.plugins", name=PLUGIN_NAME)
     if not found:
