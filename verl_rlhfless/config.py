@@ -213,11 +213,11 @@ class RlhflessConfig:
         return {key: name for key, name in {**names, **files}.items() if name not in ("off", None)}
 
 
-def parse_config(values: Mapping[str, Any] | None) -> RlhflessConfig:
+def parse_config(values: object) -> RlhflessConfig:
     """Return the checked configuration below the ``rlhfless`` key.
 
     Args:
-        values: The resolved mapping, or ``None`` when the recipe has no ``rlhfless`` key (everything off).
+        values: Its content as plain containers; ``None`` when the recipe has no such key (everything off).
 
     Raises:
         ConfigError: An unknown key, a value of the wrong type, or a broken rule.
@@ -225,7 +225,7 @@ def parse_config(values: Mapping[str, Any] | None) -> RlhflessConfig:
     return _build(RlhflessConfig, {} if values is None else values, "rlhfless")
 
 
-def _build(cls: type[_T], values: Any, key: str) -> _T:
+def _build(cls: type[_T], values: object, key: str) -> _T:
     if not isinstance(values, Mapping):
         group = key.replace(".", "/")
         raise ConfigError(

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -164,8 +164,7 @@ def check_data_files(config: DictConfig) -> None:
 
 def _read_section(config: DictConfig) -> RlhflessConfig:
     section = OmegaConf.select(config, "rlhfless")
-    values = OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section
-    return parse_config(cast("Mapping[str, Any] | None", values))
+    return parse_config(OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section)
 
 
 def load_plugin() -> None:
