@@ -1,9 +1,9 @@
 """Let verl's agent-loop workers run training samples with forced response lengths.
 
-Why: verl picks an agent loop by a name in a registry of each worker process, and the loop is not told whether a sample is
-for training or validation; only ``AgentLoopWorker._run_agent_loop`` knows both
-(``verl/experimental/agent_loop/agent_loop.py``). ``agent_loop_config_path`` could add a loop, but not for training alone,
-and it is a key of the user's recipe. A run without ``rlhfless.replay.trace`` is left as it is.
+Why: verl picks an agent loop by a name in a registry of each worker process, and the loop is not told whether a sample
+is for training or validation; only ``AgentLoopWorker._run_agent_loop`` knows both
+(``verl/experimental/agent_loop/agent_loop.py``). ``agent_loop_config_path`` could add a loop, but not for training
+alone, and it is a key of the user's recipe. A run without ``rlhfless.replay.trace`` is left as it is.
 Remove when: verl tells an agent loop whether it validates, and takes agent loops from a plugin.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import wrapt
 
 from verl_rlhfless.errors import UnsupportedError
-from verl_rlhfless.live.replay import SINGLE_TURN_AGENT, load_plan
+from verl_rlhfless.live.replay import SINGLE_TURN_AGENT, check_replay
 
 REPLAY_AGENT = "rlhfless_replay"
 _MODULE = "verl.experimental.agent_loop.agent_loop"
@@ -52,11 +52,13 @@ def _patch(module: ModuleType) -> None:
 
     @functools.wraps(init)
     def replay_init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        self._rlhfless_replays = load_plan(config) is not None
+        replay = check_replay(config)
+        self._rlhfless_replays = replay.trace is not None
         init(self, config, *args, **kwargs)
         if self._rlhfless_replays:
             _check_loop(module._agent_loop_registry.get(SINGLE_TURN_AGENT))
-            module._agent_loop_registry[REPLAY_AGENT] = {"_target_": _REPLAY_LOOP}
+            values = {"replay_trace": replay.trace, "replay_scale": replay.scale}
+            module._agent_loop_registry[REPLAY_AGENT] = {"_target_": _REPLAY_LOOP, **values}
 
     @functools.wraps(run_agent_loop)
     async def run_replay_loop(

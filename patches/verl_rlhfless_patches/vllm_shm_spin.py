@@ -3,8 +3,8 @@
 Why: a reader spins (``sched_yield``) for one second after each message
 (``vllm/distributed/device_communicators/shm_broadcast.py``, ``SpinCondition``), so every engine keeps at least one core
 at 100 % while it generates. With several engines and trainer ranks on few cores the measurement is then one of the
-spinning. With spinning off a reader waits for a notification, and those can be lost (high-water mark 1, conflated), which
-stock vLLM repairs after 5 s: the poll is capped instead, so that a lost one costs 2 ms at most.
+spinning. With spinning off a reader waits for a notification, and those can be lost (high-water mark 1, conflated),
+which stock vLLM repairs after 5 s: the poll is capped instead, so that a lost one costs 2 ms at most.
 Remove when: vLLM makes the spin time and the recheck interval settings.
 """
 

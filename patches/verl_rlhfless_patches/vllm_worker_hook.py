@@ -1,10 +1,10 @@
 """Let an ``EngineProbe`` see every iteration and every weight load of a vLLM worker.
 
 Why: busy time, sampled tokens and weight loads must be measured alike in every arm, stock verl too, and a pace has to
-be kept where the device would spend the time. vLLM has no hook around a worker's iteration: a worker extension class may
-add methods but not override any (``vllm/v1/worker/worker_base.py``, ``init_worker``), and stat loggers live in another
-process. Wraps ``vllm/v1/worker/gpu_worker.py`` (``CPUWorker`` inherits from it) and the method with which verl loads
-weights (``verl/workers/rollout/vllm_rollout/utils.py``, ``vLLMColocateWorkerExtension.update_weights_from_ipc``).
+be kept where the device would spend the time. vLLM has no hook around a worker's iteration: a worker extension class
+may add methods but not override any (``vllm/v1/worker/worker_base.py``, ``init_worker``), and stat loggers live in
+another process. Wraps ``vllm/v1/worker/gpu_worker.py`` (``CPUWorker`` inherits from it) and the method with which verl
+loads weights (``verl/workers/rollout/vllm_rollout/utils.py``, ``update_weights_from_ipc``).
 Remove when: vLLM calls a plugin around each iteration of a worker.
 """
 

@@ -2,9 +2,9 @@
 
 A real vLLM worker computes each iteration and then waits until the declared device would have finished it.
 
-Invariant: while requests keep running, iterations end at the sum of their declared times after the first one's start;
-scheduler gaps and sleep jitter do not add up. An iteration that misses its declared end is an overrun and is counted:
-overruns void a run.
+Invariant: while requests keep running, an iteration ends its declared time after the declared end of the one before, so
+that scheduler gaps and sleep jitter do not add up. An iteration that misses this end is an overrun and is counted, with
+the time lost: overruns void a run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -103,7 +102,7 @@ class PacedTime:
 
     Attributes:
         declared_s: What it should take.
-        overrun_s: How long after its declared end the real computation was ready; 0 when it was in time.
+        overrun_s: How long after its declared end it was ready; 0 when it was in time.
     """
 
     declared_s: float
@@ -126,26 +125,24 @@ class Pacer:
         model.check_tp(tp)
         self._model, self._tp, self._clock, self._sleep = model, tp, clock, sleep
         self._declared_s = 0.0
-        self._deadline_s = -math.inf  # declared end of the current iteration, or of the last one
+        self._deadline_s = 0.0  # declared end of the current iteration, or of the last one
 
     def begin(self, iteration: Iteration) -> None:
         """Start the clock of ``iteration``.
 
-        It starts at the declared end of the last iteration when that one's requests go on: the gap in between, and a
-        sleep that ended late, are then part of the declared time. Only a gap longer than the iteration restarts it.
+        It starts at the declared end of the last iteration when requests of that one go on: the gap in between, and a
+        sleep that ended late, are then part of the declared time.
         """
-        now_s = self._clock()
         self._declared_s = self._model.iteration_s(
             self._tp, iteration.num_requests, iteration.context_tokens, iteration.prefill_tokens
         )
-        is_continuous = iteration.num_continued > 0 and now_s - self._deadline_s < self._declared_s
-        self._deadline_s = (self._deadline_s if is_continuous else now_s) + self._declared_s
+        self._deadline_s = (self._deadline_s if iteration.num_continued else self._clock()) + self._declared_s
 
     def wait(self) -> PacedTime:
         """Sleep until the declared end of the iteration that ``begin`` started; return how it kept its time."""
         overrun_s = self._clock() - self._deadline_s
         if overrun_s > 0:
-            self._deadline_s += overrun_s  # the lost time is not caught up: each overrun shows in the total
+            self._deadline_s += overrun_s  # lost time is not caught up: busy time is declared time plus overruns
             return PacedTime(self._declared_s, overrun_s)
         self._sleep(-overrun_s)
         return PacedTime(self._declared_s, 0.0)

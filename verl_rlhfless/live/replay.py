@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verl_rlhfless.config import parse_config
+from verl_rlhfless.config import ReplayConfig, parse_config
 from verl_rlhfless.errors import ConfigError, DataError, UnsupportedError
 from verl_rlhfless.trace import read_trace
 
@@ -27,10 +27,10 @@ _ROLLOUT = "actor_rollout_ref.rollout"
 class ReplayPlan:
     """The forced length of every response of a run.
 
-    Training step ``global_step`` replays step ``(global_step - 1) modulo the number of steps`` of the trace, a prompt the
-    group ``row_index modulo the number of groups`` of that step, and a response the sample ``session_id modulo the
-    number of samples`` of that group. With ``data.shuffle=False`` and ``data.train_batch_size <=`` the groups of the step
-    a batch is consecutive rows, so the mapping is exact: no two prompts of a step replay the same group.
+    Training step ``global_step`` replays step ``(global_step - 1) modulo the number of steps`` of the trace, a prompt
+    the group ``row_index modulo the number of groups`` of that step, and a response the sample ``session_id modulo the
+    number of samples`` of that group. With ``data.shuffle=False`` and ``data.train_batch_size`` at most the groups of
+    the step a batch is consecutive rows, so the mapping is exact: no two prompts of a step replay the same group.
 
     Args:
         trace: Path of a trace in the format ``rlhfless-trace/1``.
@@ -70,8 +70,12 @@ class ReplayPlan:
         return lengths[first + session_id % (end - first)]
 
 
-def load_plan(cfg: DictConfig) -> ReplayPlan | None:
-    """Return the checked plan of a run, ``None`` when ``rlhfless.replay.trace`` is not set.
+plan_of = lru_cache(maxsize=1)(ReplayPlan)
+"""A ``ReplayPlan`` that is read once per process: an agent loop is built for every response."""
+
+
+def check_replay(cfg: DictConfig) -> ReplayConfig:
+    """Return ``rlhfless.replay`` of a run after checking that it can work; nothing is started for it.
 
     Args:
         cfg: The whole configuration of ``verl.trainer.main_ppo``.
@@ -86,11 +90,11 @@ def load_plan(cfg: DictConfig) -> ReplayPlan | None:
     values = OmegaConf.select(cfg, "rlhfless")
     replay = parse_config(None if values is None else OmegaConf.to_container(values, resolve=True)).replay
     if replay.trace is None:
-        return None
+        return replay
     rollout = OmegaConf.select(cfg, _ROLLOUT)
     _check_agent_loop(cfg, rollout)
     _check_lengths(cfg, rollout)
-    plan = _cached_plan(replay.trace, replay.scale, rollout.response_length)
+    plan = plan_of(replay.trace, replay.scale, rollout.response_length)
     if rollout.n > plan.min_samples:
         raise ConfigError(
             f"{_ROLLOUT}.n",
@@ -98,21 +102,7 @@ def load_plan(cfg: DictConfig) -> ReplayPlan | None:
             f"must be <= {plan.min_samples}, the fewest samples of a group in {replay.trace}",
             "Ask for fewer responses, or replay a trace with more.",
         )
-    return plan
-
-
-def check_replay(cfg: DictConfig) -> None:
-    """Refuse a run whose replay cannot work, before anything is started; does nothing without replay.
-
-    Raises:
-        ConfigError: As ``load_plan``.
-        UnsupportedError: As ``load_plan``.
-        DataError: As ``load_plan``.
-    """
-    load_plan(cfg)
-
-
-_cached_plan = lru_cache(maxsize=1)(ReplayPlan)  # an agent loop is built for every response
+    return replay
 
 
 def _check_agent_loop(cfg: DictConfig, rollout: Any) -> None:

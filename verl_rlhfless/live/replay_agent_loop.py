@@ -7,19 +7,23 @@ from typing import Any
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
-from verl_rlhfless.live.replay import load_plan, row_index
+from verl_rlhfless.live.replay import plan_of, row_index
 
 
 class ReplayAgentLoop(SingleTurnAgentLoop):
-    """Ends each response where the trace says; without ``rlhfless.replay.trace`` it is verl's own loop.
+    """Ends each response where the trace says; without a trace it is verl's own loop.
 
     ``max_tokens`` with ``ignore_eos``, never ``min_tokens``: a request that resumes on another replica shrinks only
     ``max_tokens``.
+
+    Args:
+        replay_trace: Path of the trace.
+        replay_scale: Factor on every length.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, replay_trace: str | None = None, replay_scale: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._plan = load_plan(self.config)
+        self._plan = plan_of(replay_trace, replay_scale, self.response_length) if replay_trace else None
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
         """Return one response of the length that the trace holds for it."""
