@@ -1,6 +1,7 @@
 """Times are multiples of 1/8 s, which doubles add without rounding, so that every law must hold exactly."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,7 +58,7 @@ def test_windows_add_up_to_the_run_they_cover(run, cuts):
     held, work = run
     total = account(held, work, Window(0, END_S))
     edges = [0.0, *sorted(cuts), END_S]
-    parts = [account(held, work, Window(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [account(held, work, Window(a, b)) for a, b in pairwise(edges)]
     for state in ("allocated", "busy", "idle", "startup"):
         assert sum(getattr(part, state) for part in parts) == getattr(total, state)
     assert max(part.max_gpus for part in parts) == total.max_gpus

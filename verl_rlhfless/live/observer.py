@@ -5,7 +5,7 @@ written line by line, so a killed run leaves its records behind. Files in the ob
 
 - ``leases.jsonl``: ``{"event": "granted", "lease", "role", "num_gpus", "t"}``, ``{"event": "released", "lease", "t"}``
 - ``steps.jsonl``: ``{"step", "t"}``, one for each line of verl's ``metrics.jsonl``
-- ``host.jsonl``: ``{"t", "cpu_percent", "memory_peak_bytes", "observer_cpu_s"}``, once a second and at the end
+- ``host.jsonl``: ``{"t", "cpu_percent", "memory_peak_bytes", "observer_cpu_s"}``, at the start, each second, at the end
 
 A grant has Ray's own time [ms]. Ray keeps no time of a release: it is the first poll that saw the group gone, at most
 ``poll_s`` late, but not later than a grant that the same poll saw (GPUs change hands in that order), so leases that
@@ -264,7 +264,7 @@ class HostWatch:
         self._out = out
         self._available_bytes = psutil.virtual_memory().available
         self._peak_bytes = 0
-        self._next_s = time.time() + _HOST_SAMPLE_S
+        self._next_s = 0.0
         psutil.cpu_percent()  # the first call only begins the interval
 
     def look(self, now_s: float) -> None:

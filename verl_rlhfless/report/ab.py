@@ -1,0 +1,222 @@
+"""The record of a comparison: what every arm cost and did, from what was observed of it, as ``rlhfless-ab/1``.
+
+Units are in the names: ``_s`` seconds, ``gpu_s_*`` GPU-seconds. What is not known is ``null``, never a guess.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from verl_rlhfless import __version__
+from verl_rlhfless.ledger import account, whole_run
+from verl_rlhfless.report.guards import GuardLimits, judge
+from verl_rlhfless.report.observed import Observed, read_observed
+from verl_rlhfless.report.record import ArmRecord, Figures, HostUse, Pull, StepRecord
+from verl_rlhfless.report.timeline import StepTime, Timeline, build_timeline
+from verl_rlhfless.types import LeaseSpan
+
+FORMAT = "rlhfless-ab/1"
+
+_DISTRIBUTIONS = ("verl", "vllm", "torch", "ray")
+
+
+def build_ab(
+    arms: Mapping[str, Path],
+    seed: int,
+    num_gpus: int,
+    limits: GuardLimits,
+    left_behind: Mapping[str, Sequence[Any] | None],
+) -> dict[str, Any]:
+    """Return the comparison of the observed arms as ``rlhfless-ab/1``.
+
+    Args:
+        arms: The observed folder of each arm.
+        seed: Seed of all arms.
+        num_gpus: GPUs that the cluster declared.
+        limits: What the arms are held to.
+        left_behind: What was found after each arm; see :func:`~verl_rlhfless.report.guards.judge`.
+
+    Raises:
+        DataError: A record of an arm is missing or malformed; the message holds the path.
+    """
+    records = {name: build_arm(folder) for name, folder in arms.items()}
+    return {
+        "format": FORMAT,
+        "versions": _versions(),
+        "hardware": _hardware(num_gpus),
+        "seed": seed,
+        "arms": {name: record.as_json() for name, record in records.items()},
+        "guards": [asdict(guard) for guard in judge(records, limits, left_behind)],
+    }
+
+
+def build_arm(folder: Path) -> ArmRecord:
+    """Return the record of the arm that was observed in ``folder``.
+
+    Raises:
+        DataError: A record is missing or malformed, or contradicts another; the message holds the path.
+    """
+    observed = read_observed(folder)
+    timeline = build_timeline(observed)
+    times = {time.step: time for time in timeline.steps}
+    steps = tuple(
+        StepRecord(step, _step_figures(observed, timeline, step, times.get(step)))
+        for step, metrics in sorted(observed.metrics.items())
+        if "timing_s/step" in metrics
+    )
+    return ArmRecord(
+        steps=steps,
+        total=_total_figures([record.figures for record in steps], observed, timeline),
+        wall_s=observed.host[-1].t - observed.host[0].t if observed.host else None,
+        leases=timeline.leases,
+        pulls=tuple(_pulls(observed, timeline)),
+        host=_host_use(observed),
+    )
+
+
+def _step_figures(observed: Observed, timeline: Timeline, step: int, time: StepTime | None) -> Figures:
+    """Return the figures of a step; ``time`` is ``None`` when the observer did not see its end."""
+    metrics = observed.metrics[step]
+    samples = observed.samples.get(step)
+    mean_tokens = metrics.get("response_length/mean")
+    return Figures(
+        step_s=metrics["timing_s/step"],
+        gen_s=metrics.get("timing_s/gen"),
+        gpu=account(timeline.leases, timeline.busy, time.window) if time else None,
+        gpu_s_parked=_parked(timeline.leases, time.window.end_s) if time else None,
+        reward_mean=metrics.get("critic/score/mean"),
+        rollout_probs_diff_max=metrics.get("training/rollout_probs_diff_max"),
+        # verl's mean is over the real rows, as a float32: exact up to 2**24 tokens
+        response_tokens=None if samples is None or mean_tokens is None else round(mean_tokens * samples.num_rows),
+        num_samples=None if samples is None else samples.num_samples,
+        num_replicas=_num_replicas(observed, timeline.leases, time) if time else None,
+    )
+
+
+def _total_figures(steps: Sequence[Figures], observed: Observed, timeline: Timeline) -> Figures:
+    training_end_s = timeline.steps[-1].window.end_s if timeline.steps else timeline.watched_until_s
+    return Figures(
+        step_s=_mean([figures.step_s for figures in steps]),
+        gen_s=_mean([figures.gen_s for figures in steps]),
+        gpu=account(timeline.leases, timeline.busy, whole_run(timeline.leases, timeline.watched_until_s)),
+        gpu_s_parked=_parked(timeline.leases, training_end_s),
+        reward_mean=_mean([figures.reward_mean for figures in steps]),
+        rollout_probs_diff_max=max(_known([figures.rollout_probs_diff_max for figures in steps]), default=None),
+        response_tokens=_sum([figures.response_tokens for figures in steps]),
+        num_samples=_sum([figures.num_samples for figures in steps]),
+        num_replicas=_num_replicas(observed, timeline.leases, None),
+    )
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    """Return the values, or nothing if one of them is not known."""
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else []
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = _known(values)
+    return statistics.fmean(known) if known else None
+
+
+def _sum(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
+
+
+def _parked(leases: Sequence[LeaseSpan], until_s: float) -> float | None:
+    """Return 0 while the trainer keeps its leases (replicas end with theirs); from then on it is not known."""
+    has_given_back = any(
+        lease.role == "trainer" and lease.released_s is not None and lease.released_s < until_s for lease in leases
+    )
+    return None if has_given_back else 0.0
+
+
+def _num_replicas(observed: Observed, leases: Sequence[LeaseSpan], time: StepTime | None) -> int | None:
+    """Return the replicas that could serve in a step, or in the whole run: usable replica leases and hybrid engines."""
+    start_s, end_s = (time.timer.start_s, time.timer.end_s) if time else (float("-inf"), float("inf"))
+    elastic = [
+        lease
+        for lease in leases
+        if lease.role == "replica"
+        and lease.usable_s is not None
+        and lease.usable_s < end_s
+        and (lease.released_s is None or lease.released_s > start_s)
+    ]
+    hybrid = [engine for engine in observed.engines if engine.lease is None and engine.started_s < end_s]
+    return len(elastic) + len(hybrid) or None
+
+
+def _pulls(observed: Observed, timeline: Timeline) -> list[Pull]:
+    """Return the pulls of every replica that could serve; one without a recorded pull is listed all the same."""
+    published = {event["version"]: event.get("checksum") for event in observed.events if event["event"] == "published"}
+    pulls: dict[str, list[Pull]] = defaultdict(list)
+    for event in observed.events:
+        if event["event"] == "pulled":
+            lease_id, expected = event["lease"], _version_at(event["t"], timeline.steps)
+            pulls[lease_id].append(
+                Pull(lease_id, expected, event["version"], event.get("checksum"), published.get(expected))
+            )
+    served = [lease.lease_id for lease in timeline.leases if lease.role == "replica" and lease.usable_s is not None]
+    return [pull for lease_id in served for pull in pulls.get(lease_id, [Pull(lease_id, None, None, None, None)])]
+
+
+def _version_at(t: float, steps: Sequence[StepTime]) -> int | None:
+    """Return the weight version at ``t``: verl names a version after the step that ended with its publication."""
+    if not steps:
+        return None
+    done = [time.step for time in steps if time.timer.end_s <= t]
+    return done[-1] if done else steps[0].step - 1
+
+
+def _host_use(observed: Observed) -> HostUse | None:
+    """Return the use of the host; a sample's CPU use holds for the time since the sample before it."""
+    samples = observed.host
+    wall_s = samples[-1].t - samples[0].t if samples else 0.0
+    if wall_s <= 0:
+        return None
+    cpu_percent_s = [after.cpu_percent * (after.t - before.t) for before, after in itertools.pairwise(samples)]
+    return HostUse(
+        cpu_percent=sum(cpu_percent_s) / wall_s,
+        memory_peak_bytes=samples[-1].memory_peak_bytes,
+        observer_cpu_percent=100 * samples[-1].observer_cpu_s / wall_s,
+    )
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version(), "verl_rlhfless": __version__}
+    for name in _DISTRIBUTIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _hardware(num_gpus: int) -> dict[str, Any]:
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus_declared": num_gpus,
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

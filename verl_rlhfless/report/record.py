@@ -1,0 +1,126 @@
+"""What is known of an observed arm, as frozen values; ``None`` = not known."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from verl_rlhfless.types import GpuSeconds, LeaseSpan
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a step and a whole run have in common. Of a run: times and reward are means, the difference is the largest.
+
+    Attributes:
+        step_s: verl's ``timing_s/step`` [s].
+        gen_s: verl's ``timing_s/gen`` [s]: the wait for the replay buffer.
+        gpu: GPU-seconds by state, and the most GPUs leased at any instant.
+        gpu_s_parked: GPU-seconds in which a process kept device memory without a lease.
+        reward_mean: Mean score of the samples (``critic/score/mean``).
+        rollout_probs_diff_max: Largest difference between the engine's and the trainer's probability of a token.
+        response_tokens: Tokens of all responses, padding samples left out.
+        num_samples: Samples that reached training, padding left out.
+        num_replicas: Rollout replicas that could serve.
+    """
+
+    step_s: float | None
+    gen_s: float | None
+    gpu: GpuSeconds | None
+    gpu_s_parked: float | None
+    reward_mean: float | None
+    rollout_probs_diff_max: float | None
+    response_tokens: int | None
+    num_samples: int | None
+    num_replicas: int | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the figures under the names of ``rlhfless-ab/1``."""
+        gpu = self.gpu
+        return {
+            "step_s": self.step_s,
+            "gen_s": self.gen_s,
+            "gpu_s_allocated": gpu and gpu.allocated,
+            "gpu_s_busy": gpu and gpu.busy,
+            "gpu_s_idle": gpu and gpu.idle,
+            "gpu_s_startup": gpu and gpu.startup,
+            "gpu_s_parked": self.gpu_s_parked,
+            "max_gpus": gpu and gpu.max_gpus,
+            "reward_mean": self.reward_mean,
+            "rollout_probs_diff_max": self.rollout_probs_diff_max,
+            "response_tokens": self.response_tokens,
+            "num_samples": self.num_samples,
+            "num_replicas": self.num_replicas,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One training step."""
+
+    step: int
+    figures: Figures
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """Weights that a replica loaded, beside those that it had to load.
+
+    Attributes:
+        lease: The replica's lease.
+        expected_version: Version after the last training step that was over by then.
+        version: Version that the replica says it loaded; ``None`` when no pull of it was recorded.
+        checksum: Of the weights that the replica loaded.
+        published_checksum: Of the weights that the trainer published as ``expected_version``.
+    """
+
+    lease: str
+    expected_version: int | None
+    version: int | None
+    checksum: str | int | None
+    published_checksum: str | int | None
+
+
+@dataclass(frozen=True, slots=True)
+class HostUse:
+    """What the arm took of the host.
+
+    Attributes:
+        cpu_percent: Mean over the run and all cores.
+        memory_peak_bytes: Most memory in use at any look, relative to the start of the watch.
+        observer_cpu_percent: The observer's own share of one core.
+    """
+
+    cpu_percent: float
+    memory_peak_bytes: int
+    observer_cpu_percent: float
+
+
+@dataclass(frozen=True, slots=True)
+class ArmRecord:
+    """One arm.
+
+    Attributes:
+        steps: Training steps in order.
+        total: From the first grant to the last release: initial start, validation and checkpoints included.
+        wall_s: The whole run, from the start of the watch to its end [s].
+        leases: Every lease.
+        pulls: At least one for every elastic replica that could serve.
+        host: What it took of the host.
+    """
+
+    steps: tuple[StepRecord, ...]
+    total: Figures
+    wall_s: float | None
+    leases: tuple[LeaseSpan, ...]
+    pulls: tuple[Pull, ...]
+    host: HostUse | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the arm as ``rlhfless-ab/1`` holds it."""
+        return {
+            "steps": [{"step": record.step, **record.figures.as_json()} for record in self.steps],
+            "total": {**self.total.as_json(), "wall_s": self.wall_s},
+            "pulls": [asdict(pull) for pull in self.pulls],
+            "host": self.host and asdict(self.host),
+        }
