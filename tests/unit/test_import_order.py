@@ -30,9 +30,8 @@ LAYERS = (
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 SEPARATE = ({"sim", "live"},)
 
-IMPURE = set(
-    "asyncio datetime multiprocessing os ray secrets socket subprocess sys threading time torch uuid verl vllm".split()
-)
+SYSTEM = {"asyncio", "datetime", "multiprocessing", "os", "secrets", "socket", "subprocess", "sys", "threading", "time"}
+IMPURE = SYSTEM | {"uuid", "ray", "torch", "verl", "vllm"}
 
 
 def _sources(folder: Path) -> list[Path]:

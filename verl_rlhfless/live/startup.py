@@ -62,13 +62,14 @@ def check_run(config: DictConfig, environ: Mapping[str, str]) -> str:
     if parsed.is_elastic:
         check_backend(config)
         check_budget(config, parsed, environ)
-        check_seams()
-        _check_trainer_registered()
     check_data_files(config)
     if parsed.replay.trace is not None:
         from verl_rlhfless.live.replay import check_replay
 
         check_replay(config)
+    if parsed.is_elastic:  # last, since it imports verl's trainer
+        check_seams()
+        _check_trainer_registered()
     return f"active: {_describe(active, parsed)} ({', '.join(versions)})"
 
 

@@ -1,0 +1,181 @@
+"""The start-up check: what it refuses, in the user's words, and what it says when a run may start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
+
+from verl_rlhfless import versions
+from verl_rlhfless.errors import RlhflessError, UnsupportedError
+from verl_rlhfless.live import startup
+from verl_rlhfless.live.seams import Seam, check_seams
+from verl_rlhfless.live.startup import StartupCheck, check_run
+
+Compose = Callable[..., DictConfig]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Compose:
+    """Return ``compose(*overrides)``: verl's recipe with what every run has to set."""
+    data = tmp_path_factory.mktemp("data") / "train.jsonl"
+    data.write_text("{}\n")
+    needed = [
+        "actor_rollout_ref.rollout.name=vllm",
+        "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
+        "trainer.n_gpus_per_node=2",
+        f"data.train_files={data}",
+        f"data.val_files=[{data}]",
+    ]
+
+    def compose_run(*overrides: str) -> DictConfig:
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            return compose("ppo_trainer", overrides=[*needed, *overrides], return_hydra_config=True)
+
+    return compose_run
+
+
+REFUSED = [
+    # overrides, environment, what the message must hold
+    (
+        ["trainer.v1.trainer_mode=sync"],
+        {},
+        ["trainer.v1.trainer_mode='sync'", "override 'trainer.v1.trainer_mode=sync'"],
+    ),
+    (["rlhfless/pool=off"], {}, ["rlhfless.pool.name='off'", "only together"]),
+    (["rlhfless.planner.name=magic"], {}, ["rlhfless.planner.name='magic'", "off, fixed"]),
+    (["rlhfless.planner.schedule=[1,0]"], {}, ["rlhfless.planner.schedule=[1, 0]", "integer >= 1"]),
+    (["rlhfless.planner.schedule=[1,1.5]"], {}, ["rlhfless.planner.schedule=[1, 1.5]", "integer >= 1"]),
+    (["trainer.use_v1=False"], {}, ["trainer.use_v1=False", "v0", "trainer.use_v1=True"]),
+    (["actor_rollout_ref.rollout.name=sglang"], {}, ["actor_rollout_ref.rollout.name='sglang'", "vllm"]),
+    (["actor_rollout_ref.rollout.name=trtllm"], {}, ["actor_rollout_ref.rollout.name='trtllm'", "vllm"]),
+    (["actor_rollout_ref.rollout.disaggregation.enabled=True"], {}, ["disaggregation.enabled=True", "not supported"]),
+    (["actor_rollout_ref.rollout.data_parallel_size=2"], {}, ["data_parallel_size=2", "tensors only"]),
+    (
+        ["rlhfless.pool.max_gpus=4", "rlhfless.planner.schedule=[1,3]"],
+        {},
+        ["rlhfless.pool.max_gpus=4", "trainer's 2 GPUs", "3 replicas of 1 GPUs", "need 5"],
+    ),
+    (
+        ["rlhfless.planner.schedule=[3]", "+ray_kwargs.ray_init.num_gpus=4"],
+        {},
+        ["ray_kwargs.ray_init.num_gpus=4", "need 5"],
+    ),
+    (["data.train_files=/nowhere/train.parquet"], {}, ["data.train_files='/nowhere/train.parquet'", "missing"]),
+    ([], {"VERL_USE_EXTERNAL_PLUGINS": "none"}, ["VERL_USE_EXTERNAL_PLUGINS='none'", "configured but not active"]),
+    ([], {"VERL_USE_EXTERNAL_PLUGINS": "a,b"}, ["VERL_USE_EXTERNAL_PLUGINS='a,b'", "configured but not active"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "environ", "parts"), REFUSED, ids=lambda value: str(value)[:60])
+def test_refused_before_anything_starts(
+    recipe: Compose, overrides: list[str], environ: Mapping[str, str], parts: list[str]
+) -> None:
+    with pytest.raises(RlhflessError) as caught:
+        check_run(recipe("+rlhfless=default", *overrides), environ)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_an_elastic_run_says_what_is_active(recipe: Compose) -> None:
+    overrides = ["rlhfless.planner.schedule=[1,2]", "rlhfless.pool.max_gpus=4", "+ray_kwargs.ray_init.num_gpus=4"]
+    line = check_run(recipe("+rlhfless=default", *overrides), {"VERL_USE_EXTERNAL_PLUGINS": "other, rlhfless"})
+    assert line.startswith("active: pool=elastic weights=store planner=fixed schedule=[1, 2] (verl 0.9.")
+    for distribution in ("vllm", "ray", "hydra-core"):
+        assert f"{distribution} {versions.installed_version(distribution)}" in line
+
+
+def test_a_cluster_of_another_host_is_not_measured_against_the_local_declaration(recipe: Compose) -> None:
+    config = recipe("+rlhfless=default", "rlhfless.planner.schedule=[3]", "+ray_kwargs.ray_init.num_gpus=4")
+    assert check_run(config, {"RAY_ADDRESS": "10.0.0.1:6379"}).startswith("active:")
+
+
+def test_all_off_is_stock_and_needs_nothing_of_us(recipe: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "installed_version", lambda _: None)
+    config = recipe("+rlhfless=off", "actor_rollout_ref.rollout.name=sglang", "data.train_files=/nowhere")
+    assert check_run(config, {"VERL_USE_EXTERNAL_PLUGINS": "none"}) == "all plugins are off: stock verl"
+
+
+def test_the_elastic_mode_without_an_elastic_pool_is_refused(recipe: Compose) -> None:
+    with pytest.raises(RlhflessError, match=r"trainer_mode='rlhfless_sync': needs an elastic pool"):
+        check_run(recipe("+rlhfless=off", "trainer.v1.trainer_mode=rlhfless_sync"), {})
+
+
+def test_a_missing_replay_trace_is_refused_in_the_stock_arm_too(recipe: Compose) -> None:
+    with pytest.raises(RlhflessError, match=r"lengths\.jsonl"):
+        check_run(recipe("+rlhfless=off", "rlhfless.replay.trace=/nowhere/lengths.jsonl", "data.shuffle=False"), {})
+
+
+def test_an_empty_data_file_is_named(recipe: Compose, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.parquet"
+    empty.touch()
+    with pytest.raises(RlhflessError, match=r"data\.val_files=.*empty\.parquet.* is empty"):
+        check_run(recipe("+rlhfless=default", f"data.val_files={empty}"), {})
+
+
+@pytest.mark.parametrize(
+    ("distribution", "found", "text"),
+    [
+        ("verl", "0.8.0", "verl=0.8.0: outside the supported range >=0.9.1,<0.10"),
+        ("verl", "0.10.1", "verl=0.10.1"),
+        ("verl", None, "verl is not installed"),
+        ("vllm", "0.18.0", "vllm=0.18.0"),
+        ("ray", "2.51.0", "ray=2.51.0"),
+        ("hydra-core", "1.3.5", "hydra-core=1.3.5"),
+    ],
+)
+def test_versions_outside_the_range_are_refused(
+    recipe: Compose, monkeypatch: pytest.MonkeyPatch, distribution: str, found: str | None, text: str
+) -> None:
+    real = versions.installed_version
+    monkeypatch.setattr(versions, "installed_version", lambda name: found if name == distribution else real(name))
+    with pytest.raises(UnsupportedError) as caught:
+        check_run(recipe("+rlhfless=default"), {})
+    assert text in str(caught.value)
+    assert "pip install" in str(caught.value)
+
+
+def test_the_ranges_agree_with_the_project_file() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
+    for item in versions.REQUIREMENTS:
+        if item.distribution != "vllm":  # chosen by verl[vllm]
+            extra = "[vllm]" if item.distribution == "verl" else ""
+            assert f"{item.distribution}{extra}{item.supported}" in declared
+
+
+def test_an_unregistered_entry_point_is_an_error(recipe: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "entry_points", lambda **_: ())
+    with pytest.raises(UnsupportedError, match="configured but not active"):
+        check_run(recipe("+rlhfless=default"), {})
+
+
+def test_every_missing_name_of_verl_is_reported_at_once() -> None:
+    missing = Seam("verl.trainer.ppo.v1.trainer_base", "PPOTrainer.no_such_hook")
+    changed = Seam("verl.trainer.ppo.v1.trainer_base", "register_trainer", ("name", "priority"))
+    absent = Seam("verl.no_such_module", "anything")
+    with pytest.raises(UnsupportedError) as caught:
+        check_seams((missing, changed, absent))
+    for part in ("no_such_hook", "has no parameter priority", "verl.no_such_module", "verl=0.9."):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("broken", [RlhflessError("a.b=1: is\nwrong. Fix it."), KeyError("surprise")])
+def test_any_failure_ends_the_process_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: Exception
+) -> None:
+    def fail(*_: object) -> str:
+        raise broken
+
+    monkeypatch.setattr(startup, "check_run", fail)
+    with pytest.raises(SystemExit) as caught:
+        StartupCheck().on_job_start(DictConfig({}))
+    assert caught.value.code == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("rlhfless: error: ")
+    assert captured.err.count("\n") == 1
