@@ -277,6 +277,7 @@ def test_colocated_roles_suspend_together_whichever_is_asked(
         spawned["critic"].suspend(WAIT_S)
         assert {report["place"] for role in spawned.values() for report in role.snapshot()} == {"host"}
         assert root.resource_pool.lease is None
+        assert all(getattr(role, "resource_pool", root.resource_pool).lease is None for role in spawned.values())
         ray_cluster.wait_until(lambda: ray_cluster.free_gpus() == 2, "the shared pool's GPUs to be free")
         spawned["actor"].resume(WAIT_S, WAIT_S)
         assert {role: spawned[role].snapshot() for role in spawned} == before

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from verl_rlhfless.errors import LeaseReleaseError
+from verl_rlhfless.live import lease as lease_module
 from verl_rlhfless.live.holder import Holder, HolderReport
 from verl_rlhfless.live.lease import Lease, LeaseRequest
 
@@ -57,3 +59,32 @@ def test_a_port_in_use_is_passed_over_and_a_full_range_is_an_error() -> None:
         with pytest.raises(OSError, match="no free port"):
             holder.free_port((port, port + 1))
     assert holder.free_port() > 0
+
+
+@pytest.fixture
+def states(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What Ray's table answers, one entry per look; the last one stays."""
+    answers: list[str] = []
+    monkeypatch.setattr(lease_module, "remove_placement_group", lambda group: None)
+    monkeypatch.setattr(lease_module, "_RELEASE_POLL_S", 0.0)
+    monkeypatch.setattr(
+        lease_module,
+        "placement_group_table",
+        lambda group: {"state": answers.pop(0) if len(answers) > 1 else answers[0]},
+    )
+    return answers
+
+
+def test_a_release_waits_until_ray_confirms_it(states: list[str]) -> None:
+    states.extend(["CREATED", "CREATED", "REMOVED"])
+    held = lease(HolderReport("a", "10.0.0.1", ("0",)))
+    held.release(60)
+    assert states == ["REMOVED"] and held.released_s is not None
+
+
+def test_a_release_that_ray_does_not_confirm_is_an_error_and_the_lease_still_counts(states: list[str]) -> None:
+    states.append("CREATED")
+    held = lease(HolderReport("a", "10.0.0.1", ("0",)))
+    with pytest.raises(LeaseReleaseError, match="lease rlhfless/replica/r0: still CREATED"):
+        held.release(0)
+    assert held.released_s is None
