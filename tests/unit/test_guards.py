@@ -100,3 +100,8 @@ def test_an_arm_without_a_single_step_fails():
 def test_what_was_left_behind_is_counted_and_not_having_looked_is_a_failure():
     assert failed(GOOD, left_behind=["process 12", "psm_1"]) == {"left_behind/elastic": 2}
     assert failed(GOOD, left_behind=None) == {"left_behind/elastic": None}
+
+
+def test_a_lease_that_outlives_the_run_is_left_behind():
+    held = LeaseSpan("rlhfless/replica/r7", "replica", 1, 10.0, 10.0, None)
+    assert failed(replace(GOOD, leases=(*GOOD.leases, held))) == {"left_behind/elastic": 1}

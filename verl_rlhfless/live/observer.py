@@ -233,7 +233,7 @@ class LeaseWatch:
 
 
 class StepWatch:
-    """Stamps each line of verl's file logger with the wall time at which it was written."""
+    """Stamps each line of verl's file logger with the wall time at which it was written, up to a kernel tick early."""
 
     def __init__(self, folder: Path, out: TextIO) -> None:
         self._metrics = folder / METRICS_FILE

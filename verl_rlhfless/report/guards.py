@@ -55,7 +55,7 @@ def judge(
     Args:
         arms: The records by arm.
         limits: What they are held to.
-        left_behind: What was found after each arm (processes, shared memory, leases); ``None`` or absent = unknown.
+        left_behind: What was found after each arm (processes, shared memory); ``None`` or absent = nobody looked.
     """
     guards = []
     for name, arm in arms.items():
@@ -65,7 +65,7 @@ def judge(
             _num_samples(name, arm, limits),
             _max_gpus(name, arm, limits),
             _ledger_adds_up(name, arm),
-            _left_behind(name, left_behind.get(name)),
+            _left_behind(name, arm, left_behind.get(name)),
         ]
         if name in limits.pulling_arms:
             guards += [_weight_version(name, arm), _weight_checksum(name, arm)]
@@ -106,8 +106,10 @@ def _ledger_adds_up(name: str, arm: ArmRecord) -> Guard:
     return Guard(f"ledger_adds_up/{name}", worst is not None and worst <= _LEDGER_ERROR, worst, _LEDGER_ERROR)
 
 
-def _left_behind(name: str, found: Sequence[Any] | None) -> Guard:
-    count = None if found is None else len(found)
+def _left_behind(name: str, arm: ArmRecord, found: Sequence[Any] | None) -> Guard:
+    """Count what was found after the arm, and the leases that it had not returned when the watch ended."""
+    held = sum(lease.released_s is None for lease in arm.leases)
+    count = None if found is None else len(found) + held
     return Guard(f"left_behind/{name}", count == 0, count, 0)
 
 
