@@ -55,13 +55,9 @@ def _patch_worker(module: ModuleType) -> None:
 
     @functools.wraps(execute_model)
     def probed_execute_model(self: Any, scheduler_output: Any) -> Any:
-        if any(name.startswith(_WARM_UP) for name in scheduler_output.num_scheduled_tokens):
-            return execute_model(self, scheduler_output)
-        self._rlhfless_probe.begin(scheduler_output)
-        output = execute_model(self, scheduler_output)
-        if output is not None:  # no sampling follows
-            self._rlhfless_probe.end()
-        return output
+        if not any(name.startswith(_WARM_UP) for name in scheduler_output.num_scheduled_tokens):
+            self._rlhfless_probe.begin(scheduler_output)
+        return execute_model(self, scheduler_output)
 
     @functools.wraps(sample_tokens)
     def probed_sample_tokens(self: Any, grammar_output: Any) -> Any:

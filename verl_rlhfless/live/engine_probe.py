@@ -49,7 +49,7 @@ class EngineProbe:
             self._log.begin(self._iteration)
 
     def end(self) -> None:
-        """Note that the iteration is computed; wait for its declared end when paced."""
+        """Note that the iteration that began, if any, is computed; wait for its declared end when paced."""
         iteration, self._iteration = self._iteration, None
         if iteration is None or not iteration.num_requests:
             return

@@ -66,6 +66,19 @@ def test_rank_0_writes_what_it_served(tmp_path: Path, environment: pytest.Monkey
     assert (log.tp, len(log.loaded_s), span.declared_s) == (2, 1, 0.0)
 
 
+def test_an_end_without_a_begin_counts_nothing(tmp_path: Path, environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("RLHFLESS_OBSERVER_DIR", str(tmp_path))
+    probe = EngineProbe.from_environment(rank=0, tp=1)
+
+    probe.end()
+    probe.begin(output(new=("a",)))
+    probe.end()
+    probe.end()
+    probe.begin(output(finished=("a",)))
+
+    assert [span.iterations for span in only_log(tmp_path).busy] == [1]
+
+
 def test_every_rank_is_paced(tmp_path: Path, environment: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     environment.setattr(pacing.Pacer.__init__, "__defaults__", (lambda: 0.0, slept.append))

@@ -29,7 +29,7 @@ def test_spin_is_off_and_polls_are_short() -> None:
     vllm_shm_spin._patch(module)
     vllm_shm_spin._patch(module)  # vLLM may call its plugins twice
 
-    condition = module.SpinCondition(is_reader=True, context=None, notify_address="ipc://x")
+    condition = module.SpinCondition(is_reader=True, context=None, notify_address="ipc://x", busy_loop_s=1)
     for timeout_ms in (None, 5000, 1, 0):
         condition.wait(timeout_ms=timeout_ms)
 

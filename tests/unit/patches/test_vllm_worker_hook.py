@@ -98,6 +98,21 @@ def test_a_request_is_computed_and_recorded(observed: pytest.MonkeyPatch, tmp_pa
     assert (log.tp, span.iterations, span.prefill_tokens, span.decode_tokens, span.finished) == (2, 1, 2, 1, 1)
 
 
+def test_an_iteration_ends_when_its_tokens_are_sampled(observed: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    module = worker_module()
+    observed.setattr(module.Worker, "execute_model", lambda self, scheduler_output: calls.append("execute"))
+    observed.setattr(module.Worker, "sample_tokens", lambda self, grammar_output: calls.append("sample"))
+    vllm_worker_hook._patch_worker(module)
+    worker = module.Worker(rank=0)
+    worker._rlhfless_probe = SimpleNamespace(begin=lambda _: calls.append("begin"), end=lambda: calls.append("end"))
+
+    worker.execute_model(schedule("a"))
+    worker.sample_tokens(None)
+
+    assert calls == ["begin", "execute", "sample", "end"]
+
+
 def test_warm_up_is_not_work(observed: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module = worker_module()
     vllm_worker_hook._patch_worker(module)
