@@ -117,7 +117,9 @@ def _build_tokenizer(texts: list[str]) -> Any:
 def _build_model(folder: Path, tokenizer: Any, seed: int) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(

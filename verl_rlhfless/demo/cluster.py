@@ -64,7 +64,7 @@ def private_cluster(num_gpus: int, environment: Mapping[str, str]) -> Iterator[C
                 object_store_memory=_OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,
-                configure_logging=False,
+                logging_level="ERROR",
                 _temp_dir=temp_dir,
             )
         yield Cluster(context.address_info["gcs_address"], run_id, inherited, segments_before)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from verl_rlhfless.demo import recipe
@@ -16,6 +17,9 @@ from verl_rlhfless.demo.cluster import Cluster, private_cluster
 from verl_rlhfless.errors import ConfigError, RlhflessError
 from verl_rlhfless.live.events import OBSERVER_DIR_VARIABLE
 from verl_rlhfless.live.observer import Observer
+from verl_rlhfless.report.ab import build_ab
+from verl_rlhfless.report.guards import GuardLimits
+from verl_rlhfless.report.table import render
 
 _POLL_S = 0.5
 _ARM_TIMEOUT_S = 1800.0
@@ -73,6 +77,41 @@ class ArmOutcome:
     folder: Path
     exit_code: int
     leftovers: tuple[str, ...]
+
+
+def run_demo(options: DemoOptions) -> int:
+    """Run the chosen arms, print one table, write ``ab.json``, and return the exit code: 1 if an arm or a guard failed.
+
+    Raises:
+        RlhflessError: An option or the data is wrong; nothing was started.
+    """
+    problems = options.problems()
+    options.out.mkdir(parents=True, exist_ok=True)
+    say = partial(print, flush=True)
+    say(f"building a tiny Qwen3, its tokenizer and {len(problems)} problems")
+    assets = build_assets(options.out.resolve() / "assets", problems, options.seed)
+    outcomes = {name: run_arm(recipe.ARMS[name], assets, options, say) for name in options.arms}
+    failed = {name: outcome for name, outcome in outcomes.items() if outcome.exit_code != 0}
+    for name, outcome in failed.items():
+        say(f"{name}: verl ended with exit code {outcome.exit_code}; the end of {outcome.folder / 'train.log'} says why")
+    limits = GuardLimits(
+        num_steps=options.steps,
+        num_samples=recipe.PROMPTS_PER_STEP * recipe.SAMPLES_PER_PROMPT,
+        max_gpus=recipe.NUM_GPUS,
+        pulling_arms=(recipe.ELASTIC.name,),
+    )
+    ab = build_ab(
+        {name: outcome.folder for name, outcome in outcomes.items()},
+        seed=options.seed,
+        num_gpus=recipe.NUM_GPUS,
+        limits=limits,
+        left_behind={name: outcome.leftovers for name, outcome in outcomes.items() if name == recipe.ELASTIC.name},
+    )
+    target = options.out / "ab.json"
+    target.write_text(json.dumps(ab, indent=2) + "\n")
+    say(render(ab))
+    say(f"wrote {target}")
+    return int(bool(failed) or not all(guard["ok"] for guard in ab["guards"]))
 
 
 def run_arm(arm: recipe.Arm, assets: Assets, options: DemoOptions, say: Callable[[str], None]) -> ArmOutcome:

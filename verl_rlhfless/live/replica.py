@@ -21,6 +21,7 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMReplica
 
 from verl_rlhfless.config import PoolConfig
 from verl_rlhfless.errors import ReplicaError
+from verl_rlhfless.live.accelerator import Accelerator
 from verl_rlhfless.live.lease import Lease, LeaseRequest
 from verl_rlhfless.process_tree import ProcessTree, end_tree
 from verl_rlhfless.live.server import ElasticServer
@@ -73,7 +74,7 @@ class ElasticReplica(vLLMReplica):  # type: ignore[misc]
             ReplicaError: The engine did not start in time or failed; the lease is returned.
         """
         request = LeaseRequest(
-            name=self.name, role="replica", gpus_per_node=(self.world_size,), resource=get_platform().ray_resource_name()
+            name=self.name, role="replica", gpus_per_node=(self.world_size,), resource=Accelerator.of_platform().resource
         )
         self.lease = await asyncio.to_thread(Lease.acquire, request, self._pool.grant_timeout_s)
         try:

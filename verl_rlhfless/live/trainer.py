@@ -58,7 +58,9 @@ class ElasticTrainerSync(PPOTrainerSync):  # type: ignore[misc]
         super()._init_resource_pool_mgr()
         stock = self.resource_pool_manager
         self.resource_pool_manager = ElasticResourcePoolManager(
-            resource_pool_spec=stock.resource_pool_spec, mapping=stock.mapping
+            resource_pool_spec=stock.resource_pool_spec,
+            mapping=stock.mapping,
+            grant_timeout_s=self._elastic.pool.grant_timeout_s,
         )
 
     def _setup(self) -> None:
