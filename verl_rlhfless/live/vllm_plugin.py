@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from verl_rlhfless.live.engine_probe import OBSERVER_ENV
+from verl_rlhfless.live.events import OBSERVER_DIR_VARIABLE
 from verl_rlhfless.live.pacing import PACE_ENV
 from verl_rlhfless_patches import vllm_shm_spin, vllm_worker_hook
 
@@ -22,5 +22,5 @@ def install_in_vllm() -> None:
     is_paced = bool(os.environ.get(PACE_ENV))
     if is_paced or os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
         vllm_shm_spin.apply()
-    if is_paced or os.environ.get(OBSERVER_ENV):
+    if is_paced or os.environ.get(OBSERVER_DIR_VARIABLE):
         vllm_worker_hook.apply()
