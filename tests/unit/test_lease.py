@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from verl_rlhfless.errors import LeaseReleaseError
+from verl_rlhfless.live import holder
 from verl_rlhfless.live import lease as lease_module
 from verl_rlhfless.live.holder import Holder, HolderReport
 from verl_rlhfless.live.lease import Lease, LeaseRequest
@@ -33,7 +36,13 @@ def test_a_pinned_request_names_each_bundles_node() -> None:
 def test_nodes_are_sorted_by_address_as_verl_sorts_placement_groups() -> None:
     got = lease(HolderReport("b", "10.0.0.20", ("3",)), HolderReport("a", "10.0.0.1", ("1", "0")))
     assert [node.ip for node in got.nodes] == ["10.0.0.1", "10.0.0.20"]
-    assert got.nodes[0].device_ids == ("1", "0"), "Ray's order of devices is kept"
+
+
+def test_a_holder_reports_devices_in_the_order_of_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = SimpleNamespace(get_node_id=lambda: "a", get_accelerator_ids=lambda: {"GPU": ["10", "9", "2"]})
+    monkeypatch.setattr(holder.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(holder.ray.util, "get_node_ip_address", lambda: "10.0.0.1")
+    assert Holder().report("GPU") == HolderReport("a", "10.0.0.1", ("2", "9", "10"))
 
 
 def test_device_keys_compare_sets_per_node() -> None:
@@ -51,14 +60,14 @@ def test_two_bundles_on_one_node_are_one_set() -> None:
 def test_a_port_in_use_is_passed_over_and_a_full_range_is_an_error() -> None:
     import socket
 
-    holder = Holder()
+    node = Holder()
     with socket.socket() as taken:
         taken.bind(("", 0))
         port = taken.getsockname()[1]
-        assert holder.free_port((port, port + 50)) > port
+        assert node.free_port((port, port + 50)) > port
         with pytest.raises(OSError, match="no free port"):
-            holder.free_port((port, port + 1))
-    assert holder.free_port() > 0
+            node.free_port((port, port + 1))
+    assert node.free_port() > 0
 
 
 @pytest.fixture

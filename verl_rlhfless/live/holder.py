@@ -26,7 +26,7 @@ class Holder:
     """One per node of a lease; runs as a Ray actor that takes all accelerators of its bundle."""
 
     def report(self, resource: str) -> HolderReport:
-        """Return the node and the devices of this bundle, in Ray's order.
+        """Return the node and the devices of this bundle, sorted: Ray answers from a set, in any order.
 
         Args:
             resource: Ray's name of the accelerator, e.g. ``GPU``.
@@ -35,7 +35,7 @@ class Holder:
         return HolderReport(
             node_id=context.get_node_id(),
             ip=ray.util.get_node_ip_address(),
-            device_ids=tuple(context.get_accelerator_ids()[resource]),
+            device_ids=tuple(sorted(context.get_accelerator_ids()[resource], key=lambda device: (len(device), device))),
         )
 
     def free_port(self, port_range: tuple[int, int] | None = None) -> int:
