@@ -7,7 +7,9 @@ needs both by name, noted while it still runs.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ import psutil
 
 _SHM = Path("/dev/shm")
 _SEGMENT_PREFIX = "psm_"
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,27 @@ def mapped_segments(pid: int) -> Iterable[str]:
         for line in maps:
             if marker in line:
                 yield line.split(f"{_SHM}/", 1)[1].split()[0]
+
+
+def process_key(pid: int) -> tuple[int, float]:
+    """Return pid and create time of a process, which together name it for good."""
+    return pid, psutil.Process(pid).create_time()
+
+
+def end_server(server: tuple[int, float], known: ProcessTree, timeout_s: float) -> tuple[int, ...]:
+    """End a server that may or may not live: itself, what it runs now, and what it was known to run.
+
+    Returns:
+        The pids that survived.
+    """
+    now = inspect_tree(server[0]) if _same_process(server) is not None else ProcessTree((), ())
+    children = tuple(dict.fromkeys((*now.children, *known.children, server)))
+    return end_tree(ProcessTree(children, tuple({*now.segments, *known.segments})), timeout_s)
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent ends, however that ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def end_tree(tree: ProcessTree, timeout_s: float) -> tuple[int, ...]:

@@ -46,8 +46,7 @@ def _inject(trainer_module: ModuleType) -> None:
 def _kill_when_busy(server: Any) -> None:
     while not ray.get(server.num_running.remote()):
         time.sleep(0.01)
-    _, tree = ray.get(server.process_tree.remote())
-    for pid, _ in tree.children:
+    for pid, _ in ray.get(server.process_tree.remote()).children:
         psutil.Process(pid).kill()
 
 

@@ -9,7 +9,7 @@ from multiprocessing import shared_memory
 import psutil
 import pytest
 
-from verl_rlhfless.process_tree import ProcessTree, all_segments, end_tree, inspect_tree
+from verl_rlhfless.process_tree import ProcessTree, all_segments, end_server, end_tree, inspect_tree, process_key
 
 _CHILD = """
 import subprocess, sys
@@ -54,3 +54,22 @@ def test_reused_pid_is_left_alone(engine_like) -> None:
     stale = ProcessTree(((process.pid, psutil.Process(process.pid).create_time() - 100.0),), ())
     assert end_tree(stale, timeout_s=1) == ()
     assert process.poll() is None
+
+
+def test_server_ends_with_what_it_runs_now(engine_like) -> None:
+    process, segment = engine_like
+    ours = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    assert end_server(process_key(process.pid), ProcessTree((), ()), timeout_s=10) == ()
+    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in ours)
+    assert segment not in all_segments()
+
+
+def test_server_that_is_gone_still_loses_what_it_was_known_to_run(engine_like) -> None:
+    process, segment = engine_like
+    tree = inspect_tree(process.pid)
+    server = process_key(process.pid)
+    process.kill()
+    process.wait()
+    assert end_server(server, ProcessTree(tree.children, (segment,)), timeout_s=10) == ()
+    assert not any(psutil.pid_exists(pid) for pid, _ in tree.children)
+    assert segment not in all_segments()

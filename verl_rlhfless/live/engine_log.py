@@ -21,6 +21,9 @@ from verl_rlhfless.errors import DataError
 from verl_rlhfless.live.iteration import Iteration
 from verl_rlhfless.live.pacing import NOT_PACED, PacedTime
 
+LEASE_VARIABLE = "RLHFLESS_LEASE"
+"""Environment variable with the name of the lease that an engine runs on; unset in a hybrid engine."""
+
 FLUSH_INTERVAL_S = 1.0
 """Longest time that a busy engine keeps a record in memory."""
 
@@ -58,7 +61,7 @@ class EngineLog:
 
     Attributes:
         pid: Process id of the worker that wrote it.
-        lease: Lease that the engine runs on (``RLHFLESS_LEASE``); ``None`` when it was not told.
+        lease: Lease that the engine runs on (:data:`LEASE_VARIABLE`); ``None`` when it was not told.
         replica_rank: verl's rank of the replica; ``None`` outside verl.
         tp: Tensor-parallel size.
         started_s: When the worker started.
@@ -87,7 +90,7 @@ class EngineLogWriter:
             {
                 "event": "engine",
                 "pid": os.getpid(),
-                "lease": os.environ.get("RLHFLESS_LEASE"),
+                "lease": os.environ.get(LEASE_VARIABLE),
                 "replica_rank": None if rank is None else int(rank),
                 "tp": tp,
                 "t": clock(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 from typing import Any
@@ -95,7 +96,8 @@ class Fleet:
         return await asyncio.gather(*[self._release_one(replica) for replica in leaving], return_exceptions=True)
 
     async def _release_one(self, replica: ElasticReplica) -> None:
-        drained = await replica.drain()
-        await replica.stop()
+        report = await replica.release()
         assert replica.lease is not None
-        self._events.write("replica_released", lease=replica.lease.name, drained=drained, state=replica.state.value)
+        self._events.write(
+            "replica_released", lease=replica.lease.name, state=replica.state.value, **dataclasses.asdict(report)
+        )

@@ -22,10 +22,14 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMReplica
 from verl_rlhfless.config import PoolConfig
 from verl_rlhfless.errors import ReplicaError
 from verl_rlhfless.live.accelerator import Accelerator
+from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.lease import Lease, LeaseRequest
-from verl_rlhfless.process_tree import ProcessTree, end_tree
+from verl_rlhfless.process_tree import ProcessTree, end_server
 from verl_rlhfless.live.server import ElasticServer
 from verl_rlhfless.live.weights import PullReport
+
+
+_DRAIN_POLL_S = 0.02
 
 
 class ReplicaState(str, enum.Enum):
@@ -49,6 +53,23 @@ class WeightSource:
     timeout_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class ReleaseReport:
+    """How a replica ended.
+
+    Attributes:
+        drained: Whether its requests ended by themselves; else they were aborted at the deadline.
+        drain_s: From leaving the router to the last request's end.
+        engine_s: Ending the engine and confirming that its processes are gone.
+        lease_s: Giving the GPUs back and confirming it.
+    """
+
+    drained: bool
+    drain_s: float
+    engine_s: float
+    lease_s: float
+
+
 class ElasticReplica(vLLMReplica):  # type: ignore[misc]
     """A vLLM replica on a lease of its own. Its rank is never reused: verl's actor and socket names contain it."""
 
@@ -59,7 +80,8 @@ class ElasticReplica(vLLMReplica):  # type: ignore[misc]
         self.state = ReplicaState.REQUESTED
         self.lease: Lease | None = None
         self._pool = pool
-        self._processes: tuple[int, ProcessTree] | None = None
+        self._server_process: tuple[int, float] | None = None
+        self._tree = ProcessTree((), ())
 
     @property
     def name(self) -> str:
@@ -104,7 +126,7 @@ class ElasticReplica(vLLMReplica):  # type: ignore[misc]
         env_vars = {
             **{variable: "1" for variable in platform.ray_noset_envvars()},
             **platform.rollout_env_vars(),
-            "RLHFLESS_LEASE": self.lease.name,
+            LEASE_VARIABLE: self.lease.name,
         }
         server = self.server_class.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.node_id, soft=False),
@@ -124,40 +146,65 @@ class ElasticReplica(vLLMReplica):  # type: ignore[misc]
             cuda_visible_devices=",".join(node.device_ids),
         )
         self.servers = [server]
+        self._server_process = await server.process.remote()
         await server.launch_server.remote()
-        self._processes = await server.process_tree.remote()
+        self._tree = await server.process_tree.remote()
         ip, port = await server.get_server_address.remote()
         self._server_handle = server
         self._server_address = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
 
-    async def drain(self) -> bool:
-        """Wait until no request runs, at most ``drain_timeout_s``; return whether it drained by itself.
+    async def release(self) -> ReleaseReport:
+        """Drain, end the engine, give the lease back, and return how long each took.
 
-        Past the deadline the requests are aborted, which their clients see as an error.
+        Raises:
+            ReplicaError: A process survived; the lease is kept, because its GPUs are still in use.
+            LeaseReleaseError: Ray did not confirm the release in time.
+        """
+        started = time.monotonic()
+        drained = await self._drain()
+        drained_s = time.monotonic()
+        await self._stop_engine()
+        stopped_s = time.monotonic()
+        await self._return_lease()
+        return ReleaseReport(drained, drained_s - started, stopped_s - drained_s, time.monotonic() - stopped_s)
+
+    async def stop(self) -> None:
+        """End the engine and give the lease back at once; whatever still runs on it is lost. Safe to call twice.
+
+        Raises:
+            ReplicaError: A process survived; the lease is kept, because its GPUs are still in use.
+            LeaseReleaseError: Ray did not confirm the release in time.
+        """
+        await self._stop_engine()
+        await self._return_lease()
+
+    async def _drain(self) -> bool:
+        """Wait until no request runs, at most ``drain_timeout_s``, then abort what is left; return whether nothing was.
+
+        The clients of aborted requests see an error.
         """
         self.state = ReplicaState.DRAINING
         deadline = time.monotonic() + self._pool.drain_timeout_s
-        with contextlib.suppress(ray.exceptions.RayError):
+        with contextlib.suppress(ray.exceptions.RayError):  # a server that is gone has nothing to drain
             while await self._server_handle.num_running.remote():
                 if time.monotonic() > deadline:
                     await self.abort_all_requests(reject_request=True)
                     return False
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(_DRAIN_POLL_S)
         return True
 
-    async def stop(self) -> None:
-        """End the engine, confirm that its processes are gone, and give the lease back. Safe to call twice, and after a loss.
-
-        Raises:
-            ReplicaError: A process survived; the lease is kept, because its GPUs are still in use.
-        """
+    async def _stop_engine(self) -> None:
         survivors: tuple[int, ...] = ()
         for server in self.servers:
             survivors = await self._stop_server(server)
         self.servers = []
         if survivors:
             self.state = ReplicaState.LOST
-            raise ReplicaError(f"replica {self.name}: processes {list(survivors)} survived a kill, so its GPUs stay leased.")
+            raise ReplicaError(
+                f"replica {self.name}: processes {list(survivors)} survived a kill, so its GPUs stay leased. Look at their node."
+            )
+
+    async def _return_lease(self) -> None:
         if self.lease is not None:
             await asyncio.to_thread(self.lease.release, self._pool.release_timeout_s)
         if self.state is not ReplicaState.LOST:
@@ -170,17 +217,16 @@ class ElasticReplica(vLLMReplica):  # type: ignore[misc]
         except (ray.exceptions.RayError, asyncio.TimeoutError):
             self.state = ReplicaState.LOST
             survivors = await self._reap(timeout_s)
-        ray.kill(server, no_restart=True)
+        ray.kill(server, no_restart=True)  # only now: the server is the one that knows its processes
         return tuple(survivors)
 
     async def _reap(self, timeout_s: float) -> tuple[int, ...]:
-        """End the processes of a server that no longer answers, from a task on its node."""
-        if self._processes is None or self.lease is None:
+        """End the processes of a server that does not answer, from a task on its node."""
+        if self._server_process is None or self.lease is None:
             return ()
-        pid, tree = self._processes
         affinity = NodeAffinitySchedulingStrategy(node_id=self.lease.nodes[0].node_id, soft=False)
-        reap = ray.remote(num_cpus=0)(end_tree).options(scheduling_strategy=affinity)
-        return tuple(await _awaitable(reap.remote(tree, timeout_s)))
+        reap = ray.remote(num_cpus=0)(end_server).options(scheduling_strategy=affinity)
+        return tuple(await _awaitable(reap.remote(self._server_process, self._tree, timeout_s)))
 
 
 async def _awaitable(reference: Any) -> Any:

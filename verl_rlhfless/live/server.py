@@ -8,7 +8,7 @@ from typing import Any
 
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 
-from verl_rlhfless.process_tree import ProcessTree, end_tree, inspect_tree
+from verl_rlhfless.process_tree import ProcessTree, end_tree, inspect_tree, process_key
 from verl_rlhfless.live.weights import PullReport, pull_into_engine
 
 _WORKER_EXTENSION = "verl_rlhfless.live.engine_worker.ElasticWorkerExtension"
@@ -20,9 +20,13 @@ class ElasticServer(vLLMHttpServer):  # type: ignore[misc]
     def _get_worker_extension_cls(self) -> str:
         return _WORKER_EXTENSION
 
-    async def process_tree(self) -> tuple[int, ProcessTree]:
-        """Return this actor's pid and everything that must be gone once it ended."""
-        return os.getpid(), inspect_tree(os.getpid())
+    async def process(self) -> tuple[int, float]:
+        """Return pid and create time of this actor's process."""
+        return process_key(os.getpid())
+
+    async def process_tree(self) -> ProcessTree:
+        """Return everything that this actor started and that must be gone once it ended."""
+        return inspect_tree(os.getpid())
 
     async def pull_weights(self, version: int, store_name: str, timeout_s: float) -> PullReport:
         """Load ``version`` from the store into the engine and return what was loaded.
@@ -42,6 +46,7 @@ class ElasticServer(vLLMHttpServer):  # type: ignore[misc]
         """
         tree = inspect_tree(os.getpid())
         self._server_task.cancel()
+        self.engine.output_handler.cancel()  # else it reports the engine's end as a failure
         return await asyncio.to_thread(end_tree, tree, timeout_s)
 
     async def num_running(self) -> int:

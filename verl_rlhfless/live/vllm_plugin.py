@@ -6,19 +6,26 @@ before its first use. The module must stay light: nothing of vLLM is imported be
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 
+from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.events import OBSERVER_DIR_VARIABLE
 from verl_rlhfless.live.pacing import PACE_ENV
+from verl_rlhfless.process_tree import die_with_parent
 from verl_rlhfless_patches import vllm_shm_spin, vllm_worker_hook
 
 
 def install_in_vllm() -> None:
-    """Install the parts of the instrument that the environment asks for; may be called any number of times.
+    """Tie the engine of an elastic replica to its server, and install the parts of the instrument that the environment asks for.
+
+    May be called any number of times.
 
     Raises:
         UnsupportedError: This version of vLLM is not the one that the patches were written for.
     """
+    if os.environ.get(LEASE_VARIABLE) and multiprocessing.parent_process() is not None:
+        die_with_parent()  # vLLM's EngineCore outlives a server actor that is killed, and with it the use of leased GPUs
     is_paced = bool(os.environ.get(PACE_ENV))
     if is_paced or os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
         vllm_shm_spin.apply()
