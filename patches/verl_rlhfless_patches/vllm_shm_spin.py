@@ -37,7 +37,7 @@ def apply() -> None:
 
 
 def _patch(module: ModuleType) -> None:
-    condition = getattr(module, "SpinCondition", None)
+    condition: Any = getattr(module, "SpinCondition", None)
     for name, parameters in _SIGNATURES.items():
         method = getattr(condition, name, None)
         if method is None or list(inspect.signature(method).parameters) != parameters:
@@ -57,4 +57,4 @@ def _patch(module: ModuleType) -> None:
         wait(self, _MAX_POLL_MS if timeout_ms is None else min(timeout_ms, _MAX_POLL_MS))
 
     condition.__init__, condition.wait = quiet_init, short_wait
-    module.SPINLOOP_EXT_ENABLED = False
+    vars(module)["SPINLOOP_EXT_ENABLED"] = False

@@ -74,7 +74,7 @@ def _patch_worker(module: ModuleType) -> None:
 
 
 def _patch_load(module: ModuleType) -> None:
-    extension = getattr(module, "vLLMColocateWorkerExtension", None)
+    extension: Any = getattr(module, "vLLMColocateWorkerExtension", None)
     load = getattr(extension, "update_weights_from_ipc", None)
     if load is None:
         raise UnsupportedError(
