@@ -102,6 +102,10 @@ def test_what_was_left_behind_is_counted_and_not_having_looked_is_a_failure():
     assert failed(GOOD, left_behind=None) == {"left_behind/elastic": None}
 
 
+def test_an_arm_that_promises_nothing_is_not_judged_by_what_it_left_behind():
+    assert "left_behind/stock" not in {guard.name for guard in judge({"stock": GOOD}, LIMITS, {})}
+
+
 def test_a_lease_that_outlives_the_run_is_left_behind():
     held = LeaseSpan("rlhfless/replica/r7", "replica", 1, 10.0, 10.0, None)
     assert failed(replace(GOOD, leases=(*GOOD.leases, held))) == {"left_behind/elastic": 1}

@@ -6,20 +6,15 @@ Units are in the names: ``_s`` seconds, ``gpu_s_*`` GPU-seconds. What is not kno
 from __future__ import annotations
 
 import itertools
-import os
-import platform
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from verl_rlhfless import __version__
 from verl_rlhfless.ledger import account, whole_run
+from verl_rlhfless.report.environment import hardware, versions
 from verl_rlhfless.report.guards import GuardLimits, judge
 from verl_rlhfless.report.observed import Observed, read_observed
 from verl_rlhfless.report.record import ArmRecord, Figures, HostUse, Pull, StepRecord
@@ -27,8 +22,6 @@ from verl_rlhfless.report.timeline import StepTime, Timeline, build_timeline
 from verl_rlhfless.types import LeaseSpan
 
 FORMAT = "rlhfless-ab/1"
-
-_DISTRIBUTIONS = ("verl", "vllm", "torch", "ray")
 
 
 def build_ab(
@@ -53,8 +46,8 @@ def build_ab(
     records = {name: build_arm(folder) for name, folder in arms.items()}
     return {
         "format": FORMAT,
-        "versions": _versions(),
-        "hardware": _hardware(num_gpus),
+        "versions": versions(),
+        "hardware": hardware(num_gpus),
         "seed": seed,
         "arms": {name: record.as_json() for name, record in records.items()},
         "guards": [asdict(guard) for guard in judge(records, limits, left_behind)],
@@ -192,31 +185,3 @@ def _host_use(observed: Observed) -> HostUse | None:
         memory_peak_bytes=samples[-1].memory_peak_bytes,
         observer_cpu_percent=100 * samples[-1].observer_cpu_s / wall_s,
     )
-
-
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version(), "verl_rlhfless": __version__}
-    for name in _DISTRIBUTIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
-
-
-def _hardware(num_gpus: int) -> dict[str, Any]:
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "gpus_declared": num_gpus,
-    }
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

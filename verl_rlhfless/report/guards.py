@@ -55,7 +55,8 @@ def judge(
     Args:
         arms: The records by arm.
         limits: What they are held to.
-        left_behind: What was found after each arm (processes, shared memory); ``None`` or absent = nobody looked.
+        left_behind: What was found after an arm (processes, shared memory); ``None`` = not known. An arm that is not
+            named is not judged by it: stock verl never ends its engines itself.
     """
     guards = []
     for name, arm in arms.items():
@@ -65,8 +66,9 @@ def judge(
             _num_samples(name, arm, limits),
             _max_gpus(name, arm, limits),
             _ledger_adds_up(name, arm),
-            _left_behind(name, arm, left_behind.get(name)),
         ]
+        if name in left_behind:
+            guards.append(_left_behind(name, arm, left_behind[name]))
         if name in limits.pulling_arms:
             guards += [_weight_version(name, arm), _weight_checksum(name, arm)]
     return guards
