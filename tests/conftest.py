@@ -1,11 +1,15 @@
-"""Shared by all tests: tests that need a GPU are skipped with their reason where there is none."""
+"""Shared by all tests: cheap folders run first; what needs a GPU is skipped, with its reason, where there is none."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
+
+TESTS = Path(__file__).parent
+CHEAP_FIRST = ("unit", "property", "contract", "integration", "e2e")
 
 
 def _has_gpu() -> bool:
@@ -15,7 +19,12 @@ def _has_gpu() -> bool:
     return listing.returncode == 0 and "GPU" in listing.stdout
 
 
+def _cost(item: pytest.Item) -> int:
+    return CHEAP_FIRST.index(item.path.relative_to(TESTS).parts[0])
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_cost)
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if needing and not _has_gpu():
         for item in needing:
