@@ -1,7 +1,7 @@
 """The operating-system side of an engine: its processes and its shared-memory segments.
 
-vLLM leaks ``/dev/shm/psm_*`` segments on every kind of exit, and an engine outlives a server actor that is killed: whoever stops a replica
-needs both by name, noted while it still runs.
+vLLM leaks ``/dev/shm/psm_*`` segments on every kind of exit, and an engine outlives a server actor that is killed:
+whoever stops a replica needs both by name, noted while it still runs.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def die_with_parent() -> None:
 
 
 def end_tree(tree: ProcessTree, timeout_s: float) -> tuple[int, ...]:
-    """Kill the processes of ``tree``, unlink its segments, and return the pids that are still alive after ``timeout_s``."""
+    """Kill the processes of ``tree``, unlink its segments, and return the pids still alive after ``timeout_s``."""
     alive = [process for process in map(_same_process, tree.children) if process is not None]
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,6 +1,7 @@
 """Frozen values shared by policy, ledger, simulator and live system.
 
-Times are seconds since the Unix epoch in the live system and simulated seconds in the simulator; a value never mixes both.
+Times are seconds since the Unix epoch in the live system and simulated seconds in the simulator; a value never
+mixes both.
 """
 
 from __future__ import annotations

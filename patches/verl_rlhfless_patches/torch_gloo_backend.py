@@ -1,8 +1,8 @@
 """Accept verl's backend string ``cpu:gloo,cpu:gloo``.
 
-Why: verl builds ``cpu:gloo,<device>:<backend>`` (``verl/utils/distributed.py``, ``initialize_global_process_group*``); with the CPU
-platform both halves are equal and torch refuses a repeated device.
-Remove when: verl builds one half for a CPU device.
+Why: verl builds ``cpu:gloo,<device>:<backend>`` (``verl/utils/distributed.py``,
+    ``initialize_global_process_group*``); with the CPU platform both halves are equal and torch refuses a repeated
+    device. Remove when: verl builds one half for a CPU device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def apply() -> None:
         return
     if next(iter(inspect.signature(original).parameters)) != "backend":
         raise UnsupportedError(
-            f"torch {torch.__version__}: init_process_group no longer takes `backend` first. Update {__name__} or pin torch."
+            f"torch {torch.__version__}: init_process_group has no first `backend`. Update {__name__} or pin torch."
         )
 
     def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> Any:

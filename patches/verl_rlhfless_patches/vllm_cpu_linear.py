@@ -1,9 +1,9 @@
 """Keep plain linear weights in vLLM on CPU, so that they can be loaded again.
 
 Why: vLLM packs each Linear weight into a private oneDNN handle and empties ``layer.weight``
-(``vllm/model_executor/layers/utils.py``, ``dispatch_cpu_unquantized_gemm``); a later ``load_weights`` then fails, or is silently ignored
-for ``lm_head``. RLHF loads new weights in every step.
-Remove when: vLLM's CPU backend supports reloading packed weights.
+(``vllm/model_executor/layers/utils.py``, ``dispatch_cpu_unquantized_gemm``); a later ``load_weights`` then fails,
+or is silently ignored for ``lm_head``. RLHF loads new weights in every step. Remove when: vLLM's CPU backend
+supports reloading packed weights.
 """
 
 from __future__ import annotations

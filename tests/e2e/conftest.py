@@ -24,7 +24,9 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
 def train(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunArm]:
     """Train one arm with extra overrides and environment, and return how it ended."""
 
-    def run(arm: recipe.Arm, steps: int, overrides: tuple[str, ...] = (), environment: Mapping[str, str] = {}) -> ArmOutcome:
+    def run(
+        arm: recipe.Arm, steps: int, overrides: tuple[str, ...] = (), environment: Mapping[str, str] = {}
+    ) -> ArmOutcome:
         out: Path = tmp_path_factory.mktemp(arm.name)
         changed = recipe.Arm(arm.name, (*arm.overrides, *overrides))
         with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,5 @@
-"""Faults for the end-to-end tests, injected from outside through ``VERL_USE_EXTERNAL_MODULES``: the product has no switch for them.
+"""Faults for the end-to-end tests, injected from outside through ``VERL_USE_EXTERNAL_MODULES``: the product has no
+switch for them.
 
 ``RLHFLESS_TEST_STALE_STEP=k``: the replicas of step k are given the weights of the version before.
 ``RLHFLESS_TEST_KILL_STEP=k``: in step k one replica's engine is killed while it generates.

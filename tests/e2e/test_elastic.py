@@ -11,7 +11,7 @@ from verl_rlhfless.demo import recipe
 from verl_rlhfless.demo.run import ArmOutcome
 from verl_rlhfless.report.ab import build_arm
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.slow
 
 _STALE_STEP, _KILL_STEP = 2, 3
 
@@ -29,7 +29,9 @@ def outcome(train: Any, external_module: Any) -> ArmOutcome:
 
 @pytest.fixture(scope="module")
 def records(outcome: ArmOutcome) -> list[dict[str, Any]]:
-    return [json.loads(line) for path in outcome.folder.glob("events-*.jsonl") for line in path.read_text().splitlines()]
+    return [
+        json.loads(line) for path in outcome.folder.glob("events-*.jsonl") for line in path.read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""With every plugin off, verl is stock verl: the same greedy tokens with our group on the command line and without it."""
+"""With every plugin off, verl is stock verl: the same greedy tokens with our group and without it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from verl_rlhfless.demo import recipe
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.slow
 
 _ONE_GPU_GREEDY = ("trainer.n_gpus_per_node=1", "actor_rollout_ref.rollout.top_k=1")
 

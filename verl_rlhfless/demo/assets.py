@@ -46,7 +46,7 @@ def arithmetic_problems(count: int, seed: int) -> list[Problem]:
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """Return the problems of a GSM8K-style JSON Lines file: ``question``, and an ``answer`` that ends in ``#### <number>``.
+    """Return the problems of a JSON Lines file in GSM8K's form: ``question``, and ``answer`` ending in ``#### 42``.
 
     Raises:
         DataError: The file is missing, empty or malformed; the message names path and line.
@@ -67,7 +67,9 @@ def _parse_problem(line: str, where: str) -> Problem:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}). Write one object per line.") from None
+        raise DataError(
+            f"{where}: not JSON ({error.msg} at column {error.colno}). Write one object per line."
+        ) from None
     if not isinstance(row, dict) or not isinstance(row.get("question"), str) or not isinstance(row.get("answer"), str):
         raise DataError(f"{where}: needs the strings `question` and `answer`.")
     answer = row["answer"].rpartition("####")[2].strip().replace(",", "")
@@ -77,7 +79,7 @@ def _parse_problem(line: str, where: str) -> Problem:
 
 
 def build_assets(folder: Path, problems: list[Problem], seed: int) -> Assets:
-    """Write a tiny random Qwen3, a byte-level BPE tokenizer trained on the problems, and train / validation parquet files.
+    """Write a tiny random Qwen3, a byte-level BPE tokenizer trained on the problems, and two parquet files.
 
     The model has 2 layers, hidden size 128, 4 heads, 2 KV heads, tied embeddings, fp32: about 0.6 M parameters.
     """

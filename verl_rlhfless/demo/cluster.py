@@ -9,7 +9,6 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
@@ -49,7 +48,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def private_cluster(num_gpus: int, environment: Mapping[str, str]) -> Iterator[Cluster]:
-    """Start Ray with ``num_gpus`` declared GPUs; every process of it inherits ``environment``. All of them are ended on exit."""
+    """Start Ray with ``num_gpus`` declared GPUs; its processes inherit ``environment`` and end on exit."""
     import ray
 
     run_id = uuid.uuid4().hex

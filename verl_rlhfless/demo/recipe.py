@@ -1,4 +1,4 @@
-"""The demo's recipe: the overrides of ``python -m verl.trainer.main_ppo`` that both arms share, and the few that differ."""
+"""The demo's recipe: overrides of ``python -m verl.trainer.main_ppo`` that both arms share, and the few that differ."""
 
 from __future__ import annotations
 

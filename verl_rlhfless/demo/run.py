@@ -42,7 +42,9 @@ class DemoOptions:
             raise ConfigError("--seed", self.seed, "must be between 0 and 2**31 - 1", "Choose another seed.")
         for name in self.arms:
             if name not in recipe.ARMS:
-                raise ConfigError("--arms", name, f"must be among {', '.join(recipe.ARMS)}", "Separate several by commas.")
+                raise ConfigError(
+                    "--arms", name, f"must be among {', '.join(recipe.ARMS)}", "Separate several by commas."
+                )
         if not self.arms or len(set(self.arms)) < len(self.arms):
             raise ConfigError("--arms", ",".join(self.arms), "must name each arm once", "Use --arms stock,elastic.")
         if self.out.exists() and not self.out.is_dir():
@@ -93,7 +95,9 @@ def run_demo(options: DemoOptions) -> int:
     outcomes = {name: run_arm(recipe.ARMS[name], assets, options, say) for name in options.arms}
     failed = {name: outcome for name, outcome in outcomes.items() if outcome.exit_code != 0}
     for name, outcome in failed.items():
-        say(f"{name}: verl ended with exit code {outcome.exit_code}; the end of {outcome.folder / 'train.log'} says why")
+        say(
+            f"{name}: verl ended with exit code {outcome.exit_code}; the end of {outcome.folder / 'train.log'} says why"
+        )
     limits = GuardLimits(
         num_steps=options.steps,
         num_samples=recipe.PROMPTS_PER_STEP * recipe.SAMPLES_PER_PROMPT,
@@ -139,9 +143,12 @@ def _train(command: Sequence[str], cluster: Cluster, folder: Path, say: Callable
     log = folder / "train.log"
     say(f"starting verl, its log is {log}")
     started = time.monotonic()
-    with log.open("w") as output, subprocess.Popen(
-        command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=cluster.child_environment()
-    ) as process:
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=cluster.child_environment()
+        ) as process,
+    ):
         try:
             done = 0
             while process.poll() is None:

@@ -19,7 +19,7 @@ class RolloutLedger:
         self._expected: dict[str, tuple[int, Any]] = {}
 
     def expect(self, batch: Mapping[str, Any]) -> None:
-        """Note the prompt groups of a submitted batch: ``uid``, data set row ``index`` and, where set, ``__rollout_n__``."""
+        """Note the groups of a submitted batch: ``uid``, data set row ``index`` and, where set, ``__rollout_n__``."""
         uids = list(batch["uid"])
         rows = list(batch["index"]) if "index" in batch else [None] * len(uids)
         counts = list(batch["__rollout_n__"]) if "__rollout_n__" in batch else [self._samples_per_prompt] * len(uids)
@@ -50,6 +50,6 @@ class RolloutLedger:
                 lost.append(f"group {uid} (data row {row}): {len(sessions.get(uid, ()))} of {n} samples")
         if lost:
             raise SampleLossError(
-                f"{len(lost)} of {num_groups} prompt groups came back incomplete: {'; '.join(lost)}. Training on the rest "
-                "would be silent loss, so the run stops: look for the replica or reward error above."
+                f"{len(lost)} of {num_groups} prompt groups came back incomplete: {'; '.join(lost)}. Training "
+                "on the rest would be silent loss, so the run stops: look for the replica or reward error above."
             )

@@ -1,7 +1,8 @@
 """A pure-CPU platform for verl, so that a whole RLHF run can be debugged and benchmarked without a GPU.
 
-Chosen by ``VERL_PLATFORM=cpu``. Ray's resource stays ``GPU`` (declare fake ones with ``ray.init(num_gpus=N)``), so placement, leases and
-cost are those of a GPU run; collectives are gloo; weights travel through shared memory, verl's own fallback without IPC.
+Chosen by ``VERL_PLATFORM=cpu``. Ray's resource stays ``GPU`` (declare fake ones with ``ray.init(num_gpus=N)``), so
+placement, leases and cost are those of a GPU run; collectives are gloo; weights travel through shared memory, verl's
+own fallback without IPC.
 """
 
 from __future__ import annotations
@@ -141,6 +142,9 @@ def register() -> None:
 
 
 def _register_fsdp_engines(fsdp: types.ModuleType) -> None:
-    """verl registers its FSDP engines for cuda and npu only; the same classes run on CPU with gloo."""
-    for model_type, engine in (("language_model", fsdp.FSDPEngineWithLMHead), ("value_model", fsdp.FSDPEngineWithValueHead)):
+    """Verl registers its FSDP engines for cuda and npu only; the same classes run on CPU with gloo."""
+    for model_type, engine in (
+        ("language_model", fsdp.FSDPEngineWithLMHead),
+        ("value_model", fsdp.FSDPEngineWithValueHead),
+    ):
         fsdp.EngineRegistry.register(model_type=model_type, backend=["fsdp", "fsdp2"], device="cpu")(engine)

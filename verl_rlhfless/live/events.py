@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 OBSERVER_DIR_VARIABLE = "RLHFLESS_OBSERVER_DIR"
-"""Environment variable with the folder that every arm's processes write their records to; unset = nothing is recorded."""
+"""Environment variable: folder that every arm's processes write their records to; unset = nothing is recorded."""
 
 
 class EventLog:

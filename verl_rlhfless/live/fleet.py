@@ -81,7 +81,8 @@ class Fleet:
         """Take every replica out of the router, drain it, end it, and give its lease back.
 
         Raises:
-            RlhflessError: A replica could not be ended or its lease not be returned; the others are released all the same.
+            RlhflessError: A replica could not be ended or its lease not be returned; the others are released all
+                the same.
         """
         leaving, self.replicas = self.replicas, []
         if not leaving:

@@ -1,7 +1,8 @@
 """The only registration point, named by the entry point ``verl.plugins``.
 
-verl imports this module at the end of every ``import verl``, in vLLM's children too: it must stay light, and it must not change anything
-unless the run asks for it. verl swallows exceptions raised here, so a failure ends the process with one line instead.
+verl imports this module at the end of every ``import verl``, in vLLM's children too: it must stay light, and it
+must not change anything unless the run asks for it. verl swallows exceptions raised here, so a failure ends the
+process with one line instead.
 """
 
 from __future__ import annotations

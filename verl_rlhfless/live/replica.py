@@ -1,7 +1,7 @@
 """One elastic rollout replica, from the request for GPUs to their confirmed return.
 
-Invariants: an engine runs outside its lease's placement group (removing a group kills everything inside it), so the end of a replica is
-always engine first, lease second; whatever fails on the way up, the lease is returned.
+Invariants: an engine runs outside its lease's placement group (removing a group kills everything inside it), so the
+    end of a replica is always engine first, lease second; whatever fails on the way up, the lease is returned.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from verl_rlhfless.errors import ReplicaError
 from verl_rlhfless.live.accelerator import Accelerator
 from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.lease import Lease, LeaseRequest
-from verl_rlhfless.process_tree import ProcessTree, end_server
 from verl_rlhfless.live.server import ElasticServer
 from verl_rlhfless.live.weights import PullReport
-
+from verl_rlhfless.process_tree import ProcessTree, end_server
 
 _DRAIN_POLL_S = 0.02
 
@@ -96,7 +95,10 @@ class ElasticReplica(vLLMReplica):  # type: ignore[misc]
             ReplicaError: The engine did not start in time or failed; the lease is returned.
         """
         request = LeaseRequest(
-            name=self.name, role="replica", gpus_per_node=(self.world_size,), resource=Accelerator.of_platform().resource
+            name=self.name,
+            role="replica",
+            gpus_per_node=(self.world_size,),
+            resource=Accelerator.of_platform().resource,
         )
         self.lease = await asyncio.to_thread(Lease.acquire, request, self._pool.grant_timeout_s)
         try:
@@ -119,12 +121,15 @@ class ElasticReplica(vLLMReplica):  # type: ignore[misc]
             raise
 
     async def launch_servers(self) -> None:
-        """Start verl's server actor on the leased devices. Differs from verl: no worker process tells the devices, the lease does."""
+        """Start verl's server actor on the leased devices.
+
+        Differs from verl: the lease tells the devices, not a worker process.
+        """
         assert self.lease is not None
         (node,) = self.lease.nodes
         platform = get_platform()
         env_vars = {
-            **{variable: "1" for variable in platform.ray_noset_envvars()},
+            **dict.fromkeys(platform.ray_noset_envvars(), "1"),
             **platform.rollout_env_vars(),
             LEASE_VARIABLE: self.lease.name,
         }
@@ -201,7 +206,8 @@ class ElasticReplica(vLLMReplica):  # type: ignore[misc]
         if survivors:
             self.state = ReplicaState.LOST
             raise ReplicaError(
-                f"replica {self.name}: processes {list(survivors)} survived a kill, so its GPUs stay leased. Look at their node."
+                f"replica {self.name}: processes {list(survivors)} survived a kill, so its "
+                "GPUs stay leased. Look at their node."
             )
 
     async def _return_lease(self) -> None:

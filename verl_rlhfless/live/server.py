@@ -1,4 +1,4 @@
-"""The server actor of an elastic replica: verl's own vLLM server, which can also pull weights, be cut off, and end without a trace."""
+"""The server actor of an elastic replica: verl's own vLLM server, which also pulls weights and ends without a trace."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 
-from verl_rlhfless.process_tree import ProcessTree, end_tree, inspect_tree, process_key
 from verl_rlhfless.live.weights import PullReport, pull_into_engine
+from verl_rlhfless.process_tree import ProcessTree, end_tree, inspect_tree, process_key
 
 _WORKER_EXTENSION = "verl_rlhfless.live.engine_worker.ElasticWorkerExtension"
 
@@ -32,7 +32,8 @@ class ElasticServer(vLLMHttpServer):  # type: ignore[misc]
         """Load ``version`` from the store into the engine and return what was loaded.
 
         Raises:
-            WeightStoreError: The version is not held, the pull timed out, or the loaded weights are not the published ones.
+            WeightStoreError: The version is not held, the pull timed out, or the loaded weights are not the
+                published ones.
         """
         report = await pull_into_engine(self.engine, version=version, store_name=store_name, timeout_s=timeout_s)
         await self.clear_kv_cache()

@@ -1,7 +1,7 @@
-"""The elastic synchronous trainer: verl's own v1 ``sync`` trainer, whose rollout replicas exist only while they generate.
+"""The elastic trainer: verl's own v1 ``sync`` trainer, whose rollout replicas exist only while they generate.
 
-Every token of a sample comes from the weights of its step: version k is published at the end of step k, and a replica of step k + 1 pulls
-exactly that version before it is registered.
+Every token of a sample comes from the weights of its step: version k is published at the end of step k, and a
+replica of step k + 1 pulls exactly that version before it is registered.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
-from verl_rlhfless_patches import verl_worker_group
 
 from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
 from verl_rlhfless.errors import ConfigError
@@ -28,6 +27,7 @@ from verl_rlhfless.live.weights import create_store
 from verl_rlhfless.live.worker_group import ElasticWorkerGroup
 from verl_rlhfless.policy.schedule import largest_fleet, scheduled_fleet
 from verl_rlhfless.types import FleetDecision
+from verl_rlhfless_patches import verl_worker_group
 
 logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
@@ -83,7 +83,9 @@ class ElasticTrainerSync(PPOTrainerSync):  # type: ignore[misc]
     def _publish(self) -> None:
         (report,) = [
             metrics
-            for metrics in ray.get(self.actor_rollout_wg.update_weights(global_steps=self.global_steps, mode=_STORE_BACKEND))
+            for metrics in ray.get(
+                self.actor_rollout_wg.update_weights(global_steps=self.global_steps, mode=_STORE_BACKEND)
+            )
             if metrics
         ]
         self._version = self.global_steps
@@ -102,9 +104,7 @@ class ElasticTrainerSync(PPOTrainerSync):  # type: ignore[misc]
         return int(self.config.actor_rollout_ref.rollout.tensor_model_parallel_size)
 
     def _start_fleet(self, decision: FleetDecision) -> None:
-        self._fleet.start(
-            decision, WeightSource(self._store_name, self._version, self._elastic.weights.pull_timeout_s)
-        )
+        self._fleet.start(decision, WeightSource(self._store_name, self._version, self._elastic.weights.pull_timeout_s))
         self._fleet_gpus = self._fleet.num_gpus
 
     def prepare_step(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from verl_rlhfless_patches import vllm_shm_spin, vllm_worker_hook
 
 
 def install_in_vllm() -> None:
-    """Tie the engine of an elastic replica to its server, and install the parts of the instrument that the environment asks for.
+    """Tie an elastic replica's engine to its server, and install those parts of the instrument that the run asks for.
 
     May be called any number of times.
 
@@ -25,7 +25,7 @@ def install_in_vllm() -> None:
         UnsupportedError: This version of vLLM is not the one that the patches were written for.
     """
     if os.environ.get(LEASE_VARIABLE) and multiprocessing.parent_process() is not None:
-        die_with_parent()  # vLLM's EngineCore outlives a server actor that is killed, and with it the use of leased GPUs
+        die_with_parent()  # else EngineCore outlives a server actor that is killed, and goes on using leased GPUs
     is_paced = bool(os.environ.get(PACE_ENV))
     if is_paced or os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
         vllm_shm_spin.apply()

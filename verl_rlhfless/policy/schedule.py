@@ -16,10 +16,14 @@ def scheduled_fleet(step: int, schedule: Sequence[int], tp: int) -> FleetDecisio
         tp: Tensor-parallel size of every replica.
     """
     count = schedule[(step - 1) % len(schedule)]
-    return FleetDecision(step, (ReplicaSpec(tp),) * count, f"schedule {list(schedule)} gives step {step} {count} x TP{tp}")
+    return FleetDecision(
+        step, (ReplicaSpec(tp),) * count, f"schedule {list(schedule)} gives step {step} {count} x TP{tp}"
+    )
 
 
 def largest_fleet(step: int, schedule: Sequence[int], tp: int) -> FleetDecision:
     """Return the largest fleet of the schedule, used for validation, whose batch is not in the schedule."""
     count = max(schedule)
-    return FleetDecision(step, (ReplicaSpec(tp),) * count, f"validation uses the largest scheduled fleet, {count} x TP{tp}")
+    return FleetDecision(
+        step, (ReplicaSpec(tp),) * count, f"validation uses the largest scheduled fleet, {count} x TP{tp}"
+    )

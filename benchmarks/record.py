@@ -1,0 +1,36 @@
+"""The one form of a benchmark's record: what was measured, by which command, on what."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from verl_rlhfless.report.environment import hardware, versions
+
+_RESULTS = Path(__file__).parent / "results"
+
+
+def write_result(name: str, results: dict[str, Any], *, command: str) -> Path:
+    """Write ``benchmarks/results/<name>.json`` in the format ``rlhfless-bench/1``, print it, and return its path."""
+    record = {
+        "format": "rlhfless-bench/1",
+        "name": name,
+        "kind": "measured",
+        "command": command,
+        "commit": _commit(),
+        "versions": versions(),
+        "hardware": hardware(num_gpus=0),
+        "results": results,
+    }
+    path = _RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(results, indent=2))
+    print(f"wrote {path}")
+    return path
+
+
+def _commit() -> str | None:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=_RESULTS)
+    return done.stdout.strip() or None
