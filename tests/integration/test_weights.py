@@ -1,0 +1,344 @@
+"""Weights from a publisher through the store into engine workers: real Ray, verl's own transfer, a small torch model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import types
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from tests.integration.conftest import Cluster
+from verl_rlhfless.config import WeightsConfig
+from verl_rlhfless.errors import WeightStoreError
+from verl_rlhfless.live.checksum import EngineChecksum, verify
+from verl_rlhfless.live.weight_store import create_store
+from verl_rlhfless.live.weights import PullReport
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers can't import a test module
+WAIT_S = 60.0
+HIDDEN, VOCAB = 64, 6400  # the embedding is larger than a bucket of 1 MiB
+
+
+def state(seed: int) -> dict[str, torch.Tensor]:
+    """Return weights with the names of a model that ties its head to its embedding."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"embed": (VOCAB, HIDDEN), "q": (HIDDEN, HIDDEN), "k": (16, HIDDEN), "v": (16, HIDDEN), "norm": (HIDDEN,)}
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {**weights, "lm_head.weight": weights["embed"], "scalar": torch.tensor(float(seed))}
+
+
+class Model(torch.nn.Module):
+    """A model that concatenates q, k and v, as vLLM's do."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        shapes = {"embed": (VOCAB, HIDDEN), "qkv": (HIDDEN + 32, HIDDEN), "norm": (HIDDEN,), "scalar": ()}
+        for name, shape in shapes.items():
+            setattr(self, name, torch.nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False))
+        self.model = torch.nn.Identity()  # verl looks for it
+        self.skipped = {"lm_head.weight"}
+
+    def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        rows = {"q": (0, HIDDEN), "k": (HIDDEN, 16), "v": (HIDDEN + 16, 16)}
+        for name, tensor in weights:
+            if name in self.skipped:
+                continue
+            target = self.qkv.narrow(0, *rows[name]) if name in rows else getattr(self, name)
+            target.copy_(tensor)
+
+
+def engine_config(tp: int, dtype: torch.dtype) -> Any:
+    """Return what the worker extension reads of vLLM's configuration."""
+    text_config = types.SimpleNamespace(tie_word_embeddings=True)
+    return types.SimpleNamespace(
+        model_config=types.SimpleNamespace(dtype=dtype, hf_text_config=text_config, quantization=None),
+        parallel_config=types.SimpleNamespace(world_size=tp, tensor_parallel_size=tp),
+        quant_config=None,
+        lora_config=None,
+        speculative_config=None,
+    )
+
+
+@ray.remote(num_cpus=0)
+class Trainer:
+    """One rank of a trainer, with verl's checkpoint engine."""
+
+    async def join(self, store_name: str, is_master: bool = True) -> None:
+        """Construct the engine as verl's worker does."""
+        from verl.checkpoint_engine.base import CheckpointEngineRegistry
+
+        from verl_rlhfless.live import weight_engine
+
+        self.engine = CheckpointEngineRegistry.new(
+            weight_engine.BACKEND,
+            bucket_size=1 << 30,
+            is_master=is_master,
+            store_name=store_name,
+            bucket_mib=1,
+            timeout_s=WAIT_S,
+        )
+
+    async def publish(self, version: int, fail_after: int | None = None) -> dict[str, Any]:
+        """Publish ``state(version)``, or fail after some tensors."""
+
+        def walk() -> Iterator[tuple[str, torch.Tensor]]:
+            for index, item in enumerate(state(version).items()):
+                if index == fail_after:
+                    raise RuntimeError("the trainer failed in the middle")
+                yield item
+
+        report: dict[str, Any] = await self.engine.send_weights(walk(), global_steps=version)
+        return report
+
+    async def receive(self, version: int) -> dict[str, torch.Tensor]:
+        """Return what verl's CheckpointEngineWorker would load."""
+        return {name: tensor.clone() async for name, tensor in self.engine.receive_weights(global_steps=version)}
+
+
+@ray.remote(num_cpus=0)
+class Server:
+    """A server actor; its engine is our worker extension around a small model, without vLLM's processes."""
+
+    async def start(self, tp: int = 1, dtype: torch.dtype = torch.float32) -> None:
+        """Set the engine up anew."""
+        os.environ["VERL_REPLICA_RANK"] = "7"
+        os.environ["VERL_RAY_JOB_ID"] = ray.get_runtime_context().get_job_id()
+        from verl_rlhfless.live.engine_worker import ElasticWorkerExtension
+
+        class Worker(ElasticWorkerExtension):
+            def __init__(self, rank: int) -> None:
+                self.rank = self.local_rank = rank
+                self.device = torch.device("cpu")
+                self.model_runner = types.SimpleNamespace(model=Model(dtype), vllm_config=engine_config(tp, dtype))
+
+        self.workers = [Worker.__new__(Worker) for _ in range(tp)]  # the extension's __new__ takes no rank
+        for rank, worker in enumerate(self.workers):
+            worker.__init__(rank)
+        self.is_stuck = False
+
+    async def collective_rpc(self, method: str, timeout: float, kwargs: dict[str, Any]) -> list[Any]:
+        """Call every worker, as vLLM's engine does."""
+        if self.is_stuck and method == "update_weights_from_ipc":
+            await asyncio.Event().wait()
+        calls = [asyncio.to_thread(getattr(worker, method), **kwargs) for worker in self.workers]
+        return list(await asyncio.gather(*calls))
+
+    async def pull(self, version: int, store_name: str, timeout_s: float) -> PullReport:
+        from verl_rlhfless.live.weights import pull_into_engine
+
+        return await pull_into_engine(self, version=version, store_name=store_name, timeout_s=timeout_s)
+
+    async def paths_of_a_pull(self, version: int, store_name: str, timeout_s: float) -> list[str]:
+        """Pull, and return the paths of the shared memory and the socket that it used."""
+        from verl_rlhfless.live import weight_channel
+
+        create, names = weight_channel.create_shared_memory, []
+
+        def noted(size: int, name: str) -> Any:
+            names.append(name)
+            return create(size, name)
+
+        weight_channel.create_shared_memory = noted
+        try:
+            with contextlib.suppress(WeightStoreError):
+                await self.pull(version, store_name, timeout_s)
+        finally:
+            weight_channel.create_shared_memory = create
+        handles = await self.collective_rpc("_get_zmq_handle", WAIT_S, {})
+        return [f"/dev/shm/{name}" for name in names] + [handle.removeprefix("ipc://") for handle in handles]
+
+    async def drop(self, name: str) -> None:
+        """Make the model ignore a tensor without a word."""
+        self.workers[0].model_runner.model.skipped.add(name)
+
+    async def get_stuck(self) -> None:
+        """Make the engine never answer."""
+        self.is_stuck = True
+
+    async def parameters(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in self.workers[0].model_runner.model.named_parameters()}
+
+    async def checksums(self) -> list[EngineChecksum]:
+        return [EngineChecksum(**worker.weights_checksum()) for worker in self.workers]
+
+
+@dataclass
+class Run:
+    """A run's store, trainer and replica."""
+
+    name: str
+    store: Any
+    trainer: Any
+    server: Any
+
+    def publish(self, version: int, **kwargs: Any) -> Any:
+        return ray.get(self.trainer.publish.remote(version, **kwargs), timeout=WAIT_S)
+
+    def pull(self, version: int, timeout_s: float = WAIT_S) -> PullReport:
+        report: PullReport = ray.get(self.server.pull.remote(version, self.name, timeout_s), timeout=2 * WAIT_S)
+        return report
+
+    def versions(self) -> tuple[int, ...]:
+        held: tuple[int, ...] = ray.get(self.store.versions.remote(), timeout=WAIT_S)
+        return held
+
+
+@pytest.fixture(scope="module")
+def actors(ray_cluster: Cluster) -> tuple[Any, Any]:
+    return Trainer.remote(), Server.options(name="vllm_server_7_0").remote()
+
+
+@pytest.fixture
+def run(actors: tuple[Any, Any]) -> Run:
+    name = f"weights-{uuid.uuid4().hex[:8]}"
+    store = create_store(name, WeightsConfig(name="store", bucket_mib=1, max_versions=2))
+    trainer, server = actors
+    ray.get([trainer.join.remote(name), server.start.remote()], timeout=2 * WAIT_S)
+    return Run(name, store, trainer, server)
+
+
+def test_pulled_weights_are_the_published_ones(run: Run) -> None:
+    published = run.publish(3)
+    report = run.pull(3)
+    assert (report.version, report.checksum, report.compared) == (3, published["checksum"], "loaded")
+    assert report.num_bytes == published["num_bytes"] == sum(tensor.nbytes for tensor in state(3).values())
+    weights, loaded = state(3), ray.get(run.server.parameters.remote())
+    assert torch.equal(loaded["embed"], weights["embed"])
+    assert torch.equal(loaded["qkv"], torch.cat([weights["q"], weights["k"], weights["v"]]))
+    assert loaded["scalar"] == 3.0
+
+
+@pytest.mark.parametrize("is_stuck", [False, True], ids=["complete", "broken off"])
+def test_a_pull_leaves_no_shared_memory_and_no_socket(run: Run, is_stuck: bool) -> None:
+    run.publish(1)
+    if is_stuck:
+        ray.get(run.server.get_stuck.remote(), timeout=WAIT_S)
+    used = ray.get(run.server.paths_of_a_pull.remote(1, run.name, 2.0 if is_stuck else WAIT_S), timeout=WAIT_S)
+    assert len(used) == 2
+    assert [path for path in used if Path(path).exists()] == []
+
+
+def test_weights_outlive_the_trainer_that_published_them(run: Run) -> None:
+    trainer = Trainer.remote()
+    ray.get(trainer.join.remote(run.name), timeout=WAIT_S)
+    ray.get(trainer.publish.remote(1), timeout=WAIT_S)
+    ray.kill(trainer)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(trainer.publish.remote(2), timeout=WAIT_S)  # it is dead
+    assert run.pull(1).compared == "loaded"
+    assert ray.get(run.server.parameters.remote())["scalar"] == 1.0
+
+
+def test_a_replica_waits_for_a_version_that_is_still_being_published(run: Run) -> None:
+    pulling = run.server.pull.remote(5, run.name, WAIT_S)
+    run.publish(5)
+    assert ray.get(pulling, timeout=WAIT_S).version == 5
+
+
+def test_the_last_two_versions_are_held_and_an_older_one_is_refused(run: Run) -> None:
+    for version in (1, 2, 3):
+        run.publish(version)
+    assert run.versions() == (2, 3)
+    assert run.pull(2).checksum != run.pull(3).checksum
+    with pytest.raises(WeightStoreError, match=r"vllm_server_7_0, weight version 1: .*held: \(2, 3\)"):
+        run.pull(1)
+
+
+def test_an_engine_with_the_previous_version_is_found_out(run: Run) -> None:
+    run.publish(1)
+    run.publish(2)
+    old = run.pull(1)
+    newest = ray.get(run.store.pin.remote(2, "test", WAIT_S), timeout=WAIT_S)
+    with pytest.raises(
+        WeightStoreError, match=f"checksum {old.checksum}, but version 2 was published with {newest.checksum}"
+    ):
+        verify(newest, ray.get(run.server.checksums.remote(), timeout=WAIT_S))
+
+
+def test_an_engine_that_drops_a_tensor_is_found_out(run: Run) -> None:
+    run.publish(1)
+    ray.get(run.server.drop.remote("norm"), timeout=WAIT_S)
+    with pytest.raises(WeightStoreError, match="weight version 1: worker 0 holds parameters with bit sum"):
+        run.pull(1)
+
+
+def test_an_engine_in_another_element_type_is_compared_after_the_conversion(run: Run) -> None:
+    ray.get(run.server.start.remote(dtype=torch.bfloat16), timeout=WAIT_S)
+    run.publish(1)
+    assert run.pull(1).compared == "loaded"
+    ray.get(run.server.drop.remote("v"), timeout=WAIT_S)
+    run.publish(2)
+    with pytest.raises(WeightStoreError, match="did not load all that it received"):
+        run.pull(2)
+
+
+def test_every_worker_of_a_sharded_engine_gets_all_weights(run: Run) -> None:
+    ray.get(run.server.start.remote(tp=2), timeout=WAIT_S)
+    published = run.publish(1)
+    assert run.pull(1).compared == "received (a shard of 2)"
+    assert [reply.received for reply in ray.get(run.server.checksums.remote())] == [published["checksum"]] * 2
+
+
+def test_a_version_that_broke_off_is_never_seen_and_can_be_published_again(run: Run) -> None:
+    run.publish(1)
+    with pytest.raises(RuntimeError, match="failed in the middle"):
+        run.publish(2, fail_after=3)
+    assert run.versions() == (1,)
+    with pytest.raises(WeightStoreError, match=r"version 2 was not published within 0.2 s; held: \(1,\)"):
+        run.pull(2, timeout_s=0.2)
+    run.publish(2)
+    assert run.pull(2).compared == "loaded"
+
+
+def test_a_version_is_published_once(run: Run) -> None:
+    run.publish(2)
+    for version in (2, 1):
+        with pytest.raises(WeightStoreError, match=f"version {version} is not newer than version 2"):
+            run.publish(version)
+
+
+def test_other_ranks_walk_the_weights_and_publish_nothing(run: Run) -> None:
+    ray.get(run.trainer.join.remote(run.name, is_master=False), timeout=WAIT_S)
+    assert run.publish(1) == {}
+    with pytest.raises(RuntimeError, match="failed in the middle"):  # so it does walk
+        run.publish(1, fail_after=6)
+    assert run.versions() == ()
+
+
+def test_an_engine_that_never_answers_ends_the_pull(run: Run) -> None:
+    run.publish(1)
+    ray.get(run.server.get_stuck.remote(), timeout=WAIT_S)
+    with pytest.raises(WeightStoreError, match=r"vllm_server_7_0, weight version 1: .*in time"):
+        run.pull(1, timeout_s=2.0)
+
+
+def test_verls_own_worker_can_receive_too(run: Run) -> None:
+    run.publish(4)
+    received = ray.get(run.trainer.receive.remote(4), timeout=WAIT_S)
+    assert received.keys() == state(4).keys()
+    assert all(torch.equal(received[name], tensor) for name, tensor in state(4).items())
+
+
+def test_a_missing_store_is_an_error_that_names_it(run: Run) -> None:
+    with pytest.raises(WeightStoreError, match="no weight store named 'elsewhere'"):
+        ray.get(run.server.pull.remote(1, "elsewhere", WAIT_S), timeout=WAIT_S)
+
+
+def test_a_store_that_ends_is_an_error_not_a_wait(run: Run) -> None:
+    run.publish(1)
+    pulling = run.server.pull.remote(2, run.name, WAIT_S)
+    ray.kill(run.store)
+    with contextlib.suppress(ray.exceptions.RayActorError):
+        ray.get(run.store.versions.remote(), timeout=WAIT_S)
+    with pytest.raises(WeightStoreError, match=r"its process is gone|no weight store named"):
+        ray.get(pulling, timeout=WAIT_S)

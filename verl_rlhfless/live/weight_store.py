@@ -1,0 +1,242 @@
+"""The weight store: the trainer publishes a version once, any replica pulls it when it starts, and nobody else pauses.
+
+Invariants: a version is visible only when it is complete; versions strictly increase; at most ``max_versions`` are
+held, the one that is being published included; a version that a replica reads is never evicted. The store owns the
+data although no byte passes through it: a bucket is the return value of a call that the *store* makes to the publisher,
+and in Ray the caller owns what a call returns. So a publisher that is suspended or dies takes no weights with it, and
+its data is copied once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from verl_rlhfless.config import WeightsConfig
+from verl_rlhfless.errors import WeightStoreError
+from verl_rlhfless.live.weight_capacity import HostMemory, check_capacity
+from verl_rlhfless.live.weight_manifest import Manifest, StoredTensor
+
+ANSWER_GRACE_S = 10.0
+"""How much longer a caller waits for the store than the store waits, so that the store's reason is what is seen."""
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A version that is being published."""
+
+    version: int
+    memory: HostMemory
+    num_bytes: int = 0
+    buckets: list[Any] = field(default_factory=list)
+
+
+class WeightStore:
+    """Which versions exist and who reads them. A plain class: buckets are opaque references here."""
+
+    def __init__(self, config: WeightsConfig) -> None:
+        self._max_versions = config.max_versions
+        self._bucket_bytes = config.bucket_mib << 20
+        self._held: dict[int, Manifest] = {}
+        self._newest: int | None = None
+        self._draft: _Draft | None = None
+        self._pins: dict[int, dict[str, float]] = {}  # version -> reader -> monotonic time at which the pin ends
+        self._changed = asyncio.Condition()
+
+    # ---- publishing
+
+    async def begin(self, version: int, memory: HostMemory) -> None:
+        """Start a version: drop an unfinished one and evict the oldest, as soon as nobody reads it.
+
+        Raises:
+            WeightStoreError: The version is not newer than the newest one.
+        """
+        if self._newest is not None and version <= self._newest:
+            raise WeightStoreError(
+                f"weight version {version} is not newer than version {self._newest}, and versions strictly increase. "
+                "Publish each trainer step once."
+            )
+        self._draft = None  # its publisher failed, else it would have committed
+        while len(self._held) >= self._max_versions:
+            await self._evict(min(self._held))
+        self._draft = _Draft(version, memory)
+
+    def reserve(self, version: int, num_bytes: int) -> None:
+        """Admit the next bucket of a version.
+
+        Raises:
+            WeightStoreError: The versions that the store is to hold don't fit into host memory.
+        """
+        draft = self._drafted(version)
+        if self._newest is None:  # later versions take the room that the first ones were admitted with
+            check_capacity(draft.num_bytes + num_bytes, self._max_versions, self._bucket_bytes, draft.memory)
+        draft.num_bytes += num_bytes
+
+    def add(self, version: int, bucket: Any) -> None:
+        """Take the reference to a bucket that was reserved."""
+        self._drafted(version).buckets.append(bucket)
+
+    async def commit(self, version: int, tensors: tuple[StoredTensor, ...], checksum: str) -> None:
+        """Make a complete version visible.
+
+        Raises:
+            WeightStoreError: Nothing of this version was begun, or buckets are missing.
+        """
+        buckets = tuple(self._drafted(version).buckets)
+        used = {part.bucket for tensor in tensors for part in tensor.parts}
+        if used != set(range(len(buckets))):
+            raise WeightStoreError(
+                f"weight version {version} has {len(buckets)} buckets, but its tensors use {len(used)}"
+            )
+        async with self._changed:
+            self._held[version] = Manifest(version, tensors, checksum, buckets, self._bucket_bytes)
+            self._newest, self._draft = version, None
+            self._changed.notify_all()
+
+    def _drafted(self, version: int) -> _Draft:
+        if self._draft is None or self._draft.version != version:
+            raise WeightStoreError(f"weight version {version} is not being published; begin it first")
+        return self._draft
+
+    # ---- reading
+
+    async def manifest(self, version: int, timeout_s: float) -> Manifest:
+        """Return a version, waiting for it at most ``timeout_s`` if it is still to come.
+
+        Raises:
+            WeightStoreError: It was evicted, or was not published in time; the message names the versions held.
+        """
+        async with self._changed:
+            try:
+                await asyncio.wait_for(self._changed.wait_for(lambda: self._is_decided(version)), timeout_s)
+            except asyncio.TimeoutError:
+                raise WeightStoreError(
+                    f"weight version {version} was not published within {timeout_s:g} s; held: {self.versions()}. Look "
+                    "for the trainer's error, or raise rlhfless.weights.pull_timeout_s."
+                ) from None
+        if version not in self._held:
+            raise WeightStoreError(f"weight version {version} was evicted or never published; held: {self.versions()}")
+        return self._held[version]
+
+    def _is_decided(self, version: int) -> bool:
+        return self._newest is not None and version <= self._newest
+
+    async def pin(self, version: int, reader: str, timeout_s: float) -> Manifest:
+        """Return a version and keep it until :meth:`unpin`, or for ``timeout_s`` if the reader is never heard of again.
+
+        Raises:
+            WeightStoreError: See :meth:`manifest`.
+        """
+        found = await self.manifest(version, timeout_s)
+        self._pins.setdefault(version, {})[reader] = time.monotonic() + timeout_s
+        return found
+
+    async def unpin(self, version: int, reader: str) -> None:
+        """Let a version go. A reader that is unknown, or whose pin ended, is fine."""
+        async with self._changed:
+            self._pins.get(version, {}).pop(reader, None)
+            self._changed.notify_all()
+
+    def versions(self) -> tuple[int, ...]:
+        """Return the complete versions, oldest first."""
+        return tuple(sorted(self._held))
+
+    async def _evict(self, version: int) -> None:
+        async with self._changed:
+            while (wait_s := self._pinned_for_s(version)) > 0:
+                try:
+                    await asyncio.wait_for(self._changed.wait(), wait_s)
+                except asyncio.TimeoutError:
+                    break  # a pin outlives its pull only if the reader died
+            del self._held[version]
+            self._pins.pop(version, None)
+
+    def _pinned_for_s(self, version: int) -> float:
+        return max(self._pins.get(version, {}).values(), default=0.0) - time.monotonic()
+
+
+class StoreActor(WeightStore):
+    """The store as a Ray actor. Asynchronous: a pull that waits blocks nobody."""
+
+    async def take(self, version: int, publisher: Any, token: str, num_bytes: int, timeout_s: float) -> None:
+        """Call the publisher for the bucket that it set out under ``token``; return when the bucket is safe.
+
+        Raises:
+            WeightStoreError: No room for it, or the publisher did not answer in time.
+        """
+        self.reserve(version, num_bytes)
+        call = publisher.__ray_call__.options(num_returns=2)
+        bucket, receipt = call.remote(
+            hand_over, token
+        )  # the receipt tells the end without fetching the bucket to this node
+        await answered(receipt, timeout_s, f"weight version {version}, a bucket from the publisher")
+        self.add(version, bucket)
+
+
+_set_out: dict[str, Any] = {}
+
+
+def set_out(bucket: Any) -> str:
+    """Keep a bucket in this process until the store calls for it; return the token to call with."""
+    token = uuid.uuid4().hex
+    _set_out[token] = bucket
+    return token
+
+
+def take_back(token: str) -> None:
+    """Forget a bucket that was set out, if the store hasn't taken it."""
+    _set_out.pop(token, None)
+
+
+def hand_over(_publisher: Any, token: str) -> tuple[Any, bool]:
+    """Return a bucket that was set out, and a receipt. Runs in the publisher, called by the store."""
+    return _set_out.pop(token), True
+
+
+def create_store(name: str, config: WeightsConfig) -> Any:
+    """Start a run's store under ``name`` and return its handle; it ends with the last handle.
+
+    It runs on the caller's node, so that it never sits on a node that the run gives back.
+    """
+    affinity = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(StoreActor).options(name=name, num_cpus=0, scheduling_strategy=affinity).remote(config)
+
+
+def connect(name: str) -> Any:
+    """Return the handle of the run's store.
+
+    Raises:
+        WeightStoreError: No store of this name lives in this Ray job.
+    """
+    try:
+        return ray.get_actor(name)
+    except ValueError:
+        raise WeightStoreError(
+            f"this Ray job has no weight store named {name!r}; create it before the workers"
+        ) from None
+
+
+async def answered(reference: Awaitable[Any], timeout_s: float, what: str) -> Any:
+    """Return the answer to a Ray call, with errors as the store raised them.
+
+    Raises:
+        WeightStoreError: From the store, or because it is gone or did not answer in time.
+    """
+    try:
+        return await asyncio.wait_for(reference, timeout_s)
+    except asyncio.TimeoutError:
+        raise WeightStoreError(f"{what}: no answer within {timeout_s:g} s") from None
+    except RayTaskError as error:
+        if isinstance(error.cause, WeightStoreError):
+            raise error.cause from None
+        raise
+    except RayActorError as error:
+        raise WeightStoreError(f"{what}: its process is gone ({error})") from None
