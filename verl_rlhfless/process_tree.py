@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import psutil
 _SHM = Path("/dev/shm")
 _SEGMENT_PREFIX = "psm_"
 _PR_SET_PDEATHSIG = 1
+_POLL_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,11 @@ class ProcessTree:
 
     children: tuple[tuple[int, float], ...]
     segments: tuple[str, ...]
+
+    def union(self, other: ProcessTree) -> ProcessTree:
+        """Return everything that is in this tree or in the other one."""
+        children = tuple(dict.fromkeys((*self.children, *other.children)))
+        return ProcessTree(children, tuple(dict.fromkeys((*self.segments, *other.segments))))
 
 
 def inspect_tree(root_pid: int) -> ProcessTree:
@@ -79,8 +86,7 @@ def end_server(server: tuple[int, float], known: ProcessTree, timeout_s: float) 
         The pids that survived.
     """
     now = inspect_tree(server[0]) if _same_process(server) is not None else ProcessTree((), ())
-    children = tuple(dict.fromkeys((*now.children, *known.children, server)))
-    return end_tree(ProcessTree(children, tuple({*now.segments, *known.segments})), timeout_s)
+    return end_tree(now.union(known).union(ProcessTree((server,), ())), timeout_s)
 
 
 def die_with_parent() -> None:
@@ -94,9 +100,11 @@ def end_tree(tree: ProcessTree, timeout_s: float) -> tuple[int, ...]:
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    _, left = psutil.wait_procs(alive, timeout=timeout_s)
+    deadline = time.monotonic() + timeout_s
+    while (alive := [process for process in alive if _is_running(process)]) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)  # a zombie has given everything back; whoever adopted it may reap it much later
     unlink_segments(tree.segments)
-    return tuple(process.pid for process in left if _is_running(process))
+    return tuple(process.pid for process in alive)
 
 
 def _same_process(child: tuple[int, float]) -> psutil.Process | None:

@@ -55,12 +55,12 @@ def test_replicas_are_leased_and_returned_inside_every_step(outcome: ArmOutcome)
 
 
 def test_right_step_passes_the_weight_guards(arm: Any, records: list[dict[str, Any]]) -> None:
-    assert arm.steps[0].rollout_probs_diff_max < 1e-6
+    assert arm.steps[0].figures.rollout_probs_diff_max < 1e-6
     assert _loaded(records, step=1) == {_published(records, version=0)}
 
 
 def test_stale_weights_fail_both_weight_guards(arm: Any, records: list[dict[str, Any]]) -> None:
-    assert arm.steps[_STALE_STEP - 1].rollout_probs_diff_max > 1e-6
+    assert arm.steps[_STALE_STEP - 1].figures.rollout_probs_diff_max > 1e-6
     assert _loaded(records, step=_STALE_STEP) != {_published(records, version=_STALE_STEP - 1)}
 
 

@@ -22,6 +22,11 @@ sys.stdin.read()
 """
 
 
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or a zombie that nobody reaped yet."""
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
 @pytest.fixture
 def engine_like():
     """A child process with a child of its own and a segment that it never unlinks."""
@@ -45,7 +50,7 @@ def test_tree_ends_completely(engine_like) -> None:
     ours = {process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))}
     mine = ProcessTree(tuple(child for child in tree.children if child[0] in ours), (segment,))
     assert end_tree(mine, timeout_s=10) == ()
-    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in ours)
+    assert all(map(has_ended, ours))
     assert segment not in all_segments()
 
 
@@ -60,7 +65,7 @@ def test_server_ends_with_what_it_runs_now(engine_like) -> None:
     process, segment = engine_like
     ours = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
     assert end_server(process_key(process.pid), ProcessTree((), ()), timeout_s=10) == ()
-    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in ours)
+    assert all(map(has_ended, ours))
     assert segment not in all_segments()
 
 
@@ -71,5 +76,5 @@ def test_server_that_is_gone_still_loses_what_it_was_known_to_run(engine_like) -
     process.kill()
     process.wait()
     assert end_server(server, ProcessTree(tree.children, (segment,)), timeout_s=10) == ()
-    assert not any(psutil.pid_exists(pid) for pid, _ in tree.children)
+    assert all(has_ended(pid) for pid, _ in tree.children)
     assert segment not in all_segments()

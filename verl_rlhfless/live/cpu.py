@@ -69,7 +69,7 @@ class _CpuDeviceModule(types.ModuleType):
         return getattr(torch.cpu, name)
 
 
-class PlatformCPU(PlatformBase):  # type: ignore[misc]
+class PlatformCPU(PlatformBase):
     """verl's platform interface on a host without accelerators. Never auto-detected."""
 
     device_name = "cpu"

@@ -38,6 +38,8 @@ class PaceModel:
         per_request_ms: Each request of the batch [ms].
         per_prefill_token_ms: Each prompt token [ms].
         per_context_token_us: Each token that attention reads [us].
+        per_inference_token_us: Each token of a rank's share in old-log-prob, reference or value inference [us].
+        per_update_token_us: Each token of a rank's share in an actor or critic update [us].
         tp_speedup: Factor by tensor-parallel size; size 1 is 1.0 when it is not given.
     """
 
@@ -45,6 +47,8 @@ class PaceModel:
     per_request_ms: float = 0.0
     per_prefill_token_ms: float = 0.0
     per_context_token_us: float = 0.0
+    per_inference_token_us: float = 0.0
+    per_update_token_us: float = 0.0
     tp_speedup: Mapping[int, float] = field(default_factory=dict)
 
     @classmethod
@@ -94,6 +98,14 @@ class PaceModel:
         """
         tokens_ms = self.per_prefill_token_ms * prefill + self.per_context_token_us * context / 1e3
         return (self.base_ms + self.per_request_ms * batch + tokens_ms) / 1e3 / self.tp_speedup.get(tp, 1.0)
+
+    def inference_s(self, num_tokens: int) -> float:
+        """Return the declared time of a rank's inference over ``num_tokens`` [s]."""
+        return self.per_inference_token_us * num_tokens / 1e6
+
+    def update_s(self, num_tokens: int) -> float:
+        """Return the declared time of a rank's update on ``num_tokens`` [s]."""
+        return self.per_update_token_us * num_tokens / 1e6
 
 
 @dataclass(frozen=True, slots=True)

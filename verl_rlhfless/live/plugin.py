@@ -31,6 +31,12 @@ def register() -> None:
         from verl_rlhfless.live import cpu
 
         cpu.register()
+    pace = os.environ.get("RLHFLESS_PACE")
+    if pace:
+        from verl_rlhfless.live.pacing import PaceModel
+        from verl_rlhfless_patches import verl_training_pace
+
+        verl_training_pace.apply(PaceModel.parse(pace))
     wrapt.register_post_import_hook(_register_trainer, "verl.trainer.ppo.v1")
     wrapt.register_post_import_hook(_install_replay, "verl.experimental.agent_loop.agent_loop")
 

@@ -69,7 +69,7 @@ class ReleaseReport:
     lease_s: float
 
 
-class ElasticReplica(vLLMReplica):  # type: ignore[misc]
+class ElasticReplica(vLLMReplica):
     """A vLLM replica on a lease of its own. Its rank is never reused: verl's actor and socket names contain it."""
 
     def __init__(self, replica_rank: int, config: Any, model_config: Any, pool: PoolConfig) -> None:
@@ -219,7 +219,9 @@ class ElasticReplica(vLLMReplica):  # type: ignore[misc]
     async def _stop_server(self, server: Any) -> tuple[int, ...]:
         timeout_s = self._pool.release_timeout_s
         try:
-            survivors = await asyncio.wait_for(_awaitable(server.stop_engine.remote(timeout_s)), timeout_s + 5)
+            survivors = await asyncio.wait_for(
+                _awaitable(server.stop_engine.remote(self._tree, timeout_s)), timeout_s + 5
+            )
         except (ray.exceptions.RayError, asyncio.TimeoutError):
             self.state = ReplicaState.LOST
             survivors = await self._reap(timeout_s)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Any
 
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 
@@ -14,7 +13,7 @@ from verl_rlhfless.process_tree import ProcessTree, end_tree, inspect_tree, proc
 _WORKER_EXTENSION = "verl_rlhfless.live.engine_worker.ElasticWorkerExtension"
 
 
-class ElasticServer(vLLMHttpServer):  # type: ignore[misc]
+class ElasticServer(vLLMHttpServer):
     """A vLLM server whose weights come from the store and whose end is confirmed."""
 
     def _get_worker_extension_cls(self) -> str:
@@ -40,17 +39,17 @@ class ElasticServer(vLLMHttpServer):  # type: ignore[misc]
         await self.set_global_steps(version)
         return report
 
-    async def stop_engine(self, timeout_s: float) -> tuple[int, ...]:
+    async def stop_engine(self, known: ProcessTree, timeout_s: float) -> tuple[int, ...]:
         """End the engine's processes, free their shared memory, and return the pids that survived.
 
-        A direct kill takes well under a second; vLLM's own shutdown takes five, for state that nobody needs any more.
+        ``known`` is what the replica had when it was ready: a process that died since then left its memory behind. A
+        direct kill takes well under a second; vLLM's own shutdown takes five, for state that nobody needs any more.
         """
-        tree = inspect_tree(os.getpid())
+        tree = inspect_tree(os.getpid()).union(known)
         self._server_task.cancel()
         self.engine.output_handler.cancel()  # else it reports the engine's end as a failure
         return await asyncio.to_thread(end_tree, tree, timeout_s)
 
     async def num_running(self) -> int:
-        """Return how many requests the engine still holds."""
-        states: Any = self.engine.output_processor.request_states
-        return len(states)
+        """Return how many requests the engine still works on; none if it is dead."""
+        return 0 if self.engine.errored else len(self.engine.output_processor.request_states)

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
 from verl_rlhfless.errors import ConfigError, DataError, RlhflessError, UnsupportedError
+from verl_rlhfless.live.instrument import instrument_environment
 from verl_rlhfless.live.seams import check_seams
 from verl_rlhfless.versions import REQUIREMENTS, check_requirement
 
@@ -35,6 +36,7 @@ class StartupCheck(Callback):
         """Check ``config``; print one line and exit with 1 if it can't work."""
         try:
             print(f"rlhfless: {check_run(config, os.environ)}", flush=True)
+            os.environ.update(instrument_environment(_read_section(config).instrument))
         except Exception as error:  # whatever it is, Hydra would print a warning and start the run unchecked
             text = str(error) if isinstance(error, RlhflessError) else f"{type(error).__name__}: {error}"
             print(f"rlhfless: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
@@ -63,10 +65,9 @@ def check_run(config: DictConfig, environ: Mapping[str, str]) -> str:
         check_backend(config)
         check_budget(config, parsed, environ)
     check_data_files(config)
+    instrument_environment(parsed.instrument)
     if parsed.replay.trace is not None:
-        from verl_rlhfless.live.replay import check_replay
-
-        check_replay(config)
+        _check_replay(config, parsed.replay.trace, environ)
     if parsed.is_elastic:  # last, since it imports verl's trainer
         check_seams()
         _check_trainer_registered()
@@ -161,6 +162,15 @@ def check_data_files(config: DictConfig) -> None:
             raise DataError(
                 f"data.{key}={name!r}: the file {state}. Set data.{key} to an existing Parquet or JSON file."
             )
+
+
+def _check_replay(config: DictConfig, trace: str, environ: Mapping[str, str]) -> None:
+    from verl_rlhfless.live.replay import check_replay
+
+    if "RAY_ADDRESS" in environ and not Path(trace).is_absolute():
+        rule = "must be an absolute path on a running Ray cluster, whose processes have another working directory"
+        raise ConfigError("rlhfless.replay.trace", trace, rule, f"Write rlhfless.replay.trace={Path(trace).resolve()}.")
+    check_replay(config)
 
 
 def _read_section(config: DictConfig) -> RlhflessConfig:

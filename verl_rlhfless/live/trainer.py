@@ -38,7 +38,7 @@ _STORE_MODULE = "verl_rlhfless.live.weight_engine"
 
 
 @register_trainer(TRAINER_MODE)
-class ElasticTrainerSync(PPOTrainerSync):  # type: ignore[misc]
+class ElasticTrainerSync(PPOTrainerSync):
     """Synchronous PPO / GRPO whose rollout replicas are leased, loaded, drained and released inside every step."""
 
     def __init__(self, config: DictConfig) -> None:
@@ -56,8 +56,8 @@ class ElasticTrainerSync(PPOTrainerSync):  # type: ignore[misc]
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
-        stock = self.resource_pool_manager
-        self.resource_pool_manager = ElasticResourcePoolManager(
+        stock: Any = self.resource_pool_manager
+        self.resource_pool_manager: Any = ElasticResourcePoolManager(
             resource_pool_spec=stock.resource_pool_spec,
             mapping=stock.mapping,
             grant_timeout_s=self._elastic.pool.grant_timeout_s,
@@ -112,6 +112,14 @@ class ElasticTrainerSync(PPOTrainerSync):  # type: ignore[misc]
         with marked_timer("rlhfless_start", self.timing_raw):
             self._start_fleet(scheduled_fleet(self.global_steps, self._elastic.planner.schedule, self._tp()))
         return {"rlhfless/num_replicas": len(self._fleet.replicas), **super().prepare_step()}
+
+    def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
+        """Run verl's step. Name the groups of a rollout that lost all: verl only says that it has none."""
+        try:
+            return super().step(metrics, timing_raw)
+        except RuntimeError:
+            self._rollout_ledger.check((), self.config.data.train_batch_size)
+            raise
 
     def _submit_batch_to_rollout(self, batch: Any) -> int:
         self._rollout_ledger.expect(batch)
