@@ -1,8 +1,8 @@
 """Let a trainer phase take at least the time that it would take on the declared device.
 
-Why: pacing lets a few CPU cores stand for several GPUs, and engines are paced by vLLM's own hooks; verl has no hook around
-a trainer phase (``verl/workers/engine_workers.py``, ``TrainingWorker.infer_batch`` and ``train_mini_batch``, which actor,
-reference and critic all run through).
+Why: pacing lets a few CPU cores stand for several GPUs, and engines are paced by vLLM's own hooks; verl has no hook
+around a trainer phase (``verl/workers/engine_workers.py``, ``TrainingWorker.infer_batch`` and ``train_mini_batch``,
+which actor, reference and critic all run through).
 What: both methods sleep, after their work, until the declared time of their tokens has passed.
 Remove when: verl offers a callback around its training and inference batches.
 """
