@@ -1,4 +1,4 @@
-"""Weights from a publisher through the store into engine workers: real Ray, verl's own transfer, a small torch model."""
+"""Weights from a trainer through the store into engine workers: real Ray, verl's own transfer, a small torch model."""
 
 from __future__ import annotations
 

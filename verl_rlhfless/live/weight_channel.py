@@ -55,7 +55,7 @@ class BoundedSender(BucketedWeightSender):
         self.socket: Any = _BoundedSocket(self.socket, self._deadline, self._stop)
 
     def _init_buffer(self) -> None:
-        # Differs from verl, which leaks the segment if the worker never answers: here clean-up knows it before the wait.
+        # Differs from verl, which leaks the segment if the worker never answers: clean-up must know it before the wait.
         self.shm = create_shared_memory(self.bucket_size, f"verl_weights_{uuid.uuid4().hex}")
         self.buffer = torch.frombuffer(self.shm.buf, dtype=torch.uint8)
         self.socket.send_pyobj({"name": self.shm.name, "size": self.bucket_size})

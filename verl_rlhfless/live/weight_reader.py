@@ -16,9 +16,6 @@ from verl_rlhfless.errors import WeightStoreError
 from verl_rlhfless.live.checksum import as_unsigned, bit_sum
 from verl_rlhfless.live.weight_manifest import Manifest, StoredTensor
 
-# Ray's buffers are read-only, which is right: every reader on the node shares them. torch warns about that once.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
-
 
 async def read_tensors(manifest: Manifest, timeout_s: float) -> AsyncIterator[tuple[str, torch.Tensor]]:
     """Yield ``(name, tensor)`` of a version in published order. A tensor that spans buckets is copied together.
@@ -68,5 +65,7 @@ def _as_tensor(stored: StoredTensor, pieces: list[Any]) -> torch.Tensor:
     dtype: torch.dtype = getattr(torch, stored.dtype)
     if not pieces:
         return torch.empty(stored.shape, dtype=dtype)
-    flat = torch.from_numpy(pieces[0] if len(pieces) == 1 else np.concatenate(pieces))
+    with warnings.catch_warnings():  # Ray's buffers are read-only, which is right: every reader on the node shares them
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
+        flat = torch.from_numpy(pieces[0] if len(pieces) == 1 else np.concatenate(pieces))
     return flat.view(dtype).view(stored.shape)

@@ -114,6 +114,13 @@ class WeightStore:
         Raises:
             WeightStoreError: It was evicted, or was not published in time; the message names the versions held.
         """
+        if not self._is_decided(version):
+            await self._wait_for(version, timeout_s)
+        if version not in self._held:
+            raise WeightStoreError(f"weight version {version} was evicted or never published; held: {self.versions()}")
+        return self._held[version]
+
+    async def _wait_for(self, version: int, timeout_s: float) -> None:
         async with self._changed:
             try:
                 await asyncio.wait_for(self._changed.wait_for(lambda: self._is_decided(version)), timeout_s)
@@ -122,9 +129,6 @@ class WeightStore:
                     f"weight version {version} was not published within {timeout_s:g} s; held: {self.versions()}. Look "
                     "for the trainer's error, or raise rlhfless.weights.pull_timeout_s."
                 ) from None
-        if version not in self._held:
-            raise WeightStoreError(f"weight version {version} was evicted or never published; held: {self.versions()}")
-        return self._held[version]
 
     def _is_decided(self, version: int) -> bool:
         return self._newest is not None and version <= self._newest
