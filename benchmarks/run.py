@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-MODULES = ("foundation", "weights")
+MODULES = ("foundation", "instrument", "weights")
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ def _inject(trainer_module: ModuleType) -> None:
 def _kill_when_busy(server: Any) -> None:
     while not ray.get(server.num_running.remote()):
         time.sleep(0.01)
-    for pid, _ in ray.get(server.process_tree.remote()).children:
+    for pid, _ in ray.get(server.engine_processes.remote()):
         psutil.Process(pid).kill()
 
 

@@ -21,7 +21,7 @@ PATCHES = PACKAGE.parent / "patches" / "verl_rlhfless_patches"
 # A module may import modules of its own layer and of those before it.
 LAYERS = (
     ("types", "errors", "versions"),
-    ("config", "trace", "process_tree"),
+    ("config", "trace", "processes", "shared_memory"),
     ("policy",),
     ("ports",),
     ("ledger",),

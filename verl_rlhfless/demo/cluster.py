@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 import psutil
 
-from verl_rlhfless.process_tree import ProcessTree, all_segments, end_tree, mapped_segments, unlink_segments
+from verl_rlhfless.processes import end_processes, process_key
+from verl_rlhfless.shared_memory import mapped_segments, queue_segments, unlink_segments
 
 _RUN_VARIABLE = "RLHFLESS_RUN_ID"
 _OBJECT_STORE_BYTES = 500_000_000
 _NUM_CPUS = 64  # logical: verl reserves CPUs per GPU bundle, and this host only pretends to have GPUs
+_RAY_ENVIRONMENT = {"RAY_worker_maximum_startup_concurrency": "8"}  # Ray warns when 4x as many start at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,8 @@ def private_cluster(num_gpus: int, environment: Mapping[str, str]) -> Iterator[C
     import ray
 
     run_id = uuid.uuid4().hex
-    segments_before = frozenset(all_segments())
-    inherited = {**environment, _RUN_VARIABLE: run_id}
+    segments_before = frozenset(queue_segments())
+    inherited = {**_RAY_ENVIRONMENT, **environment, _RUN_VARIABLE: run_id}
     temp_dir = tempfile.mkdtemp(prefix="rlhfless-")
     try:
         with _environment(inherited):
@@ -99,16 +101,15 @@ def _marked_processes(run_id: str) -> list[psutil.Process]:
 
 
 def _end_marked_processes(run_id: str) -> None:
-    children = []
+    keys = []
     for process in _marked_processes(run_id):
         with contextlib.suppress(psutil.NoSuchProcess):
-            children.append((process.pid, process.create_time()))
-    end_tree(ProcessTree(tuple(children), ()), timeout_s=10)
+            keys.append(process_key(process.pid))
+    end_processes(keys, timeout_s=10)
 
 
 def _unmapped_segments() -> set[str]:
-    mapped = {name for pid in psutil.pids() for name in mapped_segments(pid)}
-    return all_segments() - mapped
+    return queue_segments() - mapped_segments(psutil.pids())
 
 
 def _command(process: psutil.Process) -> str:

@@ -8,7 +8,6 @@ import itertools
 import logging
 from typing import Any
 
-import ray
 from omegaconf import open_dict
 
 from verl_rlhfless.config import RlhflessConfig
@@ -63,12 +62,12 @@ class Fleet:
 
     async def _start_one(self, replica: ElasticReplica, weights: WeightSource) -> None:
         report = await replica.start(weights)
+        self.replicas.append(replica)
         assert replica.lease is not None
         self._events.write(
             "pulled", lease=replica.lease.name, version=report.version, checksum=report.checksum, seconds=report.seconds
         )
         await self._router.add_servers.remote({replica.server_address: replica.server_handle})
-        self.replicas.append(replica)
         self._events.write("replica_ready", lease=replica.lease.name)
 
     def _new_replica(self, spec: ReplicaSpec) -> ElasticReplica:
@@ -87,14 +86,16 @@ class Fleet:
         leaving, self.replicas = self.replicas, []
         if not leaving:
             return
-        ray.get(self._router.remove_servers.remote([replica.server_address for replica in leaving]))
         outcomes = asyncio.run(self._release_all(leaving))
         failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         if failures:
             raise failures[0] if isinstance(failures[0], RlhflessError) else ReplicaError(str(failures[0]))
 
     async def _release_all(self, leaving: list[ElasticReplica]) -> list[BaseException | None]:
-        return await asyncio.gather(*[self._release_one(replica) for replica in leaving], return_exceptions=True)
+        addresses = [replica.server_address for replica in leaving]
+        left = await asyncio.gather(self._router.remove_servers.remote(addresses), return_exceptions=True)
+        released = await asyncio.gather(*[self._release_one(replica) for replica in leaving], return_exceptions=True)
+        return [*left, *released]
 
     async def _release_one(self, replica: ElasticReplica) -> None:
         report = await replica.release()

@@ -26,7 +26,7 @@ from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.lease import Lease, LeaseRequest
 from verl_rlhfless.live.server import ElasticServer
 from verl_rlhfless.live.weights import PullReport
-from verl_rlhfless.process_tree import ProcessTree, end_server
+from verl_rlhfless.processes import ProcessKey, end_server
 
 _DRAIN_POLL_S = 0.02
 
@@ -79,8 +79,8 @@ class ElasticReplica(vLLMReplica):
         self.state = ReplicaState.REQUESTED
         self.lease: Lease | None = None
         self._pool = pool
-        self._server_process: tuple[int, float] | None = None
-        self._tree = ProcessTree((), ())
+        self._server_process: ProcessKey | None = None
+        self._engine_processes: tuple[ProcessKey, ...] = ()
 
     @property
     def name(self) -> str:
@@ -153,7 +153,7 @@ class ElasticReplica(vLLMReplica):
         self.servers = [server]
         self._server_process = await server.process.remote()
         await server.launch_server.remote()
-        self._tree = await server.process_tree.remote()
+        self._engine_processes = await server.engine_processes.remote()
         ip, port = await server.get_server_address.remote()
         self._server_handle = server
         self._server_address = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
@@ -219,9 +219,7 @@ class ElasticReplica(vLLMReplica):
     async def _stop_server(self, server: Any) -> tuple[int, ...]:
         timeout_s = self._pool.release_timeout_s
         try:
-            survivors = await asyncio.wait_for(
-                _awaitable(server.stop_engine.remote(self._tree, timeout_s)), timeout_s + 5
-            )
+            survivors = await asyncio.wait_for(_awaitable(server.stop_engine.remote(timeout_s)), timeout_s + 5)
         except (ray.exceptions.RayError, asyncio.TimeoutError):
             self.state = ReplicaState.LOST
             survivors = await self._reap(timeout_s)
@@ -234,7 +232,7 @@ class ElasticReplica(vLLMReplica):
             return ()
         affinity = NodeAffinitySchedulingStrategy(node_id=self.lease.nodes[0].node_id, soft=False)
         reap = ray.remote(num_cpus=0)(end_server).options(scheduling_strategy=affinity)
-        return tuple(await _awaitable(reap.remote(self._server_process, self._tree, timeout_s)))
+        return tuple(await _awaitable(reap.remote(self._server_process, self._engine_processes, timeout_s)))
 
 
 async def _awaitable(reference: Any) -> Any:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+from typing import Any
 
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 
 from verl_rlhfless.live.weights import PullReport, pull_into_engine
-from verl_rlhfless.process_tree import ProcessTree, end_tree, inspect_tree, process_key
+from verl_rlhfless.processes import ProcessKey, descendants, end_processes, process_key
+from verl_rlhfless.shared_memory import mapped_segments, unlink_segments
 
 _WORKER_EXTENSION = "verl_rlhfless.live.engine_worker.ElasticWorkerExtension"
 
@@ -19,13 +21,19 @@ class ElasticServer(vLLMHttpServer):
     def _get_worker_extension_cls(self) -> str:
         return _WORKER_EXTENSION
 
-    async def process(self) -> tuple[int, float]:
-        """Return pid and create time of this actor's process."""
+    async def launch_server(self, *args: Any, **kwargs: Any) -> None:
+        """Launch as verl does; then nothing but this actor's processes holds the engine's shared memory."""
+        await super().launch_server(*args, **kwargs)
+        pids = [os.getpid(), *(pid for pid, _ in descendants(os.getpid()))]
+        unlink_segments(mapped_segments(pids))
+
+    async def process(self) -> ProcessKey:
+        """Return the key of this actor's process."""
         return process_key(os.getpid())
 
-    async def process_tree(self) -> ProcessTree:
-        """Return everything that this actor started and that must be gone once it ended."""
-        return inspect_tree(os.getpid())
+    async def engine_processes(self) -> tuple[ProcessKey, ...]:
+        """Return the keys of everything that this actor started and that must be gone once it ended."""
+        return descendants(os.getpid())
 
     async def pull_weights(self, version: int, store_name: str, timeout_s: float) -> PullReport:
         """Load ``version`` from the store into the engine and return what was loaded.
@@ -39,16 +47,14 @@ class ElasticServer(vLLMHttpServer):
         await self.set_global_steps(version)
         return report
 
-    async def stop_engine(self, known: ProcessTree, timeout_s: float) -> tuple[int, ...]:
-        """End the engine's processes, free their shared memory, and return the pids that survived.
+    async def stop_engine(self, timeout_s: float) -> tuple[int, ...]:
+        """End the engine's processes and return the pids that survived.
 
-        ``known`` is what the replica had when it was ready: a process that died since then left its memory behind. A
-        direct kill takes well under a second; vLLM's own shutdown takes five, for state that nobody needs any more.
+        A direct kill takes well under a second; vLLM's own shutdown takes five, for state that nobody needs any more.
         """
-        tree = inspect_tree(os.getpid()).union(known)
         self._server_task.cancel()
         self.engine.output_handler.cancel()  # else it reports the engine's end as a failure
-        return await asyncio.to_thread(end_tree, tree, timeout_s)
+        return await asyncio.to_thread(end_processes, descendants(os.getpid()), timeout_s)
 
     async def num_running(self) -> int:
         """Return how many requests the engine still works on; none if it is dead."""

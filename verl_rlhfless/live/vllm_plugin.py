@@ -12,7 +12,7 @@ import os
 from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.events import OBSERVER_DIR_VARIABLE
 from verl_rlhfless.live.pacing import PACE_ENV
-from verl_rlhfless.process_tree import die_with_parent
+from verl_rlhfless.processes import die_with_parent
 from verl_rlhfless_patches import vllm_shm_spin, vllm_worker_hook
 
 

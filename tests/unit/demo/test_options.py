@@ -1,0 +1,61 @@
+"""The demo refuses bad options at once, in one line with key, value, rule and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from verl_rlhfless.cli import app, main
+from verl_rlhfless.demo.run import DemoOptions
+from verl_rlhfless.errors import ConfigError, DataError
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"steps": 0}, r"--steps=0: must be >= 1"),
+        ({"seed": -1}, r"--seed=-1: must be between 0 and"),
+        ({"arms": ("stok",)}, r"--arms='stok': must be among stock, elastic"),
+        ({"arms": ("stock", "stock")}, "must name each arm once"),
+    ],
+)
+def test_bad_option(tmp_path: Path, options: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        DemoOptions(out=tmp_path, **options)  # type: ignore[arg-type]
+
+
+def test_output_must_be_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        DemoOptions(out=tmp_path / "file")
+
+
+def test_data_smaller_than_a_step(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"question": "q", "answer": "#### 1"}\n')
+    with pytest.raises(ConfigError, match="at least 8 problems"):
+        DemoOptions(out=tmp_path, data=path).problems()
+
+
+def test_missing_data_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        DemoOptions(out=tmp_path / "out", data=tmp_path / "missing.jsonl").problems()
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_line_prints_one_line_and_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["rlhfless", "demo", "--out", str(tmp_path), "--arms", "stok"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("rlhfless: error: --arms='stok'")
+
+
+def test_version_and_help() -> None:
+    assert CliRunner().invoke(app, ["--version"]).output.strip()
+    assert "demo" in CliRunner().invoke(app, ["--help"]).output

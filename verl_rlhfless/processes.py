@@ -1,0 +1,74 @@
+"""Processes by name, and their certain end: an engine outlives a server actor that is killed, and its GPUs with it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+import time
+from collections.abc import Iterable
+
+import psutil
+
+ProcessKey = tuple[int, float]
+"""Pid and create time [s since the epoch], which together name a process for good: pids are reused."""
+
+_PR_SET_PDEATHSIG = 1
+_POLL_S = 0.005
+
+
+def process_key(pid: int) -> ProcessKey:
+    """Return the key of a running process."""
+    return pid, psutil.Process(pid).create_time()
+
+
+def descendants(pid: int) -> tuple[ProcessKey, ...]:
+    """Return the keys of everything that a process started and that still runs, deepest first."""
+    found = []
+    for child in reversed(psutil.Process(pid).children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append((child.pid, child.create_time()))
+    return tuple(found)
+
+
+def end_processes(keys: Iterable[ProcessKey], timeout_s: float) -> tuple[int, ...]:
+    """Kill processes and return the pids that still run after ``timeout_s``; one that is gone already is fine."""
+    alive = [process for process in map(_find, keys) if process is not None]
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    deadline = time.monotonic() + timeout_s
+    while (alive := [process for process in alive if _is_running(process)]) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)  # a zombie has given everything back; whoever adopted it may reap it much later
+    return tuple(process.pid for process in alive)
+
+
+def end_server(server: ProcessKey, known: Iterable[ProcessKey], timeout_s: float) -> tuple[int, ...]:
+    """End a server that may or may not live: what it was known to run, what it runs now, and itself.
+
+    Returns:
+        The pids that survived.
+    """
+    now = descendants(server[0]) if _find(server) is not None else ()
+    return end_processes(dict.fromkeys((*now, *known, server)), timeout_s)
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent ends, however that ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _find(key: ProcessKey) -> psutil.Process | None:
+    pid, create_time = key
+    try:
+        process = psutil.Process(pid)
+        return process if process.create_time() == create_time else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
