@@ -1,4 +1,4 @@
-"""The shared-memory segments of vLLM's message queues, which vLLM leaks on every kind of exit.
+"""The shared-memory segments of vLLM's queues and collectives, which vLLM leaks on every kind of exit.
 
 Linux frees a segment when its name is gone and nobody maps it any more. So the names of an engine that is up are
 removed at once: its processes go on using the memory, and whatever ends them, nothing stays behind.
@@ -12,12 +12,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _FOLDER = Path("/dev/shm")
-_PREFIX = "psm_"
+_PREFIXES = ("psm_", "vllm_dist_")  # of Python's SharedMemory, and of vLLM's collectives between CPU workers
 
 
 def queue_segments() -> set[str]:
-    """Return the names of all segments on this host that vLLM's queues may have made."""
-    return {path.name for path in _FOLDER.glob(f"{_PREFIX}*")}
+    """Return the names of all segments on this host that vLLM's workers may have made."""
+    return {path.name for path in _FOLDER.iterdir() if path.name.startswith(_PREFIXES)}
 
 
 def mapped_segments(pids: Iterable[int]) -> set[str]:
@@ -33,8 +33,8 @@ def unlink_segments(names: Iterable[str]) -> None:
 
 
 def _mapped_by(pid: int) -> Iterable[str]:
-    marker = f"{_FOLDER}/{_PREFIX}"
+    markers = tuple(f"{_FOLDER}/{prefix}" for prefix in _PREFIXES)
     with contextlib.suppress(OSError), open(f"/proc/{pid}/maps") as maps:
         for line in maps:
-            if marker in line:
+            if any(marker in line for marker in markers):
                 yield line.split(f"{_FOLDER}/", 1)[1].split()[0]
