@@ -1,0 +1,32 @@
+"""The README shows what a recorded demo printed, and names only commands that exist."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from verl_rlhfless.report.table import render
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_table_is_the_recorded_one() -> None:
+    shown = re.search(r"<!-- demo-table:begin -->\n```text\n(.*?)\n```\n<!-- demo-table:end -->", README, re.DOTALL)
+    assert shown is not None
+    record = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    strip = [line.rstrip() for line in render(record).rstrip().splitlines()]
+    assert shown.group(1).splitlines() == strip
+
+
+def test_recorded_demo_passed_every_guard() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    assert record["format"] == "rlhfless-ab/1" and set(record["arms"]) == {"stock", "elastic"}
+    assert all(len(arm["steps"]) >= 4 for arm in record["arms"].values())
+    assert record["guards"] and all(guard["ok"] for guard in record["guards"])
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"make (\w+)", README)) <= targets
