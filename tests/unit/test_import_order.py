@@ -28,7 +28,7 @@ LAYERS = (
     ("control",),
     ("sim", "live"),
     ("report",),
-    ("demo", "doctor", "cli"),
+    ("demo", "doctor", "sim_cli", "cli"),
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 SEPARATE = ({"sim", "live"},)

@@ -1,0 +1,92 @@
+"""The performance model: legal sizes, closed forms, memory, calibration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from verl_rlhfless.errors import ConfigError, DataError
+from verl_rlhfless.policy.calibrate import IterationSample, calibrate
+from verl_rlhfless.policy.gpus import GPUS
+from verl_rlhfless.policy.perf import EnginePerf
+from verl_rlhfless.policy.shapes import MODELS
+from verl_rlhfless.policy.transitions import Recipe, TrainerPerf
+
+PERF = EnginePerf(MODELS["qwen2.5-7b"], GPUS["L40S"], 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("qwen2.5-3b", (1, 2, 4, 8)),
+        ("qwen2.5-7b", (1, 2, 4)),
+        ("qwen2.5-32b", (1, 2, 4, 8)),
+        ("llama2-70b", (1, 2, 4, 8)),
+    ],
+)
+def test_tensor_parallel_divides_heads_and_stays_in_a_node(model: str, expected: tuple[int, ...]) -> None:
+    assert MODELS[model].legal_tp(8) == expected
+    assert MODELS[model].legal_tp(2) == tuple(tp for tp in expected if tp <= 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"), [("qwen2.5-3b", 3.09), ("qwen2.5-7b", 7.62), ("qwen2.5-32b", 32.8), ("llama2-70b", 69.0)]
+)
+def test_parameter_counts_are_those_of_the_model_cards(model: str, billions: float) -> None:
+    assert MODELS[model].params / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_kv_bytes_replicate_beyond_the_number_of_kv_heads() -> None:
+    shape, gpu = MODELS["qwen2.5-3b"], GPUS["H100"]
+    assert EnginePerf(shape, gpu, 4).kv_s_per_token == EnginePerf(shape, gpu, 2).kv_s_per_token
+    assert EnginePerf(shape, gpu, 2).kv_s_per_token == pytest.approx(EnginePerf(shape, gpu, 1).kv_s_per_token / 2)
+
+
+def test_decoding_one_sequence_is_bound_by_reading_the_weights() -> None:
+    perf = EnginePerf(MODELS["qwen2.5-7b"], GPUS["L40S"], 1)
+    weights_s = 2 * perf.shape.matmul_params / (864e9 * 0.8)
+    assert perf.iteration_s(1, 100) == pytest.approx(weights_s + 1.5e-3, rel=0.01)
+
+
+def test_the_closed_form_equals_the_sum_of_iterations() -> None:
+    steps = sum(PERF.iteration_s(7, 5000 + 7 * i) for i in range(300))
+    assert PERF.decode_s(7, 5000, 300) == pytest.approx(steps, rel=1e-12)
+    assert PERF.iterations_within(7, 5000, steps) == 300
+    assert PERF.iterations_within(7, 5000, steps * 0.999) == 299
+
+
+def test_weights_that_do_not_fit_are_refused_with_what_to_do() -> None:
+    with pytest.raises(ConfigError, match=r"leave no KV cache.*larger tensor-parallel"):
+        EnginePerf(MODELS["qwen2.5-32b"], GPUS["L40S"], 1)
+
+
+def test_calibration_recovers_known_efficiencies() -> None:
+    truth = replace(
+        PERF, efficiencies=replace(PERF.efficiencies, hbm=0.62, launch_s=3.1e-3, per_seq_s=2e-5, prefill=0.4)
+    )
+    shapes = [(b, b * c, 0) for b in (1, 8, 64, 256) for c in (100, 2000)] + [(0, 0, t) for t in (512, 2048, 8192)]
+    samples = [IterationSample(b, c, t, truth.iteration_s(b, c, t, t * (t + 1) // 2)) for b, c, t in shapes]
+    fitted = calibrate(PERF, samples)
+    assert fitted.mean_error < 0.02
+    assert fitted.max_error < 0.06
+    assert fitted.perf.efficiencies.hbm == pytest.approx(0.62, rel=0.05)
+
+
+def test_calibration_reports_the_error_that_remains() -> None:
+    samples = [IterationSample(b, b * 500, 0, 0.01 * (1 + b % 2)) for b in (1, 2, 3, 4, 5, 6)]
+    assert calibrate(PERF, samples).mean_error > 0.1
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
+def test_calibration_refuses_impossible_samples(seconds: float) -> None:
+    with pytest.raises(DataError, match="sample 2"):
+        calibrate(PERF, [IterationSample(1, 1, 0, 1.0)] * 2 + [IterationSample(1, 1, 0, seconds)] * 2)
+
+
+def test_ppo_takes_longer_than_grpo_and_the_critic_has_its_own_state() -> None:
+    grpo = TrainerPerf(MODELS["qwen2.5-7b"], GPUS["H100"], 16)
+    ppo = replace(grpo, recipe=Recipe(has_critic=True))
+    assert ppo.update_s(1e6, 2000) == pytest.approx(2 * grpo.update_s(1e6, 2000))
+    assert ppo.inference_s(1e6, 2000) == pytest.approx(1.5 * grpo.inference_s(1e6, 2000))
+    assert ppo.state_copy_s > grpo.state_copy_s

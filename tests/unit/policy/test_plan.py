@@ -1,0 +1,109 @@
+"""The planner: what it chooses where the answer is known, and what it says where there is none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.unit.sim.cases import cell, steps
+from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.policy.plan import Goal, plan_fleet
+from verl_rlhfless.policy.predict import LengthModel, learn, predict
+from verl_rlhfless.policy.snapshot import PoolSnapshot, RolloutPlan
+
+LONG = steps(1, 128, 8, mean=2000.0, cap=16384)
+SHORT = steps(1, 64, 4, mean=60.0, cap=512)
+
+
+def plan(goal: Goal, data=LONG, wake_s: float = 2.0) -> tuple[RolloutPlan, PoolSnapshot]:  # type: ignore[no-untyped-def]
+    batch = data[0].batch
+    pool = cell(data, wake_s=wake_s).pool
+    pool = replace(pool, warm=dict.fromkeys(pool.perf, 16))
+    model = learn(LengthModel(), batch, data[0].lengths)
+    return plan_fleet(pool, batch, predict(model, batch), goal), pool
+
+
+def test_a_long_tail_is_worth_an_elastic_fleet() -> None:
+    chosen, pool = plan(Goal())
+    assert not chosen.is_resident
+    assert sum(chosen.fleet) <= pool.num_gpus
+    assert "less GPU time" in chosen.reason
+
+
+def test_a_short_rollout_stays_resident_and_says_why() -> None:
+    chosen, pool = plan(Goal(), SHORT, wake_s=30.0)
+    assert chosen.is_resident
+    assert sum(chosen.fleet) == pool.trainer.num_gpus
+    assert "saving 0" in chosen.reason
+
+
+def test_more_weight_on_cost_never_costs_more() -> None:
+    weights = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    cost = [plan(Goal(cost_weight=w, hysteresis=0.0))[0].predicted_gpu_s for w in weights]
+    time = [plan(Goal(cost_weight=w, hysteresis=0.0))[0].predicted_step_s for w in weights]
+    assert cost[-1] <= cost[0]
+    assert time[-1] >= time[0]
+
+
+def test_not_slower_means_not_slower_than_the_best_static_fleet() -> None:
+    fast, _ = plan(Goal(is_notslower=True))
+    default, _ = plan(Goal())
+    assert fast.predicted_step_s <= default.predicted_step_s
+    assert not fast.is_resident
+
+
+def test_a_deadline_is_met() -> None:
+    free = plan(Goal(cost_weight=1.0))[0].predicted_step_s
+    deadline = 0.7 * free
+    assert plan(Goal(cost_weight=1.0, max_step_s=deadline))[0].predicted_step_s <= deadline
+
+
+def test_a_budget_is_met() -> None:
+    free = plan(Goal(cost_weight=0.05))[0].predicted_gpu_s
+    assert plan(Goal(cost_weight=0.05, max_gpu_s=0.8 * free))[0].predicted_gpu_s <= 0.8 * free
+
+
+@pytest.mark.parametrize(
+    ("goal", "key"),
+    [
+        (Goal(max_step_s=1.0), "max_step_s"),
+        (Goal(max_gpu_s=1.0), "max_usd_per_step"),
+    ],
+)
+def test_an_impossible_constraint_says_what_would_be_feasible(goal: Goal, key: str) -> None:
+    with pytest.raises(ConfigError, match=r"Feasible: \d") as caught:
+        plan(goal)
+    assert caught.value.key.endswith(key)
+
+
+def test_a_deadline_and_a_budget_that_exclude_each_other_say_so() -> None:
+    fastest = plan(Goal(cost_weight=0.0))[0]
+    cheapest = plan(Goal(cost_weight=1.0))[0]
+    with pytest.raises(ConfigError, match="Within it the least is"):
+        plan(Goal(max_step_s=fastest.predicted_step_s * 1.01, max_gpu_s=cheapest.predicted_gpu_s * 1.01))
+
+
+def test_a_cold_engine_is_not_free() -> None:
+    batch = LONG[0].batch
+    pool = cell(LONG).pool
+    prior = predict(learn(LengthModel(), batch, LONG[0].lengths), batch)
+    warm = plan_fleet(replace(pool, warm=dict.fromkeys(pool.perf, 16)), batch, prior, Goal(cost_weight=0.0))
+    cold = plan_fleet(replace(pool, warm={1: 16}), batch, prior, Goal(cost_weight=0.0))
+    assert cold.predicted_step_s > warm.predicted_step_s
+
+
+def test_every_sample_has_one_replica_and_siblings_stay_together_where_they_can() -> None:
+    chosen, _ = plan(Goal())
+    batch = LONG[0].batch
+    assert ((chosen.replica_of >= 0) & (chosen.replica_of < len(chosen.fleet))).all()
+    homes = [len(set(chosen.replica_of[batch.group_of == g].tolist())) for g in range(len(batch.prompt_ids))]
+    assert np.mean(homes) == 1.0
+    assert sorted(chosen.order.tolist()) == list(range(batch.num_samples))
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.5, float("nan")])
+def test_a_weight_outside_0_and_1_is_refused(weight: float) -> None:
+    with pytest.raises(ConfigError, match="cost_weight"):
+        Goal(cost_weight=weight)

@@ -1,0 +1,120 @@
+"""The simulated engine against cases worked out by hand from the performance model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import simpy
+
+from verl_rlhfless.policy.gpus import GPUS
+from verl_rlhfless.policy.perf import EngineLimits, EnginePerf
+from verl_rlhfless.policy.shapes import MODELS
+from verl_rlhfless.sim.engine import Engine, Request
+
+PERF = EnginePerf(MODELS["qwen2.5-7b"], GPUS["L40S"], 1)
+
+
+def run(requests: list[Request], perf: EnginePerf = PERF) -> tuple[Engine, dict[int, float], float]:
+    """Return the engine, when each sample finished, and the end of the simulation."""
+    env = simpy.Environment()
+    ends: dict[int, float] = {}
+
+    def left(request: Request, is_cut: bool) -> None:
+        assert not is_cut
+        assert request.generated == request.target
+        ends[request.sample] = env.now
+
+    engine = Engine(env, perf, left)
+    for request in requests:
+        engine.submit(request)
+    engine.start()
+    env.run()
+    return engine, ends, env.now
+
+
+def test_one_request_takes_its_prefill_and_one_iteration_per_further_token() -> None:
+    _, ends, _ = run([Request(0, 0, 100, 11)])
+    prefill = PERF.iteration_s(0, 0, 100, 100 * 101 // 2)
+    decode = sum(PERF.iteration_s(1, 101 + i) for i in range(10))
+    assert ends[0] == pytest.approx(prefill + decode, rel=1e-9)
+
+
+def test_two_requests_share_iterations_until_the_shorter_one_ends() -> None:
+    _, ends, _ = run([Request(0, 0, 64, 5), Request(1, 1, 64, 9)])
+    first = PERF.iteration_s(0, 0, 128, 2 * 64 * 65 // 2)
+    both = sum(PERF.iteration_s(2, 2 * (65 + i)) for i in range(4))
+    alone = sum(PERF.iteration_s(1, 69 + i) for i in range(4))
+    assert ends[0] == pytest.approx(first + both, rel=1e-9)
+    assert ends[1] == pytest.approx(first + both + alone, rel=1e-9)
+
+
+def test_siblings_on_one_engine_prefill_full_blocks_of_their_prompt_once() -> None:
+    engine, _, _ = run([Request(i, 0, 100, 4) for i in range(8)])
+    assert engine.prefill_tokens == 100 + 7 * (100 - 96)
+    apart, _, _ = run([Request(i, i, 100, 4) for i in range(8)])
+    assert apart.prefill_tokens == 800
+
+
+def test_a_shared_system_prompt_is_computed_once() -> None:
+    engine, _, _ = run([Request(i, i, 100, 2, "system", 64) for i in range(4)])
+    assert engine.prefill_tokens == 100 + 3 * 36
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode() -> None:
+    perf = EnginePerf(PERF.shape, PERF.gpu, 1, limits=EngineLimits(max_batched_tokens=512))
+    _, ends, _ = run([Request(0, 0, 1200, 1)], perf)
+    chunks = [(512, 0), (512, 512), (176, 1024)]
+    expected = sum(perf.iteration_s(0, 0, n, n * start + n * (n + 1) // 2) for n, start in chunks)
+    assert ends[0] == pytest.approx(expected, rel=1e-9)
+
+
+def test_no_more_than_max_num_seqs_run_at_once() -> None:
+    perf = EnginePerf(PERF.shape, PERF.gpu, 1, limits=EngineLimits(max_num_seqs=2))
+    _, ends, _ = run([Request(i, i, 16, 100) for i in range(4)], perf)
+    assert ends[2] > ends[1]
+    assert ends[3] == pytest.approx(2 * ends[1], rel=0.05)
+
+
+def test_running_out_of_blocks_preempts_the_youngest_and_recomputes_it() -> None:
+    small = replace(PERF.limits, memory_utilization=0.40)
+    perf = EnginePerf(PERF.shape, PERF.gpu, 1, limits=small)
+    tokens = perf.kv_blocks * 16
+    engine, ends, _ = run([Request(i, i, tokens // 8, tokens // 3) for i in range(3)], perf)
+    assert engine.num_preemptions >= 1
+    assert len(ends) == 3
+    assert max(ends, key=lambda s: ends[s]) == 2
+    assert engine.prefill_tokens > 3 * (tokens // 8)
+
+
+def test_a_request_that_can_never_fit_is_an_error_not_a_hang() -> None:
+    perf = EnginePerf(PERF.shape, PERF.gpu, 1, limits=replace(PERF.limits, memory_utilization=0.40))
+    with pytest.raises(ValueError, match="does not fit"):
+        run([Request(0, 0, perf.kv_blocks * 16 + 16, 4)], perf)
+
+
+def test_an_abort_takes_effect_at_the_next_iteration_and_keeps_the_tokens() -> None:
+    env = simpy.Environment()
+    left: list[tuple[int, bool, int, float]] = []
+    engine = Engine(env, PERF, lambda r, cut: left.append((r.sample, cut, r.generated, env.now)))
+    engine.submit(Request(0, 0, 64, 1000))
+    engine.submit(Request(1, 1, 64, 1000))
+    engine.start()
+    env.run(until=5.0)
+    before = dict(engine.progress())
+    engine.abort({0})
+    env.run()
+    sample, is_cut, generated, when = left[0]
+    assert (sample, is_cut) == (0, True)
+    assert generated == before[0] + 1
+    assert 5.0 <= when <= 5.0 + PERF.iteration_s(2, 2500)
+    assert left[1][:3] == (1, False, 1000)
+
+
+def test_littles_law_holds_for_a_closed_population() -> None:
+    count, length = 64, 400
+    engine, ends, end = run([Request(i, i, 32, length) for i in range(count)])
+    mean_in_system = sum(ends.values()) / end
+    throughput = count / end
+    assert mean_in_system == pytest.approx(throughput * (sum(ends.values()) / count), rel=1e-9)
+    assert engine.busy == [[0, end]]

@@ -1,0 +1,93 @@
+"""Whole simulated runs: what must add up, what must not be hidden, what must be reproducible."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from tests.unit.sim.cases import cell, steps
+from verl_rlhfless.policy.baselines.rlhfless_paper import RlhflessPaper
+from verl_rlhfless.policy.baselines.stock import StockSync
+from verl_rlhfless.policy.ours import Ours
+from verl_rlhfless.sim.cell import ARMS
+from verl_rlhfless.sim.cluster import CLUSTERS
+from verl_rlhfless.sim.report import cell_record, table
+
+DATA = steps(2, 32, 4, mean=900.0)
+
+
+@pytest.mark.parametrize("arm", list(ARMS))
+def test_every_arm_accounts_for_each_leased_second_and_every_token(arm: str) -> None:
+    one = cell(DATA)
+    record = one.run(one.arm(arm))
+    for step, data in zip(record.steps, DATA, strict=True):
+        assert step.gpu_s_busy + step.gpu_s_idle + step.gpu_s_startup == pytest.approx(step.gpu_s_allocated)
+        assert step.tokens == data.lengths.sum()
+        assert 0 < step.gen_s < step.step_s
+        assert step.gpu_s_allocated <= 16 * step.step_s * (1 + 1e-9)
+    inside = sum(step.gpu_s_allocated for step in record.steps)
+    assert record.gpu_s_allocated == pytest.approx(inside + 16 * record.init_s - 16 * one.times.grant_s)
+    assert record.max_gpus == 16
+
+
+def test_stock_holds_the_whole_cluster_through_the_whole_step() -> None:
+    one = cell(DATA)
+    for step in one.run(StockSync()).steps:
+        assert step.gpu_s_allocated == pytest.approx(16 * step.step_s)
+        assert step.node_usd == pytest.approx(step.gpu_lease_usd)
+
+
+@pytest.mark.parametrize("arm", list(ARMS))
+def test_same_seed_gives_an_identical_record(arm: str) -> None:
+    texts = {json.dumps(asdict(one.run(one.arm(arm))), sort_keys=True) for one in (cell(DATA), cell(DATA))}
+    assert len(texts) == 1
+
+
+def test_elastic_arms_pay_for_waking_and_stock_does_not_depend_on_it() -> None:
+    long = steps(2, 64, 8, mean=2500.0, cap=16384)
+    slow, fast = cell(long, wake_s=20.0), cell(long, wake_s=1.0)
+    assert fast.run(StockSync()).steps == slow.run(StockSync()).steps
+    cheap = fast.arm("rlhfless_paper")
+    assert slow.run(cheap).gpu_s_startup > fast.run(cheap).gpu_s_startup
+    assert slow.run(cheap).steps[1].step_s > fast.run(cheap).steps[1].step_s
+
+
+def test_a_parked_engine_is_reported_and_can_be_charged() -> None:
+    long = steps(2, 64, 8, mean=2500.0, cap=16384)
+    free, charged = cell(long), replace(cell(long), parked_charge=1.0)
+    assert free.run(Ours()).gpu_s_parked > 0
+    assert charged.run(Ours()).gpu_lease_usd > free.run(Ours()).gpu_lease_usd
+
+
+def test_losing_a_spot_node_loses_no_sample() -> None:
+    long = steps(2, 64, 8, mean=3000.0, cap=16384)
+    outage = (((130.0, 135.0), (150.0, 155.0), (170.0, 5000.0)),)
+    one = cell(long, replace(CLUSTERS["h100-16-spot"], outages=outage))
+    record = one.run(RlhflessPaper(num_actors=16, tp=1))
+    assert sum(step.num_lost_replicas for step in record.steps) > 0
+    assert [step.tokens for step in record.steps] == [int(data.lengths.sum()) for data in long]
+
+
+def test_ours_stays_resident_and_says_so_when_elasticity_cannot_pay() -> None:
+    short = cell(steps(3, 64, 4, mean=60.0, cap=512), wake_s=30.0)
+    record, best = short.run(short.arm("ours")), short.run(short.arm("stock_sync_best_tp"))
+    assert all("resident" in step.reason and "saving 0" in step.reason for step in record.steps)
+    assert record.steps[-1].gpu_s_allocated <= 1.02 * best.steps[-1].gpu_s_allocated
+
+
+def test_the_record_has_every_documented_field_and_no_arm_beats_the_bound() -> None:
+    one = cell(DATA)
+    arms = {name: one.run(one.arm(name)) for name in ("stock_sync", "stock_sync_best_tp", "ours", "oracle")}
+    run = cell_record(one, arms, {"trace": "t", "cluster": "l40s-16", "model": "qwen2.5-3b", "seed": 0})
+    step = run["arms"]["ours"]["steps"][0]
+    wanted = {"step", "step_s", "gen_s", "gpu_s_allocated", "gpu_s_busy", "gpu_s_idle", "gpu_s_startup"}
+    assert wanted | {"gpu_lease_usd", "node_usd", "num_migrations", "prefill_tokens", "objective"} <= step.keys()
+    assert all(s["objective"] == pytest.approx(1.0) for s in run["arms"]["stock_sync_best_tp"]["steps"])
+    for arm in run["arms"].values():
+        assert arm["total"]["step_s"] >= run["bound"]["step_s"]
+        assert arm["total"]["gpu_lease_usd_per_step"] >= run["bound"]["gpu_lease_usd"]
+    text = table(run)
+    assert "simulated" in text
+    assert all(name in text for name in arms)

@@ -1,0 +1,1 @@
+"""The arms that ours is measured against, each with its fair best."""

@@ -1,0 +1,123 @@
+"""Distinct prefixes of a batch of prompts as a radix tree over token ids.
+
+So that every shared prefix is prefilled once.
+
+Levels may nest: a system prompt shared by all, a few-shot block shared by some, a prompt shared by the samples of a
+group.
+
+Invariants: ``expand(dedup(x)) == x``; the tokens of all nodes are the tokens that have to be computed; a leader comes
+before followers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixTree:
+    """A radix tree.
+
+    Attributes:
+        parent: Parent of each node, -1 for a root; parents come before children.
+        tokens: Token ids that a node adds to its parent's prefix, int64.
+        leaf: Node at which each prompt of the batch ends.
+    """
+
+    parent: tuple[int, ...]
+    tokens: tuple[NDArray[np.int64], ...]
+    leaf: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to compute when each distinct prefix is prefilled once."""
+        return sum(len(part) for part in self.tokens)
+
+
+def dedup(prompts: Sequence[Sequence[int]]) -> PrefixTree:
+    """Return the radix tree of the prompts (lists of token ids >= 0)."""
+    arrays = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
+    keys = [array.astype(">u4").tobytes() for array in arrays]  # big-endian bytes sort like the token lists
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    parent: list[int] = []
+    tokens: list[NDArray[np.int64]] = []
+    leaf = [0] * len(keys)
+    path: list[tuple[int, int]] = []  # (node, depth at its end) from the root to the last leaf
+    before: NDArray[np.int64] | None = None
+    for index in order:
+        array = arrays[index]
+        common = 0 if before is None else _common(before, array)
+        cut = None
+        while path and path[-1][1] > common:
+            cut = path.pop()
+        depth = path[-1][1] if path else 0
+        if cut is not None and common > depth:
+            path.append((_split(parent, tokens, cut[0], common - depth), common))
+            depth = common
+        if len(array) > depth or not path:
+            parent.append(path[-1][0] if path else -1)
+            tokens.append(array[depth:])
+            path.append((len(parent) - 1, len(array)))
+        leaf[index] = path[-1][0]
+        before = array
+    return _parents_first(parent, tokens, leaf)
+
+
+def expand(tree: PrefixTree) -> list[list[int]]:
+    """Return the prompts that a tree was made of, in their order."""
+    whole: list[list[int]] = []
+    for parent, part in zip(tree.parent, tree.tokens, strict=True):
+        whole.append((whole[parent] if parent >= 0 else []) + part.tolist())
+    return [list(whole[node]) for node in tree.leaf]
+
+
+def leader_first(tree: PrefixTree) -> list[int]:
+    """Return prompt indices such that one prompt of each distinct leaf.
+
+    Its leader comes first, deepest sharing together.
+    """
+    seen: set[int] = set()
+    leaders: list[int] = []
+    followers: list[int] = []
+    for index in sorted(range(len(tree.leaf)), key=lambda i: (tree.leaf[i], i)):
+        (followers if tree.leaf[index] in seen else leaders).append(index)
+        seen.add(tree.leaf[index])
+    return leaders + followers
+
+
+def _common(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
+    size = min(len(a), len(b))
+    differs = a[:size] != b[:size]
+    return int(differs.argmax()) if differs.any() else size
+
+
+def _split(parent: list[int], tokens: list[NDArray[np.int64]], node: int, keep: int) -> int:
+    """Cut a node after ``keep`` tokens; return the new node above it."""
+    parent.append(parent[node])
+    tokens.append(tokens[node][:keep])
+    parent[node] = len(parent) - 1
+    tokens[node] = tokens[node][keep:]
+    return len(parent) - 1
+
+
+def _parents_first(parent: list[int], tokens: list[NDArray[np.int64]], leaf: list[int]) -> PrefixTree:
+    children: dict[int, list[int]] = {}
+    for node, up in enumerate(parent):
+        children.setdefault(up, []).append(node)
+    rank: dict[int, int] = {-1: -1}
+    stack = sorted(children.get(-1, ()), reverse=True)
+    ordered: list[int] = []
+    while stack:
+        node = stack.pop()
+        rank[node] = len(ordered)
+        ordered.append(node)
+        stack.extend(sorted(children.get(node, ()), reverse=True))
+    return PrefixTree(
+        tuple(rank[parent[node]] for node in ordered),
+        tuple(tokens[node] for node in ordered),
+        tuple(rank[node] for node in leaf),
+    )

@@ -1,0 +1,110 @@
+"""Which replica a sample goes to.
+
+Invariants: every sample gets exactly one replica; the result does not depend on the order of equal keys' input (ties
+go by sample id, then by replica id).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+
+from verl_rlhfless.policy.snapshot import GONE, Batch, FloatArray, IntArray, Move, RolloutView
+
+
+def least_requests(batch: Batch, num_replicas: int) -> IntArray:
+    """Return stock verl's placement: every request to the replica with the fewest in flight, in batch order.
+
+    Siblings spread.
+    """
+    return np.arange(batch.num_samples, dtype=np.int64) % num_replicas
+
+
+def balanced_groups(batch: Batch, load: FloatArray, capacity: Sequence[float]) -> IntArray:
+    """Return a placement that keeps groups together and evens out ``load / capacity``, heaviest group first.
+
+    Keeping siblings together prefills a prompt once. A group is split over replicas only when it is too big for an
+    even share.
+
+    Args:
+        batch: The prompts.
+        load: [B] predicted work of each sample.
+        capacity: Relative speed of each replica.
+    """
+    num_groups = len(batch.prompt_ids)
+    group_load = np.bincount(batch.group_of, weights=load, minlength=num_groups)
+    share = np.bincount(batch.group_of, minlength=num_groups)
+    replica_of = np.full(batch.num_samples, -1, dtype=np.int64)
+    members = np.argsort(batch.group_of, kind="stable")
+    ends = np.cumsum(share)
+    heap = [(0.0, replica) for replica in range(len(capacity))]
+    limit = group_load.sum() / sum(capacity)
+    for group in np.lexsort((np.arange(num_groups), -group_load)).tolist():
+        samples = members[ends[group] - share[group] : ends[group]]
+        slowest = limit * max(capacity)
+        pieces = max(1, min(len(samples), int(np.ceil(group_load[group] / slowest)) if slowest > 0 else 1))
+        for piece in np.array_split(samples, pieces):
+            used, replica = heapq.heappop(heap)
+            replica_of[piece] = replica
+            heapq.heappush(heap, (used + float(load[piece].sum()) / capacity[replica], replica))
+    return replica_of
+
+
+def equal_length_blocks(batch: Batch, predicted: FloatArray, num_replicas: int) -> IntArray:
+    """Return RLHFless' placement: groups sorted by predicted length, cut into blocks of equal predicted work.
+
+    Prompts of similar length share an actor, so that actors with short ones end early (arXiv 2602.22718, prompt
+    assignment).
+    """
+    num_groups = len(batch.prompt_ids)
+    count = np.bincount(batch.group_of, minlength=num_groups)
+    mean = np.bincount(batch.group_of, weights=predicted, minlength=num_groups) / np.maximum(count, 1)
+    order = np.lexsort((np.arange(num_groups), mean))
+    filled = np.cumsum(count[order]) - count[order] / 2
+    replica = np.minimum((filled * num_replicas / batch.num_samples).astype(np.int64), num_replicas - 1)
+    of_group = np.empty(num_groups, dtype=np.int64)
+    of_group[order] = replica
+    placed: IntArray = of_group[batch.group_of]
+    return placed
+
+
+def longest_first(samples: IntArray, predicted: FloatArray) -> IntArray:
+    """Return ``samples`` with the longest predicted first, ties by id."""
+    ordered: IntArray = samples[np.lexsort((samples, -predicted[samples]))]
+    return ordered
+
+
+def spread(samples: IntArray, targets: Sequence[int], load: Sequence[float], weight: FloatArray) -> tuple[Move, ...]:
+    """Return moves that send ``samples`` (heaviest first) to the least loaded of ``targets``.
+
+    Args:
+        samples: Ids to place.
+        targets: Replica ids.
+        load: Present load of each target, in the unit of ``weight``.
+        weight: [B] work of each sample.
+    """
+    heap = [(value, position) for position, value in enumerate(load)]
+    heapq.heapify(heap)
+    chosen: list[list[int]] = [[] for _ in targets]
+    for sample in longest_first(samples, weight).tolist():
+        used, position = heapq.heappop(heap)
+        chosen[position].append(sample)
+        heapq.heappush(heap, (used + float(weight[sample]), position))
+    return tuple(
+        Move(np.array(sorted(ids), dtype=np.int64), target) for ids, target in zip(chosen, targets, strict=True) if ids
+    )
+
+
+def place_orphans(view: RolloutView, lost: IntArray, fleet: Sequence[int]) -> tuple[tuple[int, ...], tuple[Move, ...]]:
+    """Return ``(starts, moves)`` for samples whose replica was lost.
+
+    The least loaded survivors, or a new replica when none is left.
+    """
+    alive = [replica for replica in view.replicas if replica.state != GONE]
+    weight = np.ones(view.batch.num_samples)
+    if not alive:
+        return (min(fleet),), (Move(lost, len(view.replicas)),)
+    load = [(r.num_waiting + r.num_running) / r.tp for r in alive]
+    return (), spread(lost, [r.replica for r in alive], load, weight)

@@ -1,0 +1,199 @@
+"""Seconds of everything a rollout replica does, by (model shape, GPU type, tensor-parallel size).
+
+One iteration of vLLM's continuous batching is ``overhead + max(weights / bandwidth, compute) + KV reads +
+all-reduces``. With a fixed batch a decode iteration is affine in the summed context, so ``k`` iterations have a
+closed form (``decode_s``): the event-compressed simulator and the planner both rest on it.
+
+Invariants: no figure is negative; more tokens, a longer context or a larger batch never take less time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.policy.gpus import GpuType
+from verl_rlhfless.policy.shapes import BYTES_PER_PARAM, ModelShape
+
+BLOCK_TOKENS = 16
+"""vLLM's default KV block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Efficiencies:
+    """The few figures that data sheets do not give; ``calibrate`` fits the first four.
+
+    Attributes:
+        hbm: Share of peak memory bandwidth that decoding reaches.
+        prefill: Share of peak FLOP/s in prefill.
+        launch_s: Fixed seconds of one engine iteration (scheduling, graph launch, sampling).
+        per_seq_s: Seconds per running request and iteration (sampling, detokenising).
+        peer: Share of the peer link that a large all-reduce reaches.
+        host: Share of PCIe that a copy from host memory reaches.
+        allreduce_s: Latency of one small all-reduce between two GPUs, (NVLink, PCIe).
+        allreduce_hop_s: Added latency for each further GPU, (NVLink, PCIe).
+    """
+
+    hbm: float = 0.80
+    prefill: float = 0.55
+    launch_s: float = 1.5e-3
+    per_seq_s: float = 6e-6
+    peer: float = 0.70
+    host: float = 0.65
+    allreduce_s: tuple[float, float] = (8e-6, 20e-6)
+    allreduce_hop_s: tuple[float, float] = (0.5e-6, 8e-6)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """vLLM's own limits with verl's default values, the same in every arm.
+
+    Attributes:
+        max_num_seqs: Most running requests.
+        max_batched_tokens: Token budget of one iteration (chunked prefill).
+        memory_utilization: Share of device memory that the engine may use.
+        reserve_bytes: Activations, CUDA graphs and context on each GPU.
+    """
+
+    max_num_seqs: int = 1024
+    max_batched_tokens: int = 8192
+    memory_utilization: float = 0.85
+    reserve_bytes: float = 2.5e9
+
+
+@dataclass(frozen=True)
+class EnginePerf:
+    """The iteration times and the KV capacity of one replica."""
+
+    shape: ModelShape
+    gpu: GpuType
+    tp: int
+    efficiencies: Efficiencies = field(default_factory=Efficiencies)
+    limits: EngineLimits = field(default_factory=EngineLimits)
+
+    def __post_init__(self) -> None:
+        if self.kv_blocks < 1:
+            raise ConfigError(
+                "model",
+                self.shape.name,
+                f"weights of {self.shape.weight_bytes / 1e9:.1f} GB over {self.tp} x {self.gpu.name} leave no KV cache",
+                "Use a larger tensor-parallel size or GPU.",
+            )
+
+    @cached_property
+    def kv_blocks(self) -> int:
+        """Blocks of 16 tokens that fit beside the weights (0 when the weights do not fit)."""
+        usable = self.gpu.memory_bytes * self.limits.memory_utilization - self.limits.reserve_bytes
+        free = usable - self.shape.weight_bytes / self.tp
+        return max(0, int(free / (self.shape.kv_bytes_per_token / self.shape.kv_shards(self.tp) * BLOCK_TOKENS)))
+
+    @cached_property
+    def kv_s_per_token(self) -> float:
+        """Seconds to read one token's keys and values in an iteration."""
+        kv = self.shape.kv_bytes_per_token / self.shape.kv_shards(self.tp)
+        return kv / (self.gpu.hbm_bytes_per_s * self.efficiencies.hbm)
+
+    @cached_property
+    def _weights_s(self) -> float:
+        read = self.shape.matmul_params * BYTES_PER_PARAM / self.tp
+        return read / (self.gpu.hbm_bytes_per_s * self.efficiencies.hbm)
+
+    @cached_property
+    def _compute_s_per_token(self) -> float:
+        return 2 * self.shape.matmul_params / (self.tp * self.gpu.flops * self.efficiencies.prefill)
+
+    @cached_property
+    def _batch_s(self) -> tuple[float, ...]:
+        return tuple(self._matmul_s(b) + self.efficiencies.per_seq_s * b for b in range(self.limits.max_num_seqs + 1))
+
+    def allreduce_s(self, tokens: int) -> float:
+        """Return the seconds of all tensor-parallel all-reduces (two a layer) for ``tokens`` in one iteration."""
+        if self.tp == 1:
+            return 0.0
+        link = 0 if self.gpu.has_nvlink else 1
+        eff = self.efficiencies
+        latency = eff.allreduce_s[link] + eff.allreduce_hop_s[link] * (self.tp - 2)
+        sent = 2 * (self.tp - 1) / self.tp * tokens * self.shape.hidden * BYTES_PER_PARAM
+        return 2 * self.shape.layers * (latency + sent / (self.gpu.peer_bytes_per_s * eff.peer))
+
+    def _matmul_s(self, tokens: int) -> float:
+        work = max(self._weights_s, tokens * self._compute_s_per_token)
+        return self.efficiencies.launch_s + work + self.allreduce_s(tokens)
+
+    def iteration_s(
+        self, decodes: int, context_tokens: int, prefill_tokens: int = 0, prefill_context: int = 0
+    ) -> float:
+        """Return the seconds of one iteration.
+
+        Args:
+            decodes: Requests that decode one token each.
+            context_tokens: Their summed context.
+            prefill_tokens: Prompt tokens computed in the same iteration.
+            prefill_context: Sum over the prefill tokens of the context each attends to.
+        """
+        if prefill_tokens == 0 and decodes < len(self._batch_s):
+            return self._batch_s[decodes] + context_tokens * self.kv_s_per_token
+        base = self._matmul_s(decodes + prefill_tokens) + self.efficiencies.per_seq_s * decodes
+        attention = 4 * self.shape.layers * self.shape.heads * self.shape.head_dim * prefill_context
+        return (
+            base
+            + context_tokens * self.kv_s_per_token
+            + attention / (self.tp * self.gpu.flops * self.efficiencies.prefill)
+        )
+
+    def fluid_iteration_s(self, batch: NDArray[np.float64], context: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the seconds in which each of ``batch`` requests (a mean, may be fractional) gets one more token.
+
+        Where more requests than the engine can run at once share it, they take turns.
+
+        Args:
+            batch: Requests on the replica, any shape, >= 0.
+            context: Their mean context in tokens, broadcastable.
+        """
+        fits = np.minimum(self.limits.max_num_seqs, self.kv_blocks * BLOCK_TOKENS / np.maximum(context, 1.0))
+        running = np.minimum(np.maximum(batch, 1.0), fits)
+        base = np.interp(running, np.arange(len(self._batch_s)), self._batch_s)
+        seconds: NDArray[np.float64] = (base + running * context * self.kv_s_per_token) * np.maximum(
+            batch / running, 1.0
+        )
+        return seconds
+
+    @property
+    def prefill_s_per_token(self) -> float:
+        """Seconds per prompt token in a full prefill iteration."""
+        return self._matmul_s(self.limits.max_batched_tokens) / self.limits.max_batched_tokens
+
+    def decode_s(self, decodes: int, context_tokens: float, iterations: float) -> float:
+        """Return the seconds of ``iterations`` decode iterations of an unchanged batch.
+
+        Its summed context starts at ``context_tokens`` and grows by one token a request and iteration.
+        """
+        grown = decodes * iterations * (iterations - 1) / 2
+        return iterations * self._batch_s[decodes] + (iterations * context_tokens + grown) * self.kv_s_per_token
+
+    def iterations_within(self, decodes: int, context_tokens: float, seconds: float) -> int:
+        """Return how many whole decode iterations end within ``seconds`` (the inverse of ``decode_s``)."""
+        a = decodes * self.kv_s_per_token / 2
+        b = self._batch_s[decodes] + context_tokens * self.kv_s_per_token - a
+        k = (math.sqrt(b * b + 4 * a * max(seconds, 0.0)) - b) / (2 * a) if a > 0 else seconds / b
+        return int(k + 1e-9)
+
+    def prefill_s(self, tokens: int, context_tokens: int = 0) -> float:
+        """Return the seconds to compute ``tokens`` of one request after ``context_tokens`` that are cached already."""
+        seconds, done = 0.0, 0
+        while done < tokens:
+            chunk = min(tokens - done, self.limits.max_batched_tokens)
+            start = context_tokens + done
+            seconds += self.iteration_s(0, 0, chunk, chunk * start + chunk * (chunk + 1) // 2)
+            done += chunk
+        return seconds
+
+    @property
+    def load_s(self) -> float:
+        """Seconds to copy one weight version from host memory into the replica."""
+        return self.shape.weight_bytes / self.tp / (self.gpu.host_bytes_per_s * self.efficiencies.host)

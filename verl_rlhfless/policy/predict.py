@@ -1,0 +1,260 @@
+"""Response lengths.
+
+Quantiles for every sample from history, from siblings while they run, and from the running distribution.
+
+The logarithm of a length is ``level + slope * log(prompt) + prompt effect + noise``. ``level`` follows the drift of
+the whole distribution (an EWMA over steps, corrected inside a step by finished and censored samples), a prompt effect
+is an EWMA over its visits shrunk by how well effects recur, and the interval is scaled by the standardised errors
+seen so far (so that 80 % means 80 %).
+
+Invariants: p10 <= p50 <= p90 <= cap; a longer censored sample never lowers its own prediction; state round-trips
+through JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+
+from verl_rlhfless.errors import DataError
+from verl_rlhfless.policy.snapshot import Batch, FloatArray, IntArray
+
+FORMAT = "rlhfless-lengths/1"
+PRIOR_SHARE_OF_CAP = 1 / 10
+"""Median response on the very first step, as a share of the longest allowed one: the only guess that is not learnt."""
+
+_EWMA_LEVEL, _EWMA_SPREAD, _EWMA_PROMPT = 0.7, 0.5, 0.5
+_EM_ROUNDS = 4
+_Z80 = 1.2816
+_TAIL_MARGIN = 1.25
+_TAIL_SAMPLES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class LengthModel:
+    """What was learnt from finished steps.
+
+    Attributes:
+        level: Mean log length of the latest steps; ``None`` before the first.
+        slope: Change of log length per log prompt token.
+        log_prompt: Mean log prompt tokens to which ``level`` belongs.
+        between / within: Standard deviation of prompt effects, and of samples inside a group.
+        recall: Share of a remembered prompt effect that comes back.
+        low / high: Standardised errors at 10 % and 90 %.
+        longest: Longest response of the latest steps, from at least 256 samples; 0 = not known.
+        effects: Prompt id -> effect (EWMA over visits).
+    """
+
+    level: float | None = None
+    slope: float = 0.0
+    log_prompt: float = 0.0
+    between: float = 0.6
+    within: float = 0.9
+    recall: float = 0.7
+    low: float = -_Z80
+    high: float = _Z80
+    longest: float = 0.0
+    effects: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the state as JSON text."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> LengthModel:
+        """Return the state that ``to_json`` wrote.
+
+        Raises:
+            DataError: The text is no such state.
+        """
+        try:
+            values = json.loads(text)
+            if values.pop("format") != FORMAT:
+                raise ValueError(f"format must be {FORMAT!r}")
+            effects = {str(key): _finite(value) for key, value in values.pop("effects").items()}
+            level = values.pop("level")
+            scalars = {key: _finite(value) for key, value in values.items()}
+            return cls(level=None if level is None else _finite(level), effects=effects, **scalars)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"length history: {error}. Delete the state file to start without history.") from error
+
+
+def _finite(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a finite number")
+    return float(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Log-normal lengths, censored at ``cap``: ``mu`` and ``sigma`` are [B] float64 of the log.
+
+    Samples beyond ``reached`` only.
+    """
+
+    mu: FloatArray
+    sigma: FloatArray
+    low: float
+    high: float
+    cap: int
+
+    def quantiles(self) -> FloatArray:
+        """Return [B, 3] float64: p10, p50, p90 tokens."""
+        z = np.array([self.low, 0.0, self.high])
+        tokens: FloatArray = np.clip(np.exp(self.mu[:, None] + z * self.sigma[:, None]), 1.0, self.cap)
+        return tokens
+
+    def mean(self, reached: IntArray | None = None) -> FloatArray:
+        """Return [B] float64 expected tokens, given that a sample is longer than ``reached``."""
+        quantile = np.exp(np.minimum(self.mu + self.sigma**2 / 2, math.log(self.cap)))
+        if reached is None:
+            return np.asarray(quantile, dtype=np.float64)
+        z = (np.log(np.maximum(reached, 1)) - self.mu) / self.sigma
+        beyond = np.exp(self.mu + self.sigma * (z + 1.0 / (np.maximum(z, 0.0) + 1.0)))
+        tokens: FloatArray = np.minimum(np.maximum(np.maximum(quantile, beyond), reached + 1), self.cap)
+        return tokens
+
+    def alive_at(self, depth: FloatArray) -> FloatArray:
+        """Return [B, K] float64: probability that a sample is longer than each depth (tokens)."""
+        z = (np.log(np.maximum(depth, 1e-9)) - self.mu[:, None]) / self.sigma[:, None]
+        alive: FloatArray = np.where(depth < self.cap, _upper_tail(z), 0.0)
+        return alive
+
+
+def _upper_tail(z: FloatArray) -> FloatArray:
+    """Return 1 - Phi(z), to 2e-4 (Page's logistic approximation)."""
+    bounded = np.clip(z, -8.0, 8.0)
+    return 1.0 / (1.0 + np.exp(1.5976 * bounded + 0.070565 * bounded**3))
+
+
+def predict(model: LengthModel, batch: Batch) -> Prediction:
+    """Return the prediction before anything of the step has been generated."""
+    log_prompt = np.log(np.maximum(batch.prompt_tokens, 1))
+    if model.level is None:
+        mu = np.full(batch.num_samples, math.log(max(1.0, batch.max_response_tokens * PRIOR_SHARE_OF_CAP)))
+    else:
+        mu = model.level + model.slope * (log_prompt - model.log_prompt)
+    known = np.array([prompt in model.effects for prompt in batch.prompt_ids])
+    effect = np.array([model.effects.get(p, 0.0) for p in batch.prompt_ids])
+    mu = mu + model.recall * effect[batch.group_of]
+    left = np.where(known, 1.0 - min(model.recall, 0.95) ** 2, 1.0)[batch.group_of]
+    sigma = np.sqrt(model.within**2 + model.between**2 * left)
+    return Prediction(mu, sigma, model.low, model.high, _reach(model, batch.max_response_tokens, 0))
+
+
+def _reach(model: LengthModel, cap: int, seen: int) -> int:
+    """Return how far the tail goes.
+
+    Log-normal tails without end would have the planner wait for samples that never come.
+    """
+    if model.longest <= 0:
+        return cap
+    return int(min(cap, _TAIL_MARGIN * max(model.longest, seen)))
+
+
+def refine(
+    model: LengthModel, prior: Prediction, batch: Batch, generated: IntArray, is_finished: FloatArray
+) -> Prediction:
+    """Return the prediction given what has been generated so far.
+
+    Finished siblings are observations, unfinished ones are censored at what they have: each is imputed by its
+    conditional mean, then the shift of the whole distribution and the groups' effects are re-estimated, a few rounds
+    of EM for a Tobit random-effects model.
+
+    Args:
+        model: What was learnt from finished steps.
+        prior: ``predict(model, batch)``.
+        batch: The prompts.
+        generated: [B] tokens so far.
+        is_finished: [B] 1.0 where the sample is complete.
+    """
+    groups = len(batch.prompt_ids)
+    size = np.bincount(batch.group_of, minlength=groups)
+    seen = np.log(np.maximum(generated, 1))
+    shift, effect = 0.0, np.zeros(groups)
+    reliability = model.between**2 / (model.between**2 + model.within**2 / np.maximum(size, 1))
+    for _ in range(_EM_ROUNDS):
+        mu = prior.mu + shift + effect[batch.group_of]
+        z = (seen - mu) / prior.sigma
+        # a running sample is longer than what it has: Mills' ratio, in the form that is safe for large z
+        hazard = np.where(z > -8, np.exp(-np.minimum(z * z, 60) / 2) / (2.5066 * _upper_tail(z)), 0.0)
+        hazard = np.where(z > 4, z + 1 / np.maximum(z, 1), hazard)
+        imputed = np.where(is_finished > 0, seen, mu + prior.sigma * hazard)
+        capped = (is_finished > 0) & (generated >= batch.max_response_tokens)
+        residual = np.where(capped, np.maximum(seen, mu + prior.sigma * hazard), imputed) - prior.mu
+        shift = float(residual.sum() / (len(residual) + 4.0))
+        mean = np.bincount(batch.group_of, weights=residual - shift, minlength=groups) / np.maximum(size, 1)
+        effect = reliability * mean
+    finished = np.bincount(batch.group_of, weights=is_finished, minlength=groups)
+    between = model.between**2 / (1 + finished * model.between**2 / model.within**2)
+    sigma = np.minimum(prior.sigma, np.sqrt(model.within**2 + between[batch.group_of]))
+    cap = _reach(model, batch.max_response_tokens, int(generated.max()))
+    return replace(prior, mu=prior.mu + shift + effect[batch.group_of], sigma=sigma, cap=max(prior.cap, cap))
+
+
+def learn(model: LengthModel, batch: Batch, lengths: IntArray) -> LengthModel:
+    """Return the model after a step whose lengths, [B] int64, are all known."""
+    log_length = np.log(np.maximum(lengths, 1))
+    log_prompt = np.log(np.maximum(batch.prompt_tokens, 1))
+    groups = len(batch.prompt_ids)
+    size = np.maximum(np.bincount(batch.group_of, minlength=groups), 1)
+    group_mean = np.bincount(batch.group_of, weights=log_length, minlength=groups) / size
+    within = float(
+        np.sqrt(
+            np.mean((log_length - group_mean[batch.group_of]) ** 2 * (size / np.maximum(size - 1, 1))[batch.group_of])
+        )
+    )
+    variance = float(np.var(group_mean)) - within**2 * float(np.mean(1.0 / size)) if groups > 1 else model.between**2
+    between = math.sqrt(max(variance, 0.01))
+    is_first = model.level is None
+    rate = 1.0 if is_first else _EWMA_LEVEL
+    spread_rate = batch.num_samples / (batch.num_samples + 16) if is_first else _EWMA_SPREAD
+    level = float(log_length.mean()) if model.level is None else _mix(model.level, float(log_length.mean()), rate)
+    group_prompt = np.bincount(batch.group_of, weights=log_prompt, minlength=groups) / size
+    slope = _mix(model.slope, _slope(group_prompt, group_mean, between), spread_rate)
+    base = float(log_length.mean()) + slope * (group_prompt - float(log_prompt.mean()))
+    seen = group_mean - base
+    recall = _mix(model.recall, _recall(model, batch.prompt_ids, seen), _EWMA_SPREAD)
+    error = (log_length - predict(model, batch).mu) / predict(model, batch).sigma
+    low, high = (float(v) for v in np.quantile(error, (0.1, 0.9)))
+    rate_z = 0.0 if is_first else _EWMA_SPREAD
+    effects = dict(model.effects)
+    for prompt, value in zip(batch.prompt_ids, seen.tolist(), strict=True):
+        effects[prompt] = _mix(effects[prompt], value, _EWMA_PROMPT) if prompt in effects else value
+    return LengthModel(
+        level=level,
+        slope=slope,
+        log_prompt=float(log_prompt.mean()),
+        between=_mix(model.between, between, spread_rate),
+        within=max(0.05, _mix(model.within, within, spread_rate)),
+        recall=recall,
+        low=min(-0.3, _mix(model.low, low, rate_z)),
+        high=max(0.3, _mix(model.high, high, rate_z)),
+        longest=max(0.8 * model.longest, float(lengths.max())) if batch.num_samples >= _TAIL_SAMPLES else 0.0,
+        effects=effects,
+    )
+
+
+def _mix(old: float, new: float, rate: float) -> float:
+    return (1 - rate) * old + rate * new
+
+
+def _slope(x: FloatArray, y: FloatArray, between: float) -> float:
+    """Return a ridge regression slope, shrunk to zero when prompts vary little or are few."""
+    dx = x - x.mean()
+    return float(dx @ (y - y.mean()) / (dx @ dx + 4.0 * between))
+
+
+def _recall(model: LengthModel, prompt_ids: tuple[str, ...], seen: FloatArray) -> float:
+    """Return how much of the remembered effects came back; the old value when too few prompts recur."""
+    pairs = [
+        (model.effects[p], value) for p, value in zip(prompt_ids, seen.tolist(), strict=True) if p in model.effects
+    ]
+    if len(pairs) < 8:
+        return model.recall
+    old, new = np.array(pairs).T
+    return float(np.clip(old @ new / (old @ old + 1e-9), 0.0, 1.0))

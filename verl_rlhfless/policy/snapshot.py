@@ -1,0 +1,169 @@
+"""Frozen values that policies read and return.
+
+Samples are numbered ``0 .. B-1`` in batch order, ``n`` consecutive ones a group.
+
+Invariant: nothing here refers to a live object; arrays are never written after construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from verl_rlhfless.policy.perf import EnginePerf
+from verl_rlhfless.policy.transitions import TrainerPerf
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+HELD, WAITING, RUNNING, FINISHED = 0, 1, 2, 3
+"""States of a sample: no replica yet, queued at one, decoding or in prefill, complete."""
+
+STARTING, READY, GONE = "starting", "ready", "gone"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The prompts of one step.
+
+    Attributes:
+        step: Number of the training step.
+        prompt_ids: [G], unique in the step.
+        group_of: [B] int64, the group of each sample.
+        prompt_tokens: [B] int64.
+        max_response_tokens: Most tokens a response may have.
+    """
+
+    step: int
+    prompt_ids: tuple[str, ...]
+    group_of: IntArray
+    prompt_tokens: IntArray
+    max_response_tokens: int
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the batch (B)."""
+        return len(self.group_of)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSnapshot:
+    """What may be leased, and what it takes.
+
+    Attributes:
+        num_gpus: Most GPUs that may be leased at once (the budget).
+        gpus_per_node: GPUs of one node; a replica stays inside one.
+        perf: Performance of a replica by tensor-parallel size (the legal ones).
+        trainer: Performance of the trainer and times of leases.
+        warm: Tensor-parallel size -> GPUs whose engine of that size is parked and only has to wake.
+    """
+
+    num_gpus: int
+    gpus_per_node: int
+    perf: Mapping[int, EnginePerf]
+    trainer: TrainerPerf
+    warm: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutPlan:
+    """How a rollout starts.
+
+    Attributes:
+        fleet: Tensor-parallel size of each replica; replica ids are the positions.
+        replica_of: [B] int64, replica of each sample, -1 = held back for now.
+        order: [B] int64, sample ids in the order in which they are submitted.
+        is_resident: Replicas run on the trainer's own lease (stock's hybrid mode), nothing is given back.
+        is_static: An empty replica keeps its lease.
+        has_kv_pool: Moved samples find their keys and values in a global pool (Seer), so that nothing is recomputed.
+        first_look_s: Seconds after the start until the controller looks for the first time.
+        price: GPU-seconds that one second of this step is worth, for decisions during the rollout.
+        predicted_step_s / predicted_gpu_s: What the planner expects of the whole step.
+        reason: Why this fleet.
+    """
+
+    fleet: tuple[int, ...]
+    replica_of: IntArray
+    order: IntArray
+    is_resident: bool
+    is_static: bool
+    has_kv_pool: bool = False
+    first_look_s: float = 1e12
+    price: float = 0.0
+    predicted_step_s: float | None = None
+    predicted_gpu_s: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """One replica at the moment of a look."""
+
+    replica: int
+    tp: int
+    state: str
+    num_waiting: int
+    num_running: int
+    context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutView:
+    """The rollout at one moment.
+
+    Attributes:
+        now_s: Seconds since the rollout began (weights published).
+        generated: [B] int64, response tokens so far.
+        state: [B] int8, ``HELD`` .. ``FINISHED``.
+        replica_of: [B] int64, -1 = none.
+        replicas: Every replica of this rollout, by id.
+        free_gpus: GPUs of the budget that nobody leases (resident mode: that have no work and no fused inference).
+        fuse_tokens: Tokens of finished samples that no inference phase has taken yet.
+        fusing_gpus: GPUs that run fused inference.
+    """
+
+    now_s: float
+    batch: Batch
+    pool: PoolSnapshot
+    generated: IntArray
+    state: NDArray[np.int8]
+    replica_of: IntArray
+    replicas: tuple[ReplicaView, ...]
+    free_gpus: int
+    fuse_tokens: int
+    fusing_gpus: int
+
+    @property
+    def alive(self) -> IntArray:
+        """Ids of the samples that are not complete."""
+        return np.flatnonzero(self.state != FINISHED)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Send samples to a replica: unstarted ones for free, running ones by cut and continuation."""
+
+    samples: IntArray
+    replica: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reaction:
+    """What to change in a running rollout.
+
+    Attributes:
+        starts: Tensor-parallel size of replicas to start; their ids follow the existing ones.
+        moves: Samples to place or to migrate.
+        fuse_gpus: Further freed GPUs that begin inference on finished samples.
+        next_look_s: Time of the next look.
+        reason: Why, empty when nothing changes.
+    """
+
+    next_look_s: float
+    starts: tuple[int, ...] = ()
+    moves: tuple[Move, ...] = ()
+    fuse_gpus: int = 0
+    reason: str = ""

@@ -1,0 +1,1 @@
+"""A SimPy world behind the ports: engines at iteration granularity, leases, nodes, trainer phases."""

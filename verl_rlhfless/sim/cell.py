@@ -1,0 +1,200 @@
+"""A cell of the comparison: one trace on one cluster with one model, and its arms, each tuned to its fair best."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from verl_rlhfless.errors import ConfigError, DataError
+from verl_rlhfless.policy.arm import Arm
+from verl_rlhfless.policy.baselines.oracle import Oracle
+from verl_rlhfless.policy.baselines.rlhfless_paper import RlhflessPaper
+from verl_rlhfless.policy.baselines.rlhfuse import SHARES, Rlhfuse
+from verl_rlhfless.policy.baselines.seer import Seer
+from verl_rlhfless.policy.baselines.stock import StockSync
+from verl_rlhfless.policy.ours import Ours
+from verl_rlhfless.policy.perf import EnginePerf
+from verl_rlhfless.policy.plan import Goal
+from verl_rlhfless.policy.shapes import MODELS, ModelShape, parse_model_config
+from verl_rlhfless.policy.snapshot import Batch, IntArray, PoolSnapshot
+from verl_rlhfless.policy.transitions import LeaseTimes, Recipe, TrainerPerf, optimizer_state_bytes
+from verl_rlhfless.sim.cluster import Cluster
+from verl_rlhfless.sim.run import ArmRun, RunRecord, StepData
+from verl_rlhfless.trace import read_header, read_trace
+
+_TUNING_STEPS = 2
+
+
+def load_steps(path: str | Path) -> tuple[StepData, ...]:
+    """Return the steps of a trace as arrays.
+
+    Raises:
+        DataError: The trace breaks a rule of its format.
+    """
+    cap = read_header(path).max_response_tokens
+    steps = []
+    for step in read_trace(path):
+        sizes = [len(group.response_tokens) for group in step.groups]
+        batch = Batch(
+            step=step.step,
+            prompt_ids=tuple(group.prompt_id for group in step.groups),
+            group_of=np.repeat(np.arange(len(sizes)), sizes),
+            prompt_tokens=np.repeat([group.prompt_tokens for group in step.groups], sizes),
+            max_response_tokens=max(cap, 1),
+        )
+        lengths = np.array([tokens for group in step.groups for tokens in group.response_tokens])
+        steps.append(StepData(batch, np.maximum(lengths, 1)))
+    return tuple(steps)
+
+
+def load_model(name_or_path: str) -> ModelShape:
+    """Return a shipped model by name, or the one that a Hugging Face ``config.json`` describes.
+
+    Raises:
+        ConfigError: An unknown name, or a key whose value breaks a rule.
+        DataError: The file cannot be read or is no JSON.
+    """
+    if name_or_path in MODELS:
+        return MODELS[name_or_path]
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise ConfigError(
+            "--model", name_or_path, f"must be one of {', '.join(MODELS)}, or a config.json", "Choose one."
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON: {error}. Give the model's config.json.") from error
+    return parse_model_config(values, str(path))
+
+
+def make_pool(cluster: Cluster, shape: ModelShape, times: LeaseTimes, recipe: Recipe | None = None) -> PoolSnapshot:
+    """Return what the cluster can do with the model.
+
+    Raises:
+        ConfigError: Weights or training state do not fit.
+    """
+    recipe = recipe or Recipe()
+    perf, refused = {}, None
+    for tp in shape.legal_tp(cluster.gpus_per_node):
+        try:
+            perf[tp] = EnginePerf(shape, cluster.gpu, tp)
+        except ConfigError as error:
+            refused = error
+    if not perf:
+        raise refused or ConfigError("--model", shape.name, "no tensor-parallel size is legal", "Use another model.")
+    need, have = optimizer_state_bytes(shape, recipe), 0.9 * cluster.trainer_gpus * cluster.gpu.memory_bytes
+    if need > have:
+        raise ConfigError(
+            "--cluster",
+            cluster.name,
+            f"training {shape.name} needs {need / 1e9:.0f} GB, its {cluster.trainer_gpus} GPUs have {have / 1e9:.0f}",
+            "Use a larger cluster or a smaller model.",
+        )
+    trainer = TrainerPerf(shape, cluster.gpu, cluster.trainer_gpus, recipe, times)
+    return PoolSnapshot(cluster.num_gpus, cluster.gpus_per_node, perf, trainer)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trace, cluster and model.
+
+    Baselines are tuned on the first two steps with true lengths (in their favour), then held.
+    """
+
+    data: Sequence[StepData]
+    cluster: Cluster
+    shape: ModelShape
+    times: LeaseTimes
+    goal: Goal = field(default_factory=Goal)
+    parked_charge: float = 0.0
+    seed: int = 0
+
+    @cached_property
+    def pool(self) -> PoolSnapshot:
+        """What may be leased."""
+        return make_pool(self.cluster, self.shape, self.times)
+
+    def run(self, arm: Arm) -> RunRecord:
+        """Return the record of one arm over all steps."""
+        return ArmRun(arm, self.cluster, self.pool, self.data, self.parked_charge, self.seed).run()
+
+    def _short(self, arm: Arm) -> tuple[float, float]:
+        record = ArmRun(arm, self.cluster, self.pool, self.data[:_TUNING_STEPS]).run()
+        return _mean(record, "step_s"), _mean(record, "gpu_s_allocated")
+
+    @cached_property
+    def best_tp(self) -> int:
+        """The best static tensor-parallel size on the first two steps."""
+        sizes = [tp for tp in self.pool.perf if tp <= self.pool.trainer.num_gpus]
+        return min(sizes, key=lambda tp: (self._short(StockSync(tp))[0], tp))
+
+    def arm(self, name: str) -> Arm:
+        """Return an arm by name, tuned.
+
+        Raises:
+            ConfigError: No arm has this name.
+        """
+        if name not in ARMS:
+            raise ConfigError("--arms", name, f"must be among {', '.join(ARMS)}", "Correct it.")
+        return ARMS[name](self)
+
+    def tuned(self, candidates: Sequence[Arm]) -> Arm:
+        """Return the candidate with the least objective on the first two steps; the first one wins ties."""
+        step_s, gpu_s = self._short(StockSync(self.best_tp))
+        weight = self.goal.cost_weight
+        taken = [self._short(arm) for arm in candidates]
+        value = [(1 - weight) * t / step_s + weight * g / gpu_s for t, g in taken]
+        return candidates[int(np.argmin(value))]
+
+    @property
+    def truth(self) -> Mapping[int, IntArray]:
+        """True lengths by step."""
+        return {step.batch.step: step.lengths for step in self.data}
+
+
+def _mean(record: RunRecord, name: str) -> float:
+    return float(np.mean([getattr(step, name) for step in record.steps]))
+
+
+def _rlhfuse(cell: Cell) -> Arm:
+    count = cell.pool.trainer.num_gpus // cell.best_tp
+    targets = sorted({1, max(1, count // 4), max(1, count // 2), max(1, 3 * count // 4)})
+    return cell.tuned([Rlhfuse(cell.best_tp, share=share, num_targets=m) for share in SHARES for m in targets])
+
+
+def _paper(cell: Cell) -> Arm:
+    candidates = []
+    for tp in cell.pool.perf:
+        most = cell.cluster.num_gpus // tp
+        counts = sorted(
+            {
+                most,
+                max(1, 3 * most // 4),
+                max(1, most // 2),
+                max(1, 3 * most // 8),
+                max(1, most // 4),
+                max(1, most // 8),
+            }
+        )
+        candidates += [RlhflessPaper(count, tp) for count in counts]
+    return cell.tuned(candidates[:24])
+
+
+ARMS: dict[str, Callable[[Cell], Arm]] = {
+    "stock_sync": lambda cell: StockSync(),
+    "stock_sync_best_tp": lambda cell: StockSync(cell.best_tp, "stock_sync_best_tp"),
+    "rlhfuse": _rlhfuse,
+    "rlhfless_paper": _paper,
+    "seer": lambda cell: Seer(cell.best_tp),
+    "ours": lambda cell: Ours(cell.goal),
+    "ours_notslower": lambda cell: Ours(replace(cell.goal, is_notslower=True), name="ours_notslower"),
+    "ours_nofuse": lambda cell: Ours(cell.goal, can_fuse=False, name="ours_nofuse"),
+    "oracle": lambda cell: Oracle(cell.goal, lengths=cell.truth),
+}
+"""Every arm by name."""

@@ -1,0 +1,157 @@
+"""``rlhfless simulate`` and ``rlhfless trace``: thin shells around ``sim``.
+
+``register`` adds them to the command line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from verl_rlhfless.errors import ConfigError, DataError, UnsupportedError
+
+trace_app = typer.Typer(no_args_is_help=True, help="Generate and inspect length traces.")
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``simulate`` and ``trace`` to ``app``."""
+    app.command()(simulate)
+    app.add_typer(trace_app, name="trace")
+
+
+def simulate(
+    traces: Annotated[list[Path] | None, typer.Argument(help="Length traces (rlhfless-trace/1).")] = None,
+    cluster: Annotated[str, typer.Option(help="Cluster name or JSON file; several with commas.")] = "l40s-16",
+    model: Annotated[str, typer.Option(help="Model name or config.json; several with commas.")] = "qwen2.5-7b",
+    arms: Annotated[str, typer.Option(help="Comma-separated arms, or 'all'.")] = "stock_sync,stock_sync_best_tp,ours",
+    seed: Annotated[int, typer.Option(help="Shifts the availability trace of preemptible nodes.")] = 0,
+    wake_s: Annotated[float, typer.Option(help="Seconds in which a parked engine wakes, weights not included.")] = 2.0,
+    cold_start_s: Annotated[float, typer.Option(help="Seconds in which a new engine starts.")] = 60.0,
+    cost_weight: Annotated[float, typer.Option(help="0 = only time, 1 = only cost.")] = 0.5,
+    parked_charge: Annotated[float, typer.Option(help="Share of the price that parked engines' GPUs cost.")] = 0.0,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the record here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture (.png) here; needs matplotlib.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="List clusters, models and arms.")] = False,
+) -> None:
+    """Simulate arms over length traces and compare them in time and money (every figure is simulated)."""
+    from verl_rlhfless.policy.plan import Goal
+    from verl_rlhfless.policy.transitions import LeaseTimes
+    from verl_rlhfless.sim.cell import ARMS, Cell, load_model, load_steps
+    from verl_rlhfless.sim.cluster import load_cluster
+    from verl_rlhfless.sim.report import FORMAT, cell_record, table
+
+    if show:
+        typer.echo(_known())
+        return
+    if not traces:
+        raise ConfigError("TRACE", "", "at least one trace is needed", "Give a file, or `rlhfless trace generate` one.")
+    for key, value in (("--wake-s", wake_s), ("--cold-start-s", cold_start_s), ("--parked-charge", parked_charge)):
+        if not 0 <= value < 1e6:
+            raise ConfigError(key, value, "must be >= 0", "Correct it.")
+    if seed < 0:
+        raise ConfigError("--seed", seed, "must be >= 0", "Correct it.")
+    names = list(ARMS) if arms == "all" else list(dict.fromkeys(["stock_sync_best_tp", *arms.split(",")]))
+    for name in names:
+        if name not in ARMS:
+            raise ConfigError("--arms", name, f"must be among {', '.join(ARMS)}", "Correct it.")
+    shapes, clusters = [load_model(m) for m in model.split(",")], [load_cluster(c) for c in cluster.split(",")]
+    _check_outputs(out, plot)
+    goal, times = Goal(cost_weight=cost_weight), LeaseTimes(wake_s=wake_s, cold_start_s=cold_start_s)
+    runs = []
+    for path in traces:
+        data = load_steps(path)
+        for one in clusters:
+            for shape in shapes:
+                cell = Cell(data, one, shape, times, goal, parked_charge, seed)
+                records = {name: cell.run(cell.arm(name)) for name in sorted(names, key=list(ARMS).index)}
+                labels = {"trace": str(path), "cluster": one.name, "model": shape.name, "seed": seed}
+                runs.append(cell_record(cell, records, labels))
+                typer.echo(table(runs[-1]) + "\n")
+    if out is not None:
+        out.write_text(json.dumps({"format": FORMAT, "runs": runs}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if plot is not None:
+        _plot(runs, plot)
+
+
+def _known() -> str:
+    from verl_rlhfless.policy.gpus import GPUS
+    from verl_rlhfless.policy.shapes import MODELS
+    from verl_rlhfless.sim.cell import ARMS
+    from verl_rlhfless.sim.cluster import CLUSTERS
+
+    rows: list[tuple[str, Iterable[str]]] = [
+        ("clusters", CLUSTERS),
+        ("models", MODELS),
+        ("arms", ARMS),
+        ("GPU types", GPUS),
+    ]
+    return "\n".join(f"{name}: {', '.join(values)}" for name, values in rows)
+
+
+def _check_outputs(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None and not path.resolve().parent.is_dir():
+            raise DataError(f"{path}: the folder does not exist. Create it, or write elsewhere.")
+
+
+def _plot(runs: list[dict[str, object]], path: Path) -> None:
+    from verl_rlhfless.sim.report import plot
+
+    try:
+        plot(runs, path)
+    except ImportError as error:
+        raise UnsupportedError(f"--plot={path}: matplotlib is not installed. Install it, or use --json.") from error
+
+
+@trace_app.command("generate")
+def generate(
+    path: Annotated[Path, typer.Argument(help="File to write (.jsonl or .jsonl.gz).")],
+    mean: Annotated[float, typer.Option(help="Mean response tokens of the first step.")] = 1500.0,
+    tail: Annotated[float, typer.Option(help="Standard deviation of the log length.")] = 1.0,
+    icc: Annotated[float, typer.Option(help="Share of the log variance between prompts.")] = 0.3,
+    drift: Annotated[float, typer.Option(help="Growth of the mean from step to step (factor).")] = 1.0,
+    epochs: Annotated[int, typer.Option(help="Visits of each prompt.")] = 2,
+    steps_per_epoch: Annotated[int, typer.Option(help="Steps of an epoch.")] = 4,
+    groups: Annotated[int, typer.Option(help="Prompts of a step.")] = 128,
+    n: Annotated[int, typer.Option("--n", help="Responses per prompt.")] = 8,
+    max_response_tokens: Annotated[int, typer.Option(help="Cap.")] = 32768,
+    prompt_tokens: Annotated[int, typer.Option(help="Mean prompt tokens.")] = 250,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+) -> None:
+    """Write a synthetic trace."""
+    from verl_rlhfless.sim.generate import TraceSpec, write_trace
+
+    _check_outputs(path)
+    spec = TraceSpec(
+        steps_per_epoch=steps_per_epoch,
+        epochs=epochs,
+        groups=groups,
+        n=n,
+        mean=mean,
+        tail=tail,
+        icc=icc,
+        drift=drift,
+        max_response_tokens=max_response_tokens,
+        prompt_tokens=prompt_tokens,
+        seed=seed,
+    )
+    write_trace(spec, path)
+
+
+@trace_app.command("stats")
+def stats(path: Annotated[Path, typer.Argument(help="A length trace.")]) -> None:
+    """Print the length statistics of each step."""
+    from verl_rlhfless.sim.generate import trace_stats
+
+    rows = trace_stats(path)
+    typer.echo("".join(f"{key:>11}" for key in rows[0]))
+    for row in rows:
+        typer.echo(
+            "".join(
+                f"{value:>11.2f}" if key in ("cv_within", "icc") else f"{value:>11.0f}" for key, value in row.items()
+            )
+        )
