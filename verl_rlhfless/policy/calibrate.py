@@ -72,8 +72,9 @@ def calibrate(perf: EnginePerf, samples: Sequence[IterationSample]) -> Calibrati
 
 
 def _with(perf: EnginePerf, values: FloatArray) -> EnginePerf:
-    named = {name: float(np.exp(value)) for (name, _), value in zip(_FITTED, values, strict=True)}
-    return replace(perf, efficiencies=replace(perf.efficiencies, **named))
+    hbm, prefill, launch_s, per_seq_s = (float(value) for value in np.exp(values))
+    fitted = replace(perf.efficiencies, hbm=hbm, prefill=prefill, launch_s=launch_s, per_seq_s=per_seq_s)
+    return replace(perf, efficiencies=fitted)
 
 
 def _residual(perf: EnginePerf, samples: Sequence[IterationSample], values: FloatArray) -> FloatArray:

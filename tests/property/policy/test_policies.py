@@ -1,0 +1,218 @@
+"""What must hold for every policy, whatever the batch: conservation, bounds, determinism, monotonicity, permutation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.sim.cases import cell, steps
+from verl_rlhfless.policy.dedup import dedup, expand, leader_first
+from verl_rlhfless.policy.dispatch import balanced_groups, equal_length_blocks, place_orphans, spread
+from verl_rlhfless.policy.fuse import fuse_gpus
+from verl_rlhfless.policy.migrate import consolidate, global_cut, local_cut
+from verl_rlhfless.policy.plan import Goal, plan_fleet
+from verl_rlhfless.policy.predict import LengthModel, learn, predict, refine
+from verl_rlhfless.policy.snapshot import (
+    FINISHED,
+    GONE,
+    READY,
+    RUNNING,
+    Batch,
+    ReplicaView,
+    RolloutView,
+)
+from verl_rlhfless.policy.stages import Lane, depth_edges, frontier, options_for, stay
+
+POOL = replace(cell(steps(1, 4, 2)).pool, warm=dict.fromkeys((1, 2, 4, 8), 16))
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[Batch, np.ndarray]:  # type: ignore[type-arg]
+    groups, n = draw(st.integers(1, 12)), draw(st.integers(1, 6))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    cap = draw(st.sampled_from([64, 1024, 16384]))
+    lengths = np.clip(np.exp(rng.normal(np.log(cap / 8), 1.0, groups * n)), 1, cap).astype(np.int64)
+    batch = Batch(
+        1,
+        tuple(f"p{i}" for i in range(groups)),
+        np.repeat(np.arange(groups), n),
+        np.repeat(rng.integers(1, 500, groups), n),
+        cap,
+    )
+    return batch, lengths
+
+
+@st.composite
+def views(draw: st.DrawFn) -> RolloutView:
+    batch, lengths = draw(batches())
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    tps = draw(st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=4))
+    at = draw(st.integers(0, batch.max_response_tokens - 1))
+    generated = np.minimum(lengths, at)
+    state = np.where(lengths <= at, FINISHED, RUNNING).astype(np.int8)
+    replica_of = rng.integers(0, len(tps), batch.num_samples)
+    held = [int(((replica_of == r) & (state == RUNNING)).sum()) for r in range(len(tps))]
+    replicas = tuple(
+        ReplicaView(r, tp, READY if held[r] else GONE, 0, held[r], held[r] * 100) for r, tp in enumerate(tps)
+    )
+    done = int((batch.prompt_tokens + generated)[state == FINISHED].sum())
+    used = sum(r.tp for r in replicas if r.state == READY)
+    return RolloutView(10.0, batch, POOL, generated, state, replica_of, replicas, 16 - used, done, 0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(batches())
+def test_quantiles_are_ordered_and_bounded_and_state_round_trips(case: tuple[Batch, np.ndarray]) -> None:  # type: ignore[type-arg]
+    batch, lengths = case
+    model = learn(LengthModel(), batch, lengths)
+    for one in (LengthModel(), model, learn(model, batch, lengths)):
+        q = predict(one, batch).quantiles()
+        assert (q[:, 0] <= q[:, 1]).all()
+        assert (q[:, 1] <= q[:, 2]).all()
+        assert (q >= 1).all()
+        assert (q <= batch.max_response_tokens).all()
+        assert LengthModel.from_json(one.to_json()) == one
+
+
+@settings(deadline=None, max_examples=60)
+@given(batches(), st.integers(1, 10_000))
+def test_survival_falls_with_depth_and_refinement_stays_finite(case: tuple[Batch, np.ndarray], at: int) -> None:  # type: ignore[type-arg]
+    batch, lengths = case
+    model = learn(LengthModel(), batch, lengths)
+    generated = np.minimum(lengths, at)
+    finished = (lengths <= at).astype(float)
+    got = refine(model, predict(model, batch), batch, generated, finished)
+    alive = got.alive_at(np.geomspace(1, batch.max_response_tokens + 1, 20))
+    assert (np.diff(alive, axis=1) <= 1e-12).all()
+    assert np.isfinite(got.mu).all()
+    assert (got.sigma > 0).all()
+    assert (got.mean(generated) >= np.minimum(generated, got.cap)).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(batches(), st.floats(0, 1), st.booleans())
+def test_a_plan_places_every_sample_once_inside_the_budget(
+    case: tuple[Batch, np.ndarray],  # type: ignore[type-arg]
+    weight: float,
+    is_notslower: bool,
+) -> None:
+    batch, lengths = case
+    prior = predict(learn(LengthModel(), batch, lengths), batch)
+    goal = Goal(cost_weight=weight, is_notslower=is_notslower)
+    plan = plan_fleet(POOL, batch, prior, goal)
+    assert sum(plan.fleet) <= POOL.num_gpus
+    assert all(tp in POOL.perf for tp in plan.fleet)
+    assert ((plan.replica_of >= 0) & (plan.replica_of < len(plan.fleet))).all()
+    assert sorted(plan.order.tolist()) == list(range(batch.num_samples))
+    assert plan.reason
+    again = plan_fleet(POOL, batch, prior, goal)
+    assert again.fleet == plan.fleet
+    assert (again.replica_of == plan.replica_of).all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 2000), st.floats(10, 4000), st.integers(100, 20_000))
+def test_a_dearer_second_never_makes_the_future_longer_and_staying_is_never_better(
+    count: int, context: float, cap: int
+) -> None:
+    options = options_for(POOL)
+    edges = depth_edges(cap)
+    middle = (edges[1:] + edges[:-1]) / 2
+    lane = Lane(edges, count * np.exp(-3 * middle / cap), context, 1000.0)
+    prices = np.array([0.0, 4.0, 16.0, 64.0, 1e6])
+    best = frontier(POOL, options, lane, prices)
+    worth = best.gpu_s + prices[:, None] * best.time_s
+    fixed_s, fixed_g = stay(POOL, options, lane)
+    assert (worth <= (fixed_g + prices[:, None] * fixed_s) * (1 + 1e-9)).all()
+    assert (np.diff(best.time_s, axis=0) <= 1e-6 * best.time_s[1:]).all()
+    assert (np.diff(best.gpu_s, axis=0) >= -1e-6 * best.gpu_s[1:]).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(batches(), st.integers(1, 7))
+def test_dispatchers_conserve_samples_and_do_not_depend_on_names(
+    case: tuple[Batch, np.ndarray],  # type: ignore[type-arg]
+    replicas: int,
+) -> None:
+    batch, lengths = case
+    renamed = replace(batch, prompt_ids=tuple(f"q{p}" for p in batch.prompt_ids))
+    for place in (
+        lambda b: balanced_groups(b, lengths.astype(float), [1.0] * replicas),
+        lambda b: equal_length_blocks(b, lengths.astype(float), replicas),
+    ):
+        got = place(batch)
+        assert ((got >= 0) & (got < replicas)).all()
+        assert (got == place(renamed)).all()
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(1, 10_000), min_size=1, max_size=60), st.integers(1, 6))
+def test_spread_is_within_four_thirds_of_an_even_split_and_permutes(weights: list[int], targets: int) -> None:
+    """Longest processing time first: at most 4/3 of the optimum (Graham)."""
+    weight = np.array(weights, dtype=float)
+    samples = np.arange(len(weights))
+    moves = spread(samples, list(range(targets)), [0.0] * targets, weight)
+    assert sorted(np.concatenate([m.samples for m in moves]).tolist()) == samples.tolist()
+    most = max(float(weight[m.samples].sum()) for m in moves)
+    ranked = np.sort(weight)[::-1]
+    pair = ranked[targets - 1] + ranked[targets] if len(ranked) > targets else 0.0  # two of the largest must share
+    assert most <= 4 / 3 * max(weight.sum() / targets + weight.max(), pair)
+    shuffled = spread(samples[::-1].copy(), list(range(targets)), [0.0] * targets, weight)
+    assert [m.samples.tolist() for m in moves] == [m.samples.tolist() for m in shuffled]
+
+
+@settings(deadline=None, max_examples=80)
+@given(views(), st.floats(1, 200))
+def test_migration_moves_only_unfinished_samples_each_at_most_once(view: RolloutView, price: float) -> None:
+    if not len(view.alive):
+        return
+    model = learn(LengthModel(), view.batch, np.maximum(view.generated, 1))
+    finished = (view.state == FINISHED).astype(float)
+    prediction = refine(model, predict(model, view.batch), view.batch, view.generated, finished)
+    change = consolidate(view, prediction, price, (0.02, len(view.replicas)))
+    reactions = [change.moves, local_cut(view, 0.7), global_cut(view, len(view.alive), 1)]
+    assert sum(change.starts) <= view.free_gpus
+    for moves in reactions:
+        moved = np.concatenate([m.samples for m in moves]) if moves else np.array([], dtype=np.int64)
+        assert len(set(moved.tolist())) == len(moved)
+        assert (view.state[moved] != FINISHED).all()
+        for move in moves:
+            assert view.replicas[move.replica].state == READY
+    same = consolidate(view, prediction, price, (0.02, len(view.replicas)))
+    assert [m.samples.tolist() for m in same.moves] == [m.samples.tolist() for m in change.moves]
+
+
+@settings(deadline=None, max_examples=60)
+@given(views(), st.floats(0, 1000), st.floats(0, 200), st.booleans())
+def test_fusion_never_takes_more_than_what_is_free(
+    view: RolloutView, remaining: float, price: float, is_leased: bool
+) -> None:
+    assert 0 <= fuse_gpus(view, remaining, price, is_leased) <= max(0, view.free_gpus)
+    assert fuse_gpus(view, 0.0, price, False) == 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(views())
+def test_orphans_all_get_a_home(view: RolloutView) -> None:
+    lost = view.alive
+    if not len(lost):
+        return
+    starts, moves = place_orphans(view, lost, (2, 4))
+    assert sorted(np.concatenate([m.samples for m in moves]).tolist()) == lost.tolist()
+    known = len(view.replicas) + len(starts)
+    assert all(m.replica < known for m in moves)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.lists(st.integers(0, 3), max_size=12), max_size=24))
+def test_dedup_is_lossless_minimal_and_does_not_depend_on_order(prompts: list[list[int]]) -> None:
+    tree = dedup(prompts)
+    assert expand(tree) == prompts
+    prefixes = {tuple(p[: i + 1]) for p in prompts for i in range(len(p))}
+    assert tree.num_tokens == len(prefixes)
+    assert dedup(prompts[::-1]).num_tokens == tree.num_tokens
+    assert sorted(leader_first(tree)) == list(range(len(prompts)))
+    assert all(parent < node for node, parent in enumerate(tree.parent))
