@@ -1,7 +1,11 @@
-"""Shared by all tests: cheap folders run first; what needs a GPU is skipped, with its reason, where there is none."""
+"""Shared by all tests: cheap folders run first; without a GPU, verl uses the CPU platform and GPU tests are skipped.
+
+The platform is set before any test imports verl, and Ray clusters of tests inherit it.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,6 +21,10 @@ def _has_gpu() -> bool:
         return False
     listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30, check=False)
     return listing.returncode == 0 and "GPU" in listing.stdout
+
+
+if not _has_gpu():
+    os.environ.setdefault("VERL_PLATFORM", "cpu")
 
 
 def _cost(item: pytest.Item) -> int:
