@@ -6,7 +6,7 @@ are the predicted step time and GPU-seconds of the best uniform static fleet on 
 (arXiv 2602.22718, actor scaling): tensor-parallel sizes may differ between replicas and change as samples finish, and
 grants, starts, loads and the trainer's suspension are priced.
 
-Invariants: never more GPUs than the budget; elastic only when the predicted gain exceeds the hysteresis; every
+Invariants: never more GPUs than the budget; elastic only when the predicted gain repays the transition; every
 decision has a reason.
 """
 
@@ -26,6 +26,9 @@ from verl_rlhfless.policy.stages import Frontier, Lane, Options, depth_edges, fr
 LONG_SHARES = (0.01, 0.03, 0.08, 0.16, 0.30)
 """Shares of the groups (or samples), longest predicted first, that may get a lane of their own."""
 
+_HURRY = 12.0
+"""Price of time during a rollout that must not be slower, as a multiple: only changes that cost next to no time pay."""
+
 _PRICE_FACTORS = np.array([0.0, 0.25, 1.0, 3.0, 12.0])
 
 
@@ -38,7 +41,8 @@ class Goal:
         max_step_s: Deadline of a step.
         max_gpu_s: Budget of a step in GPU-seconds.
         is_notslower: Least cost with a step no longer than the best static fleet's.
-        hysteresis: Least relative gain for which elasticity (or a change) is worth it.
+        hysteresis: Least relative gain for which a change during the rollout is worth it.
+        payback: The gain of elasticity must be at least this many times what suspending and resuming the trainer costs.
         can_split: Whether samples predicted long may get their own lane.
     """
 
@@ -47,6 +51,7 @@ class Goal:
     max_gpu_s: float | None = None
     is_notslower: bool = False
     hysteresis: float = 0.02
+    payback: float = 1.0
     can_split: bool = True
 
     def __post_init__(self) -> None:
@@ -69,11 +74,12 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class Reference:
-    """The best uniform static fleet: its tensor-parallel size, predicted step seconds and GPU-seconds."""
+    """The best uniform static fleet: its size, predicted step seconds and GPU-seconds, and what leaving it costs."""
 
     tp: int
     step_s: float
     gpu_s: float
+    transition_gpu_s: float
 
 
 def time_price(pool: PoolSnapshot, goal: Goal) -> float:
@@ -110,7 +116,7 @@ def plan_fleet(pool: PoolSnapshot, batch: Batch, prior: Prediction, goal: Goal) 
         order=longest_first(np.arange(batch.num_samples), prior.mu),
         is_resident=chosen.is_resident,
         is_static=chosen.is_resident,
-        price=max(4 * price, float(chosen.price)) if goal.is_notslower else price,
+        price=_HURRY * price if goal.is_notslower else price,
         predicted_step_s=chosen.step_s,
         predicted_gpu_s=chosen.gpu_s,
         reason=reason,
@@ -169,9 +175,15 @@ def static_reference(pool: PoolSnapshot, options: Options, units: _Units, batch:
         wake = times.hybrid_wake_s if tp in pool.warm or not pool.warm else times.cold_start_s
         step_s = wake + trainer.reshard_s + rollout + times.hybrid_sleep_s + after_s
         if best is None or step_s < best.step_s:
-            best = Reference(tp, step_s, step_s * trainer.num_gpus)
+            best = Reference(tp, step_s, step_s * trainer.num_gpus, _transition_s(pool) * trainer.num_gpus)
     assert best is not None
     return best
+
+
+def _transition_s(pool: PoolSnapshot) -> float:
+    """Return the leased seconds to publish the weights and to suspend and resume the trainer."""
+    trainer = pool.trainer
+    return trainer.publish_s + 2 * trainer.state_copy_s + trainer.times.resume_s
 
 
 def _phases_s(pool: PoolSnapshot, batch: Batch, prior: Prediction) -> float:
@@ -185,11 +197,9 @@ def _elastic(
 ) -> list[_Candidate]:
     batch, prior, goal = request
     trainer, times = pool.trainer, pool.trainer.times
-    before = trainer.publish_s + trainer.state_copy_s
-    resume = times.resume_s + trainer.state_copy_s
     after_s = _phases_s(pool, batch, prior)
-    fixed_s = before + times.grant_s + times.park_s + times.grant_s + resume + after_s
-    fixed_g = (before + resume + after_s) * trainer.num_gpus
+    fixed_s = _transition_s(pool) + times.grant_s + times.park_s + times.grant_s + after_s
+    fixed_g = (_transition_s(pool) + after_s) * trainer.num_gpus
     start = _start_s(pool, options)
     prices = _PRICE_FACTORS * time_price(pool, goal)
     whole = frontier(pool, options, units.lane(units.order), prices)
@@ -260,13 +270,15 @@ def _choose(candidates: list[_Candidate], ref: Reference, goal: Goal) -> tuple[_
     if not allowed:
         raise _infeasible(candidates, goal)
     if goal.is_notslower:
-        fast = [c for c in allowed if c.step_s <= ref.step_s * (1.0 - goal.hysteresis)]
+        most = ref.gpu_s - goal.payback * ref.transition_gpu_s
+        fast = [c for c in allowed if c.step_s <= ref.step_s * (1.0 - goal.hysteresis) and c.gpu_s <= most]
         best = min(fast, key=lambda c: (c.gpu_s, c.step_s), default=candidates[0])
         return best, "least cost with a step no longer than static's"
     best = min(allowed, key=lambda c: (objective(c), c.gpu_s))
     resident = candidates[0]
-    if best is not resident and resident in allowed and objective(best) > objective(resident) * (1 - goal.hysteresis):
-        return resident, f"elasticity gains {1 - objective(best) / objective(resident):.1%} < {goal.hysteresis:.0%}"
+    gain = (objective(resident) - objective(best)) * ref.gpu_s / max(weight, 1e-6)
+    if best is not resident and resident in allowed and gain < goal.payback * ref.transition_gpu_s:
+        return resident, f"a gain worth {gain:.0f} GPU s does not repay a transition of {ref.transition_gpu_s:.0f}"
     why = "no elastic fleet is better" if best.is_resident else f"objective {objective(best):.2f} against 1.00"
     return best, why
 

@@ -73,7 +73,7 @@ def brute_force(pool: PoolSnapshot, step: StepData) -> tuple[tuple[float, float]
 def test_at_most_5_percent_worse_than_the_best_of_all_choices(seed: int, samples: int) -> None:
     step = instance(seed, samples)
     cell = Cell((step,), FOUR, MODELS["qwen2.5-3b"], LeaseTimes(wake_s=1.0))
-    record = cell.run(Oracle(Goal(hysteresis=0.0), can_fuse=False, lengths={1: step.lengths})).steps[0]
+    record = cell.run(Oracle(Goal(payback=0.0), can_fuse=False, lengths={1: step.lengths})).steps[0]
     best_static = cell.run(cell.arm("stock_sync_best_tp")).steps[0]
 
     def objective(step_s: float, gpu_s: float) -> float:
