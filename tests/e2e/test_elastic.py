@@ -11,7 +11,7 @@ from verl_rlhfless.demo import recipe
 from verl_rlhfless.demo.run import ArmOutcome
 from verl_rlhfless.report.ab import build_arm
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 _STALE_STEP, _KILL_STEP = 2, 3
 

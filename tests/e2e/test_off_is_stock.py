@@ -10,7 +10,7 @@ import pytest
 
 from verl_rlhfless.demo import recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 _ONE_GPU_GREEDY = ("trainer.n_gpus_per_node=1", "actor_rollout_ref.rollout.top_k=1")
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from verl_rlhfless.config import InstrumentConfig
 from verl_rlhfless.demo import recipe
 from verl_rlhfless.demo.assets import Assets, Problem, arithmetic_problems, build_assets, read_problems
 from verl_rlhfless.demo.cluster import Cluster, private_cluster
 from verl_rlhfless.errors import ConfigError, RlhflessError
-from verl_rlhfless.live.events import OBSERVER_DIR_VARIABLE
+from verl_rlhfless.live.instrument import instrument_environment
 from verl_rlhfless.live.observer import Observer
 from verl_rlhfless.report.ab import build_ab
 from verl_rlhfless.report.guards import GuardLimits
@@ -122,21 +123,22 @@ def run_arm(arm: recipe.Arm, assets: Assets, options: DemoOptions, say: Callable
     """Train one arm on a private Ray cluster under the observer and return how it ended."""
     folder = options.out.resolve() / arm.name
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {
-        **recipe.CPU_ENVIRONMENT,
-        OBSERVER_DIR_VARIABLE: str(folder),
-        "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "verl.trainer.main_ppo",
-        *recipe.common_overrides(assets, folder, options.steps, options.seed),
-        *arm.overrides,
-    ]
-    with private_cluster(recipe.NUM_GPUS, environment) as cluster, Observer(folder):
+    command = arm_command(arm, assets, options, folder)
+    with private_cluster(recipe.NUM_GPUS, arm_environment(folder)) as cluster, Observer(folder):
         exit_code = _train(command, cluster, folder, lambda line: say(f"{arm.name}: {line}"))
         return ArmOutcome(folder, exit_code, tuple(cluster.leftovers()))
+
+
+def arm_environment(folder: Path) -> dict[str, str]:
+    """Return what every process of an arm inherits: the CPU platform, and where to record."""
+    observed = InstrumentConfig(observer=str(folder))
+    return {**recipe.CPU_ENVIRONMENT, **instrument_environment(observed)}
+
+
+def arm_command(arm: recipe.Arm, assets: Assets, options: DemoOptions, folder: Path) -> list[str]:
+    """Return the command line that trains an arm, whose output goes to ``folder``."""
+    shared = recipe.common_overrides(assets, folder, options.steps, options.seed)
+    return [sys.executable, "-m", "verl.trainer.main_ppo", *shared, *arm.overrides]
 
 
 def _train(command: Sequence[str], cluster: Cluster, folder: Path, say: Callable[[str], None]) -> int:
