@@ -10,6 +10,7 @@ import typer
 
 from verl_rlhfless import __version__
 from verl_rlhfless.errors import RlhflessError
+from verl_rlhfless.sim_cli import register as register_simulator
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Elastic, serverless RLHF on verl.")
 
@@ -50,6 +51,9 @@ def demo(
 
     options = DemoOptions(out=out, data=data, steps=steps, seed=seed, arms=tuple(arms.split(",")))
     raise typer.Exit(run_demo(options))
+
+
+register_simulator(app)
 
 
 def main() -> None:
