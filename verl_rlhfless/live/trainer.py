@@ -18,6 +18,7 @@ from verl.utils.debug import marked_timer
 
 from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
 from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.live import weight_engine
 from verl_rlhfless.live.completeness import RolloutLedger
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.fleet import Fleet
@@ -33,8 +34,6 @@ logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
 
 _POLL_INTERVAL_S = 0.05  # verl's replay buffer polls every 2 s, which a short rollout would pay in full
-_STORE_BACKEND = "rlhfless_store"
-_STORE_MODULE = "verl_rlhfless.live.weight_engine"
 
 
 @register_trainer(TRAINER_MODE)
@@ -84,7 +83,7 @@ class ElasticTrainerSync(PPOTrainerSync):
         (report,) = [
             metrics
             for metrics in ray.get(
-                self.actor_rollout_wg.update_weights(global_steps=self.global_steps, mode=_STORE_BACKEND)
+                self.actor_rollout_wg.update_weights(global_steps=self.global_steps, mode=weight_engine.BACKEND)
             )
             if metrics
         ]
@@ -163,8 +162,8 @@ def _adapt_to_verl(config: DictConfig, elastic: RlhflessConfig, store_name: str)
     with open_dict(config):
         config.trainer.v1.trainer_mode = "sync"  # verl treats any other literal as asynchronous
         rollout.nnodes = max(1, rollout.nnodes)  # asserted by verl's server manager, which stays empty
-        rollout.checkpoint_engine.backend = _STORE_BACKEND
-        rollout.checkpoint_engine.custom_backend_module = _STORE_MODULE
+        rollout.checkpoint_engine.backend = weight_engine.BACKEND
+        rollout.checkpoint_engine.custom_backend_module = weight_engine.__name__
         rollout.checkpoint_engine.engine_kwargs = {
-            _STORE_BACKEND: {"store_name": store_name, "bucket_mib": elastic.weights.bucket_mib}
+            weight_engine.BACKEND: {"store_name": store_name, "bucket_mib": elastic.weights.bucket_mib}
         }
