@@ -111,5 +111,4 @@ with verl_worker_group.use(other):
     assert trainer_base.RayWorkerGroup is other
 assert trainer_base.RayWorkerGroup is stock
 """
-    env = {**os.environ, "VERL_USE_EXTERNAL_PLUGINS": "none"}  # verl's own trainer, whatever this package adds to it
-    subprocess.run([sys.executable, "-W", "ignore", "-c", check], env=env, timeout=WAIT_S, check=True)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", check], timeout=WAIT_S, check=True)
