@@ -23,6 +23,8 @@ from verl_rlhfless.policy.predict import Prediction
 from verl_rlhfless.policy.snapshot import FINISHED, GONE, READY, STARTING, FloatArray, IntArray, Move, RolloutView
 from verl_rlhfless.policy.stages import Frontier, Lane, Options, depth_edges, frontier, options_for
 
+_LANE_SAMPLES = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -71,11 +73,11 @@ def consolidate(view: RolloutView, prediction: Prediction, price: float, limits:
     if fresh:
         return _hand_over(view, prediction, crews, [r.replica for r in fresh])
     options = options_for(view.pool, tuple((crew.tp, len(crew.replicas)) for crew in crews))
-    prices = np.array([0.15, 1.0]) * price
+    prices = np.array([0.15, 1.0] if len(crews) > 1 else [1.0]) * price
     lanes = [_lane(view, prediction, crew.samples) for crew in crews]
     futures = [frontier(view.pool, options, lane, prices) for lane in lanes]
     at = [options.index(crew.tp, len(crew.replicas)) for crew in crews]
-    ends = [float(future.time_s[1, m]) for future, m in zip(futures, at, strict=True)]
+    ends = [float(future.time_s[-1, m]) for future, m in zip(futures, at, strict=True)]
     critical = int(np.argmax(ends))
     if len(crews) > 1:
         merged = _merge(view, prediction, (crews, futures, at), (options, prices, hysteresis))
@@ -83,7 +85,7 @@ def consolidate(view: RolloutView, prediction: Prediction, price: float, limits:
             return merged
     best: tuple[float, Change] | None = None
     for i, (crew, future, m) in enumerate(zip(crews, futures, at, strict=True)):
-        p = 1 if i == critical else 0
+        p = -1 if i == critical else 0
         gain, to = float(future.gain[p, m]), int(future.first[p, m])
         is_start = options.tp[to] != options.tp[m] or options.count[to] > options.count[m]
         if is_start and len(view.replicas) > num_first:
@@ -111,6 +113,8 @@ def _crews(view: RolloutView) -> list[_Crew]:
 
 def _lane(view: RolloutView, prediction: Prediction, samples: IntArray) -> Lane:
     """Return the population of ``samples`` by further tokens, given what each has."""
+    count = len(samples)
+    samples = samples[:: max(1, count // _LANE_SAMPLES)]  # a survival curve needs no more
     reached = view.generated[samples].astype(float)
     edges = depth_edges(max(1, int(prediction.cap - reached.min())))
     middle = (edges[:-1] + edges[1:]) / 2
@@ -119,7 +123,7 @@ def _lane(view: RolloutView, prediction: Prediction, samples: IntArray) -> Lane:
     now = np.maximum(part.alive_at(np.minimum(reached, prediction.cap - 1)[:, None]), 1e-12)
     alive = (part.alive_at(reached[:, None] + middle) / now).sum(axis=0)
     context = float((reached + view.batch.prompt_tokens[samples]).mean())
-    return Lane(edges, np.minimum(alive, len(samples)), context, 0.0)
+    return Lane(edges, np.minimum(alive, len(samples)) * (count / len(samples)), context, 0.0)
 
 
 def _remaining(view: RolloutView, prediction: Prediction, crews: list[_Crew], price: float) -> float:
@@ -141,9 +145,9 @@ def _merge(
 ) -> Change | None:
     """Return the best move of one lane's samples onto another lane's replicas, ``None`` when apart is better."""
     (crews, futures, at), (options, prices, hysteresis) = state, how
-    ends = [float(f.time_s[1, m]) for f, m in zip(futures, at, strict=True)]
-    costs = [float(f.gpu_s[1, m]) for f, m in zip(futures, at, strict=True)]
-    apart = prices[1] * max(ends) + sum(costs)
+    ends = [float(f.time_s[-1, m]) for f, m in zip(futures, at, strict=True)]
+    costs = [float(f.gpu_s[-1, m]) for f, m in zip(futures, at, strict=True)]
+    apart = prices[-1] * max(ends) + sum(costs)
     best: tuple[float, int, int, float] | None = None
     for i, source in enumerate(crews):
         for j, target in enumerate(crews):
@@ -154,11 +158,11 @@ def _merge(
             )
             context = float((view.generated + view.batch.prompt_tokens)[source.samples].sum())
             moved_s = context * view.pool.perf[target.tp].prefill_s_per_token / len(target.replicas)
-            end = float(both.time_s[1, at[j]]) + moved_s
+            end = float(both.time_s[-1, at[j]]) + moved_s
             others = [e for k, e in enumerate(ends) if k not in (i, j)]
-            cost = float(both.gpu_s[1, at[j]]) + moved_s * target.tp * len(target.replicas)
+            cost = float(both.gpu_s[-1, at[j]]) + moved_s * target.tp * len(target.replicas)
             cost += sum(c for k, c in enumerate(costs) if k not in (i, j))
-            worth = prices[1] * max([end, *others]) + cost
+            worth = prices[-1] * max([end, *others]) + cost
             if worth < apart * (1 - hysteresis) and (best is None or worth < best[0]):
                 best = (worth, i, j, end)
     if best is None:

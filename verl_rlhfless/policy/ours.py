@@ -14,7 +14,7 @@ from verl_rlhfless.policy.plan import Goal, plan_fleet
 from verl_rlhfless.policy.predict import LengthModel, Prediction, learn, predict, refine
 from verl_rlhfless.policy.snapshot import FINISHED, Batch, PoolSnapshot, Reaction, RolloutPlan, RolloutView
 
-_LOOKS = 24
+_LOOKS = 10
 """Looks per predicted remaining time; a look costs about as much as a decode iteration of a small model."""
 
 

@@ -23,13 +23,16 @@ from verl_rlhfless.policy.predict import Prediction
 from verl_rlhfless.policy.snapshot import Batch, FloatArray, IntArray, PoolSnapshot, RolloutPlan
 from verl_rlhfless.policy.stages import Frontier, Lane, Options, depth_edges, frontier, options_for, stay
 
-LONG_SHARES = (0.01, 0.03, 0.08, 0.16, 0.30)
+LONG_SHARES = (0.01, 0.05, 0.2)
 """Shares of the groups (or samples), longest predicted first, that may get a lane of their own."""
 
 _HURRY = 12.0
 """Price of time during a rollout that must not be slower, as a multiple: only changes that cost next to no time pay."""
 
-_PRICE_FACTORS = np.array([0.0, 0.25, 1.0, 3.0, 12.0])
+_TIE = 0.007
+"""Objectives this close are equal as far as a prediction can tell: the faster fleet is taken."""
+
+_PRICE_FACTORS = np.array([0.0, 0.25, 1.0, 2.0, 12.0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +277,8 @@ def _choose(candidates: list[_Candidate], ref: Reference, goal: Goal) -> tuple[_
         fast = [c for c in allowed if c.step_s <= ref.step_s * (1.0 - goal.hysteresis) and c.gpu_s <= most]
         best = min(fast, key=lambda c: (c.gpu_s, c.step_s), default=candidates[0])
         return best, "least cost with a step no longer than static's"
-    best = min(allowed, key=lambda c: (objective(c), c.gpu_s))
+    least = min(objective(c) for c in allowed)
+    best = min((c for c in allowed if objective(c) <= least * (1 + _TIE)), key=lambda c: (c.step_s, c.gpu_s))
     resident = candidates[0]
     gain = (objective(resident) - objective(best)) * ref.gpu_s / max(weight, 1e-6)
     if best is not resident and resident in allowed and gain < goal.payback * ref.transition_gpu_s:

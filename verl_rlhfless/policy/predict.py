@@ -28,7 +28,7 @@ PRIOR_SHARE_OF_CAP = 1 / 10
 """Median response on the very first step, as a share of the longest allowed one: the only guess that is not learnt."""
 
 _EWMA_LEVEL, _EWMA_SPREAD, _EWMA_PROMPT = 0.7, 0.5, 0.5
-_EM_ROUNDS = 4
+_EM_ROUNDS = 3
 _Z80 = 1.2816
 _TAIL_MARGIN = 1.25
 _TAIL_SAMPLES = 256
@@ -181,7 +181,8 @@ def refine(
         mu = prior.mu + shift + effect[batch.group_of]
         z = (seen - mu) / prior.sigma
         # a running sample is longer than what it has: Mills' ratio, in the form that is safe for large z
-        hazard = np.where(z > -8, np.exp(-np.minimum(z * z, 60) / 2) / (2.5066 * _upper_tail(z)), 0.0)
+        near = np.clip(z, -8.0, 4.0)
+        hazard = np.exp(-near * near / 2) / (2.5066 * _upper_tail(near))
         hazard = np.where(z > 4, z + 1 / np.maximum(z, 1), hazard)
         imputed = np.where(is_finished > 0, seen, mu + prior.sigma * hazard)
         capped = (is_finished > 0) & (generated >= batch.max_response_tokens)

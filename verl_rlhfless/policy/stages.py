@@ -111,7 +111,7 @@ def frontier(pool: PoolSnapshot, options: Options, lane: Lane, prices: FloatArra
     depth = np.concatenate(([0.0], (lane.edges[:-1] + lane.edges[1:])[:-1] / 2))
     moves = _Moves.build(pool, options)
     best = np.broadcast_to(own, time_s.shape)
-    gain, now = np.zeros_like(time_s), np.ones_like(time_s)
+    gain = np.zeros_like(time_s)
     for k in range(len(lane.alive) - 1, -1, -1):
         here_t = stage_s[k] + time_s
         here_g = stage_s[k] * gpus + gpu_s
@@ -121,12 +121,12 @@ def frontier(pool: PoolSnapshot, options: Options, lane: Lane, prices: FloatArra
         total = worth[:, None, :] + moved * (moves.gpu_s_per_token + prices[:, None, None] * moves.s_per_token)
         total += is_any * moves.start_gpu_s
         best = np.argmin(total, axis=2)
-        gain = worth - np.take_along_axis(total, best[:, :, None], axis=2)[:, :, 0]
-        now = stage_s[k] * (gpus + worth_of_time)
+        if k == 0:
+            gain = (worth - total.min(axis=2)) / np.maximum(stage_s[k] * (gpus + worth_of_time), 1e-12)
         time_s = here_t[row, best] + moved * moves.s_per_token[own, best]
         gpu_s = here_g[row, best] + moved * moves.gpu_s_per_token[own, best] + is_any * moves.start_gpu_s[own, best]
     start_s = lane.prefill_tokens * _prefill(pool, options) / options.count
-    return Frontier(time_s + start_s, gpu_s + start_s * gpus, best, gain / np.maximum(now, 1e-12))
+    return Frontier(time_s + start_s, gpu_s + start_s * gpus, best, gain)
 
 
 def stay(pool: PoolSnapshot, options: Options, lane: Lane) -> tuple[FloatArray, FloatArray]:

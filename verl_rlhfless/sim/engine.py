@@ -77,6 +77,7 @@ class Engine:
         self._shared_blocks = 0
         self._cached: OrderedDict[int, int] = OrderedDict()
         self._cached_blocks = 0
+        self._prefill_blocks = 0  # of the requests in prefill, one token ahead
         self._prefixes: set[str] = set()
         self._aborting: set[int] = set()
         self._version = 0
@@ -228,6 +229,7 @@ class Engine:
         while budget > 0 and self.waiting and self._admit(self.waiting[0]):
             request = self.waiting.popleft()
             self.prefilling.append(request)
+            self._prefill_blocks += _blocks_of(request)
             used, seen = self._take_chunk(request, budget)
             budget, tokens, attended = budget - used, tokens + used, attended + seen
         self.prefill_tokens += tokens
@@ -246,7 +248,7 @@ class Engine:
         context = request.prompt_tokens + request.generated
         hit, shared = self._prefix_hit(request)
         need = -(-(context + 1) // BLOCK_TOKENS) - shared
-        free = self.perf.kv_blocks - self._blocks(1) - self._prefill_blocks()
+        free = self.perf.kv_blocks - self._blocks(1) - self._prefill_blocks
         if need > free:
             if self.decoding or self.prefilling:
                 return False
@@ -291,12 +293,9 @@ class Engine:
             self._cached_blocks += full
 
     def _evict(self) -> None:
-        limit = self.perf.kv_blocks - self._blocks(1) - self._prefill_blocks()
+        limit = self.perf.kv_blocks - self._blocks(1) - self._prefill_blocks
         while self._cached and self._cached_blocks > limit:
             self._cached_blocks -= self._cached.popitem(last=False)[1]
-
-    def _prefill_blocks(self) -> int:
-        return sum(-(-(r.prompt_tokens + r.generated + 1) // BLOCK_TOKENS) for r in self.prefilling)
 
     def _finish_prefills(self) -> None:
         still = []
@@ -304,6 +303,7 @@ class Engine:
             if request.to_compute:
                 still.append(request)
                 continue
+            self._prefill_blocks -= _blocks_of(request)
             request.generated += 1
             request.base_iteration = self._iteration
             request.base_context = request.prompt_tokens + request.generated
@@ -324,11 +324,11 @@ class Engine:
     def _segment_limit(self) -> int:
         """Most decode iterations that surely fit into memory; 0 when not even one does."""
         batch = len(self.decoding)
-        free_tokens = (self.perf.kv_blocks - self._prefill_blocks() + self._shared_blocks) * BLOCK_TOKENS
+        free_tokens = (self.perf.kv_blocks - self._prefill_blocks + self._shared_blocks) * BLOCK_TOKENS
         sure = (free_tokens - self._context) // batch - (BLOCK_TOKENS - 1)
         if sure >= 1:
             return sure
-        return int(self._blocks(1) + self._prefill_blocks() <= self.perf.kv_blocks)
+        return int(self._blocks(1) + self._prefill_blocks <= self.perf.kv_blocks)
 
     def _preempt_for_memory(self) -> None:
         while len(self.decoding) > 1 and self._segment_limit() < 1:
@@ -370,6 +370,7 @@ class Engine:
                 self.on_leave(self._remove(sample), True)
         for request in [r for r in self.prefilling if r.sample in self._aborting]:
             self.prefilling.remove(request)
+            self._prefill_blocks -= _blocks_of(request)
             self._drop_prefix(request)
             request.to_compute = 0
             self.on_leave(request, True)
@@ -385,3 +386,8 @@ class Engine:
     def _close_busy(self) -> None:
         if self.busy and len(self.busy[-1]) == 1:
             self.busy[-1].append(self.env.now)
+
+
+def _blocks_of(request: Request) -> int:
+    """Return the blocks that a request needs for its context and its next token."""
+    return -(-(request.prompt_tokens + request.generated + 1) // BLOCK_TOKENS)

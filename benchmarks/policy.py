@@ -1,0 +1,130 @@
+"""Seconds and memory of the policies and of the simulator on one core, against their budgets.
+
+Usage: python benchmarks/policy.py --json OUT [--largest 16384]
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from verl_rlhfless.policy.dedup import dedup
+from verl_rlhfless.policy.migrate import consolidate
+from verl_rlhfless.policy.ours import Ours
+from verl_rlhfless.policy.plan import Goal, plan_fleet
+from verl_rlhfless.policy.predict import LengthModel, learn, predict, refine
+from verl_rlhfless.policy.shapes import MODELS
+from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, Batch, PoolSnapshot, ReplicaView, RolloutView
+from verl_rlhfless.policy.transitions import LeaseTimes
+from verl_rlhfless.sim.cell import Cell, make_pool
+from verl_rlhfless.sim.cluster import CLUSTERS
+from verl_rlhfless.sim.run import StepData
+
+
+def step(groups: int, n: int, seed: int = 0) -> StepData:
+    """Return one step with a heavy tail."""
+    rng = np.random.default_rng(seed)
+    lengths = np.clip(np.exp(rng.normal(6.8, 1.0, groups * n)), 1, 32768).astype(np.int64)
+    names = tuple(f"p{i}" for i in range(groups))
+    return StepData(Batch(1, names, np.repeat(np.arange(groups), n), np.full(groups * n, 250), 32768), lengths)
+
+
+def pool_of(cluster: str) -> PoolSnapshot:
+    """Return a pool whose engines are all warm."""
+    pool = make_pool(CLUSTERS[cluster], MODELS["qwen2.5-7b"], LeaseTimes())
+    return replace(pool, warm=dict.fromkeys(pool.perf, pool.num_gpus))
+
+
+def median_ms(work: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Return median and worst milliseconds of CPU time."""
+    taken = []
+    for _ in range(repeats):
+        began = time.process_time()
+        work()
+        taken.append((time.process_time() - began) * 1e3)
+    return {"median_ms": round(statistics.median(taken), 2), "worst_ms": round(max(taken), 2), "repeats": repeats}
+
+
+def planning() -> dict[str, float]:
+    """Plan 1,024 groups x 16 on 160 GPUs, prediction included."""
+    data, pool = step(1024, 16), pool_of("h100-160")
+    model = learn(LengthModel(), data.batch, data.lengths)
+    return median_ms(lambda: plan_fleet(pool, data.batch, predict(model, data.batch), Goal()), 15)
+
+
+def tick(groups: int, n: int, cluster: str) -> dict[str, float]:
+    """One look at half of the rollout: refine, consolidate."""
+    data, pool = step(groups, n), pool_of(cluster)
+    model = learn(LengthModel(), data.batch, data.lengths)
+    prior = predict(model, data.batch)
+    plan = plan_fleet(pool, data.batch, prior, Goal())
+    depth = int(np.median(data.lengths))
+    generated = np.minimum(data.lengths, depth)
+    state = np.where(data.lengths <= depth, FINISHED, RUNNING).astype(np.int8)
+    held = np.bincount(plan.replica_of[state == RUNNING], minlength=len(plan.fleet)).tolist()
+    replicas = tuple(ReplicaView(r, tp, READY, 0, held[r], held[r] * depth) for r, tp in enumerate(plan.fleet))
+    free = pool.num_gpus - sum(plan.fleet)
+    view = RolloutView(9.0, data.batch, pool, generated, state, plan.replica_of, replicas, free, 0, 0)
+    finished = (state == FINISHED).astype(float)
+
+    def look() -> None:
+        prediction = refine(model, prior, data.batch, generated, finished)
+        consolidate(view, prediction, plan.price, (0.02, len(plan.fleet)))
+
+    return median_ms(look, 15)
+
+
+def deduplicating() -> dict[str, float]:
+    """Radix dedup of 1,024 x 1,024 tokens: 256 distinct prompts, 4 samples each, one system prompt."""
+    rng = np.random.default_rng(0)
+    system = rng.integers(0, 150_000, 256)
+    prompts = [np.concatenate((system, rng.integers(0, 150_000, 768))) for _ in range(256)]
+    return median_ms(lambda: dedup([p for p in prompts for _ in range(4)]), 15)
+
+
+def simulated(groups: int, n: int, cluster: str) -> dict[str, float]:
+    """One simulated step of our arm, planning and looks included, after a step to learn from."""
+    first, second = step(groups, n), step(groups, n, 1)
+    data = (first, replace(second, batch=replace(second.batch, step=2)))
+    cell = Cell(data, CLUSTERS[cluster], MODELS["qwen2.5-7b"], LeaseTimes())
+    began = time.process_time()
+    record = cell.run(Ours())
+    taken = (time.process_time() - began) / len(data)
+    return {"s_per_step": round(taken, 3), "samples": groups * n, "simulated_step_s": round(record.steps[1].step_s, 1)}
+
+
+def main(out: Annotated[Path, typer.Option("--json")], largest: int = 16384) -> None:
+    """Measure everything once; the peak memory is that of this process."""
+    curve = []
+    for groups in (128, 256, 1024, 4096, 16384):
+        if groups <= largest:
+            curve.append({"groups": groups} | simulated(groups, 16, "h100-160"))
+            print(curve[-1], flush=True)
+            if groups == 1024:
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    found = {
+        "plan_1024x16_on_160": planning() | {"budget_ms": 30},
+        "tick_128x8_on_16": tick(128, 8, "h100-16") | {"budget_ms": 10},
+        "tick_1024x16_on_160": tick(1024, 16, "h100-160") | {"budget_ms": 10},
+        "dedup_1024x1024": deduplicating() | {"budget_ms": 50},
+        "simulate_128x8_on_16": simulated(128, 8, "h100-16") | {"budget_s": 0.1},
+        "simulate_1024x16_on_160": {"peak_gib": round(peak, 2), "budget_s": 3, "budget_gib": 2} | curve[2],
+        "growth": curve,
+        "host": f"{platform.machine()}, Python {platform.python_version()}, CPU time of one process",
+    }
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)
