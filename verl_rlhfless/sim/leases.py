@@ -49,8 +49,9 @@ class LeaseBook:
         self._free = [set(range(self.cluster.gpus_per_node)) for _ in range(self.cluster.num_nodes)]
         self._up = [True] * self.cluster.num_nodes
         self._queue: deque[Callable[[], bool]] = deque()
-        self._parked: dict[tuple[int, int, int], float] = {}
-        self.parked_gpu_s = 0.0
+        self._parked: set[tuple[int, int, int]] = set()
+        self._free_since: dict[Gpu, float] = {}
+        self._parked_gpu_s = 0.0
         self._is_serving = False
 
     @property
@@ -76,7 +77,7 @@ class LeaseBook:
             if slot is None:
                 return False
             node, first = slot
-            lease = self._grant(role, tuple((node, first + i) for i in range(tp)))
+            lease = self._grant(role, tuple((node, first + i) for i in range(tp)))  # counts what was parked until now
             granted(lease, self._unpark(node, first, tp))
             return True
 
@@ -102,15 +103,16 @@ class LeaseBook:
         lease.released_s = self.env.now
         if lease.usable_s is None:
             lease.usable_s = self.env.now
-        for node, gpu in lease.gpus:
-            self._free[node].add(gpu)
         if parked_tp is not None:
             self.park(lease.gpus[0], parked_tp)
+        for node, gpu in lease.gpus:
+            self._free[node].add(gpu)
+            self._free_since[(node, gpu)] = self.env.now
         self._serve()
 
     def park(self, first: Gpu, tp: int) -> None:
         """Note that an engine sleeps on the GPUs from ``first`` on."""
-        self._parked.setdefault((*first, tp), self.env.now)
+        self._parked.add((*first, tp))
 
     def set_node(self, node: int, is_up: bool) -> None:
         """A preemptible node appears or vanishes, with its parked engines."""
@@ -148,12 +150,16 @@ class LeaseBook:
         return total
 
     def settle_parked(self) -> float:
-        """Return the GPU-seconds that engines were parked on GPUs without a lease until now, and begin a new count."""
-        for key, since in self._parked.items():
-            self.parked_gpu_s += (self.env.now - since) * key[2]
-            self._parked[key] = self.env.now
-        total, self.parked_gpu_s = self.parked_gpu_s, 0.0
+        """Return the GPU-seconds that parked engines sat on GPUs which nobody leased, and begin a new count."""
+        for gpu in self._free_since:
+            self._count_parked(gpu)
+            self._free_since[gpu] = self.env.now
+        total, self._parked_gpu_s = self._parked_gpu_s, 0.0
         return total
+
+    def _count_parked(self, gpu: Gpu) -> None:
+        if any(node == gpu[0] and first <= gpu[1] < first + tp for node, first, tp in self._parked):
+            self._parked_gpu_s += self.env.now - self._free_since[gpu]
 
     def _after(self, delay_s: float, action: Callable[[], None]) -> None:
         callbacks = self.env.timeout(delay_s).callbacks
@@ -175,16 +181,17 @@ class LeaseBook:
     def _grant(self, role: str, gpus: tuple[Gpu, ...]) -> Lease:
         for node, gpu in gpus:
             self._free[node].remove(gpu)
+            if (node, gpu) in self._free_since:
+                self._count_parked((node, gpu))
+                del self._free_since[(node, gpu)]
         lease = Lease(f"{role}-{len(self.leases)}", role, gpus, self.env.now)
         self.leases.append(lease)
         return lease
 
     def _unpark(self, node: int, first: int, tp: int) -> bool:
-        since = self._parked.pop((node, first, tp), None)
-        if since is None:
-            return False
-        self.parked_gpu_s += (self.env.now - since) * tp
-        return True
+        is_parked = (node, first, tp) in self._parked
+        self._parked.discard((node, first, tp))
+        return is_parked
 
     def _slot(self, tp: int) -> tuple[int, int] | None:
         best: tuple[tuple[bool, int, int, int], tuple[int, int]] | None = None

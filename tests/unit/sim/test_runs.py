@@ -57,8 +57,11 @@ def test_elastic_arms_pay_for_waking_and_stock_does_not_depend_on_it() -> None:
 def test_a_parked_engine_is_reported_and_can_be_charged() -> None:
     long = steps(2, 64, 8, mean=2500.0, cap=16384)
     free, charged = cell(long), replace(cell(long), parked_charge=1.0)
-    assert free.run(Ours()).gpu_s_parked > 0
-    assert charged.run(Ours()).gpu_lease_usd > free.run(Ours()).gpu_lease_usd
+    record = free.run(Ours())
+    given_back = sum(16 * step.step_s - step.gpu_s_allocated for step in record.steps)
+    assert 0 < record.gpu_s_parked <= given_back
+    assert charged.run(Ours()).gpu_lease_usd > record.gpu_lease_usd
+    assert charged.run(StockSync()).gpu_lease_usd == free.run(StockSync()).gpu_lease_usd
 
 
 def test_losing_a_spot_node_loses_no_sample() -> None:

@@ -1,0 +1,107 @@
+"""``rlhfless simulate`` and ``rlhfless trace`` from the outside."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from verl_rlhfless.errors import RlhflessError
+from verl_rlhfless.sim_cli import register
+
+app = typer.Typer()
+register(app)
+
+
+def run(*args: str) -> str:
+    result = CliRunner().invoke(app, list(args))
+    if result.exception is not None and isinstance(result.exception, RlhflessError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def trace(folder: Path, *args: str) -> Path:
+    path = folder / "t.jsonl.gz"
+    run("trace", "generate", str(path), "--groups", "16", "--n", "4", "--mean", "300", "--steps-per-epoch", "2", *args)
+    return path
+
+
+def test_list_names_what_can_be_chosen() -> None:
+    text = run("simulate", "--list")
+    for name in ("l40s-16", "h100-16-spot", "llama2-70b", "rlhfless_paper", "ours_notslower", "B200"):
+        assert name in text
+
+
+def test_a_generated_trace_is_simulated_to_the_documented_json_and_a_picture(tmp_path: Path) -> None:
+    path, out, picture = trace(tmp_path), tmp_path / "o.json", tmp_path / "o.png"
+    args = ["simulate", str(path), "--model", "qwen2.5-3b", "--arms", "stock_sync,ours", "--json", str(out)]
+    text = run(*args, "--plot", str(picture))
+    record = json.loads(out.read_text())
+    assert record["format"] == "rlhfless-sim/1"
+    assert {"trace", "cluster", "model", "seed", "arms", "bound"} <= record["runs"][0].keys()
+    assert [step["step"] for step in record["runs"][0]["arms"]["ours"]["steps"]] == [1, 2, 3, 4]
+    assert "simulated" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    first = out.read_bytes()
+    run(*args)
+    assert out.read_bytes() == first
+
+
+def test_the_same_seed_generates_the_same_bytes_and_stats_match_what_was_asked(tmp_path: Path) -> None:
+    args = (
+        "trace",
+        "generate",
+        str(tmp_path / "a.gz"),
+        "--groups",
+        "200",
+        "--mean",
+        "500",
+        "--icc",
+        "0.6",
+        "--tail",
+        "0.7",
+    )
+    run(*args)
+    first = (tmp_path / "a.gz").read_bytes()
+    run(*args)
+    assert (tmp_path / "a.gz").read_bytes() == first
+    rows = [line.split() for line in run("trace", "stats", str(tmp_path / "a.gz")).splitlines()]
+    found = {key: float(value) for key, value in zip(rows[0], rows[1], strict=True)}
+    assert found["mean"] == pytest.approx(500, rel=0.15)
+    assert found["icc"] == pytest.approx(0.6, abs=0.12)
+
+
+def test_drift_makes_later_steps_longer(tmp_path: Path) -> None:
+    path = trace(tmp_path, "--drift", "1.5")
+    lines = gzip.decompress(path.read_bytes()).splitlines()[1:]
+    mean = [
+        sum(sum(g["response_tokens"]) for g in step["groups"]) / (16 * 4)
+        for step in (json.loads(line) for line in lines)
+    ]
+    assert mean[-1] > 2 * mean[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["simulate"], "TRACE"),
+        (["simulate", "missing.jsonl"], r"missing\.jsonl"),
+        (["simulate", "x", "--arms", "nobody"], "--arms='nobody'"),
+        (["simulate", "x", "--cluster", "moon"], "--cluster='moon'"),
+        (["simulate", "x", "--model", "gpt"], "--model='gpt'"),
+        (["simulate", "x", "--wake-s", "-1"], "--wake-s"),
+        (["simulate", "x", "--wake-s", "nan"], "--wake-s"),
+        (["simulate", "x", "--json", "/nowhere/o.json"], "folder does not exist"),
+        (["trace", "generate", "/nowhere/t.gz"], "folder does not exist"),
+        (["trace", "generate", "t.gz", "--icc", "2"], "--icc"),
+        (["trace", "stats", "missing.jsonl"], r"missing\.jsonl"),
+    ],
+)
+def test_bad_input_is_one_clear_error(args: list[str], message: str) -> None:
+    with pytest.raises(RlhflessError, match=message):
+        run(*args)
