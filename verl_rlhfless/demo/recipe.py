@@ -32,6 +32,7 @@ ELASTIC = Arm(
         "trainer.n_gpus_per_node=2",
         "+rlhfless=default",
         f"rlhfless.pool.max_gpus={NUM_GPUS}",
+        "rlhfless.weights.bucket_mib=16",  # for a model of 2 MiB on a host with a small object store
         f"rlhfless.planner.schedule=[{','.join(map(str, REPLICA_SCHEDULE))}]",
         f"trainer.v1.trainer_mode={TRAINER_MODE}",
     ),
