@@ -100,7 +100,7 @@ def plan_fleet(pool: PoolSnapshot, batch: Batch, prior: Prediction, goal: Goal) 
     Raises:
         ConfigError: The deadline or the budget cannot be met; the message says what could be.
     """
-    options = options_for(pool)
+    options = options_for(pool, tuple((tp, pool.trainer.num_gpus // tp) for tp in pool.perf))
     units = _Units.build(batch, prior)
     ref = static_reference(pool, options, units, batch, prior)
     price = time_price(pool, goal)
@@ -174,7 +174,7 @@ def static_reference(pool: PoolSnapshot, options: Options, units: _Units, batch:
     after_s = _phases_s(pool, batch, prior)
     best: Reference | None = None
     for tp in sorted(pool.perf):
-        rollout = float(time_s[options.index(tp, pool.num_gpus // tp)]) * pool.num_gpus / trainer.num_gpus
+        rollout = float(time_s[options.index(tp, trainer.num_gpus // tp)])
         wake = times.hybrid_wake_s if tp in pool.warm or not pool.warm else times.cold_start_s
         step_s = wake + trainer.reshard_s + rollout + times.hybrid_sleep_s + after_s
         if best is None or step_s < best.step_s:

@@ -59,6 +59,11 @@ class LeaseBook:
         """GPUs on nodes that are up and that nobody leases."""
         return sum(len(free) for free, up in zip(self._free, self._up, strict=True) if up)
 
+    @property
+    def num_up(self) -> int:
+        """GPUs of nodes that are up, leased or not."""
+        return sum(self._up) * self.cluster.gpus_per_node
+
     def warm_gpus(self) -> dict[int, int]:
         """Return, by tensor-parallel size, the GPUs whose engine only has to wake."""
         warm: dict[int, int] = {}

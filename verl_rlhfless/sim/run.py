@@ -140,7 +140,7 @@ class ArmRun:
     def _step(self, step: StepData, memory: Any) -> Generator[simpy.Event, Any, None]:
         env, trainer, times = self._env, self.pool.trainer, self.pool.trainer.times
         began = env.now
-        snapshot = replace(self.pool, warm=self._book.warm_gpus())
+        snapshot = replace(self.pool, num_gpus=self._book.num_up, warm=self._book.warm_gpus())
         plan = self.arm.plan(memory, snapshot, step.batch)
         if plan.is_resident:
             trainer_busy = self._trainer
