@@ -171,10 +171,11 @@ def _tell_new_steps(metrics: Path, done: int, started: float, say: Callable[[str
     for line in lines[done:]:
         if not line.endswith("\n"):
             break
-        data = json.loads(line)["data"]
-        say(
-            f"step {data['training/global_step']} took {data['timing_s/step']:.1f} s "
-            f"(reward {data['critic/score/mean']:.3f}), {time.monotonic() - started:.0f} s since the start"
-        )
         done += 1
+        data = json.loads(line)["data"]
+        if "timing_s/step" in data:  # a validation before the first step has a line of its own
+            say(
+                f"step {data['training/global_step']} took {data['timing_s/step']:.1f} s "
+                f"(reward {data['critic/score/mean']:.3f}), {time.monotonic() - started:.0f} s since the start"
+            )
     return done
