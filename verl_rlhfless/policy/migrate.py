@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from verl_rlhfless.policy.dispatch import spread
-from verl_rlhfless.policy.perf import EnginePerf
 from verl_rlhfless.policy.predict import Prediction
 from verl_rlhfless.policy.snapshot import FINISHED, GONE, READY, STARTING, FloatArray, IntArray, Move, RolloutView
 from verl_rlhfless.policy.stages import Frontier, Lane, Options, depth_edges, frontier, options_for
@@ -43,17 +42,6 @@ class _Crew:
     tp: int
     replicas: tuple[int, ...]
     samples: IntArray
-
-
-def resume_s(perf: EnginePerf, context_tokens: int, transfer_bytes_per_s: float | None = None) -> float:
-    """Return the seconds to continue a request elsewhere.
-
-    Recompute its context, or transfer its keys and values if that is faster.
-    """
-    recompute = perf.prefill_s(context_tokens)
-    if transfer_bytes_per_s is None:
-        return recompute
-    return min(recompute, context_tokens * perf.shape.kv_bytes_per_token / transfer_bytes_per_s)
 
 
 def consolidate(view: RolloutView, prediction: Prediction, price: float, limits: tuple[float, int]) -> Change:
