@@ -88,6 +88,12 @@ class Trainer:
             timeout_s=WAIT_S,
         )
 
+    async def split_above(self, num_bytes: int) -> None:
+        """Lower the size above which a tensor is split over buckets."""
+        from verl_rlhfless.live import weight_engine
+
+        weight_engine._LARGEST_BUCKET_BYTES = num_bytes
+
     async def publish(self, version: int, fail_after: int | None = None) -> dict[str, Any]:
         """Publish ``state(version)``, or fail after some tensors."""
 
@@ -216,6 +222,18 @@ def test_pulled_weights_are_the_published_ones(run: Run) -> None:
     assert torch.equal(loaded["embed"], weights["embed"])
     assert torch.equal(loaded["qkv"], torch.cat([weights["q"], weights["k"], weights["v"]]))
     assert loaded["scalar"] == 3.0
+
+
+def test_a_tensor_larger_than_any_bucket_arrives_whole(run: Run) -> None:
+    ray.get(run.trainer.split_above.remote(500_000), timeout=WAIT_S)
+    try:
+        run.publish(2)
+    finally:
+        ray.get(run.trainer.split_above.remote(2**30), timeout=WAIT_S)
+    manifest = ray.get(run.store.manifest.remote(2, WAIT_S), timeout=WAIT_S)
+    assert max(len(tensor.parts) for tensor in manifest.tensors) == 4
+    assert run.pull(2).compared == "loaded"
+    assert torch.equal(ray.get(run.server.parameters.remote())["embed"], state(2)["embed"])
 
 
 @pytest.mark.parametrize("is_stuck", [False, True], ids=["complete", "broken off"])

@@ -15,7 +15,7 @@ from verl_rlhfless.live.weight_manifest import Part, StoredTensor
 from verl_rlhfless.live.weight_store import WeightStore
 
 MIB = 2**20
-PLENTY = HostMemory(object_store_bytes=100 * MIB, available_bytes=100 * MIB)
+PLENTY = HostMemory("node", object_store_bytes=100 * MIB, available_bytes=100 * MIB)
 
 
 def tensor(bucket: int) -> StoredTensor:
@@ -24,8 +24,7 @@ def tensor(bucket: int) -> StoredTensor:
 
 async def publish(store: WeightStore, version: int, memory: HostMemory = PLENTY) -> None:
     await store.begin(version, memory)
-    store.reserve(version, MIB)
-    store.add(version, f"bucket of {version}")
+    store.add(store.reserve(version, MIB), 0, f"bucket of {version}")
     await store.commit(version, (tensor(0),), f"checksum of {version}")
 
 
@@ -58,8 +57,7 @@ def test_a_version_is_invisible_until_it_is_committed() -> None:
     async def scenario() -> None:
         store = new_store()
         await store.begin(1, PLENTY)
-        store.reserve(1, MIB)
-        store.add(1, "bucket")
+        store.add(store.reserve(1, MIB), 0, "bucket")
         reader = asyncio.create_task(store.manifest(1, timeout_s=10))
         assert await blocked(reader)
         assert store.versions() == ()
@@ -161,7 +159,10 @@ def test_a_publisher_that_comes_back_starts_its_version_anew() -> None:
     async def scenario() -> None:
         store = new_store()
         await store.begin(1, PLENTY)
-        store.add(1, "half of a version")
+        late = store.reserve(1, MIB)
+        await store.begin(1, PLENTY)
+        with pytest.raises(WeightStoreError, match="given up"):
+            store.add(late, 0, "half of a version")
         await publish(store, 1)
         assert (await store.manifest(1, timeout_s=0)).buckets == ("bucket of 1",)
 
@@ -172,10 +173,22 @@ def test_a_version_with_a_missing_bucket_is_not_committed() -> None:
     async def scenario() -> None:
         store = new_store()
         await store.begin(1, PLENTY)
-        store.add(1, "only bucket")
+        store.add(store.reserve(1, MIB), 0, "only bucket")
         with pytest.raises(WeightStoreError, match="1 buckets, but its tensors use 2"):
             await store.commit(1, (tensor(0), tensor(1)), "sum")
         assert store.versions() == ()
+
+    run(scenario())
+
+
+def test_buckets_may_arrive_in_any_order() -> None:
+    async def scenario() -> None:
+        store = new_store()
+        await store.begin(1, PLENTY)
+        store.add(store.reserve(1, MIB), 1, "second")
+        store.add(store.reserve(1, MIB), 0, "first")
+        await store.commit(1, (tensor(0), tensor(1)), "sum")
+        assert (await store.manifest(1, timeout_s=0)).buckets == ("first", "second")
 
     run(scenario())
 
@@ -185,7 +198,7 @@ def test_buckets_of_a_version_that_was_not_begun_are_refused() -> None:
         store = new_store()
         await store.begin(2, PLENTY)
         with pytest.raises(WeightStoreError, match="version 1 is not being published"):
-            store.add(1, "late")
+            store.reserve(1, MIB)
 
     run(scenario())
 
@@ -193,9 +206,9 @@ def test_buckets_of_a_version_that_was_not_begun_are_refused() -> None:
 def test_a_model_that_does_not_fit_is_refused_while_its_first_version_arrives() -> None:
     async def scenario() -> None:
         store = new_store()
-        memory = HostMemory(object_store_bytes=10 * MIB, available_bytes=100 * MIB)  # 8 MiB before Ray spills
+        memory = HostMemory("node", object_store_bytes=20 * MIB, available_bytes=100 * MIB)  # 16 MiB before Ray spills
         await store.begin(1, memory)
-        store.reserve(1, 3 * MIB)  # 2 versions of 3 MiB and a bucket: 7 MiB
+        store.reserve(1, 3 * MIB)  # 2 versions of 3 MiB and 3 buckets of 3 MiB: 15 MiB
         with pytest.raises(WeightStoreError, match="short"):
             store.reserve(1, MIB)
 
@@ -206,7 +219,9 @@ def test_later_versions_use_the_room_that_was_admitted() -> None:
     async def scenario() -> None:
         store = new_store()
         await publish(store, 1)
-        await publish(store, 2, HostMemory(object_store_bytes=0, available_bytes=0))  # the first one uses it now
+        await publish(
+            store, 2, HostMemory("node", object_store_bytes=0, available_bytes=0)
+        )  # the first one uses it now
         assert store.versions() == (1, 2)
 
     run(scenario())

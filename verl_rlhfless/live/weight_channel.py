@@ -46,13 +46,16 @@ class BoundedSender(BucketedWeightSender):
     """Sends tensors to one engine worker through shared memory."""
 
     def __init__(self, zmq_handle: str, bucket_size_mb: int, deadline: float, stop: threading.Event) -> None:
-        """Send to the worker at ``zmq_handle`` until ``deadline`` [s, monotonic] or ``stop``."""
+        """Open the socket for the worker at ``zmq_handle``; its waits end at ``deadline`` [s, monotonic] or ``stop``.
+
+        Open it before the worker connects: zmq tries again only after 0.1 s.
+        """
         super().__init__(zmq_handle, bucket_size_mb, use_shm=True)
-        self._deadline, self._stop = deadline, stop
+        super()._init_socket()
+        self.socket: Any = _BoundedSocket(self.socket, deadline, stop)
 
     def _init_socket(self) -> None:
-        super()._init_socket()
-        self.socket: Any = _BoundedSocket(self.socket, self._deadline, self._stop)
+        """Do nothing: it is open."""
 
     def _init_buffer(self) -> None:
         # Differs from verl, which leaks the segment if the worker never answers: clean-up must know it before the wait.

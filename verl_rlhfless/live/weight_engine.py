@@ -7,10 +7,10 @@ the engine with the keys below ``rollout.checkpoint_engine.engine_kwargs.rlhfles
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegistry
@@ -18,54 +18,69 @@ from verl.workers.rollout.utils import ensure_async_iterator
 
 from verl_rlhfless.errors import WeightStoreError
 from verl_rlhfless.live.checksum import as_unsigned, bit_sum, dtype_name, stream_digest
-from verl_rlhfless.live.weight_capacity import measure_host_memory
+from verl_rlhfless.live.weight_capacity import IN_FLIGHT, measure_host_memory
 from verl_rlhfless.live.weight_manifest import Part, StoredTensor
 from verl_rlhfless.live.weight_reader import read_checked_tensors
-from verl_rlhfless.live.weight_store import ANSWER_GRACE_S, answered, connect, set_out, take_back
+from verl_rlhfless.live.weight_store import ANSWER_GRACE_S, answered, connect
 
 BACKEND = "rlhfless_store"
 """verl's name of this engine."""
 
 _ALIGNMENT = 64  # of a tensor in its bucket: any element type, and a cache line
+_LARGEST_BUCKET_BYTES = 2**30  # a tensor above it is split; one above the configured size has a bucket of its own
 
 
 class Publication:
-    """One version on its way into the store: tensors fill a staging buffer, which the store empties when it is full."""
+    """One version on its way into the store: tensors fill a staging buffer, which is given away when it is full."""
 
-    def __init__(self, store: Any, version: int, bucket_bytes: int, timeout_s: float) -> None:
+    def __init__(self, store: Any, version: int, staging: torch.Tensor, timeout_s: float) -> None:
         self._store, self._version, self._timeout_s = store, version, timeout_s
-        self._staging = torch.empty(bucket_bytes, dtype=torch.uint8)
+        self._staging = staging
         self._used = 0
         self._num_buckets = 0
         self._tensors: list[StoredTensor] = []
+        self._in_flight: deque[tuple[Any, Any]] = deque()  # a bucket's reference, and the store's answer
 
     async def begin(self) -> None:
         """Announce the version, and wait until the store has room for it."""
         await self._ask(self._store.begin.remote(self._version, measure_host_memory()))
 
     async def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Copy a tensor (on any device) into the stream. One larger than a bucket goes on in the next."""
+        """Put a tensor (on any device) into the staging buffer; a larger one gets a bucket of its own."""
         data = tensor.detach().contiguous().view(-1)
-        flat = data.view(torch.uint8)
-        if self._used + flat.numel() > self._staging.numel() >= flat.numel():
+        if data.nbytes > self._staging.numel():
+            parts, total = await self._add_large(data)
+        else:
+            parts, total = await self._add_small(data)
+        shape = tuple(tensor.shape)
+        self._tensors.append(StoredTensor(name, dtype_name(tensor.dtype), shape, as_unsigned(total), parts))
+
+    async def _add_small(self, data: torch.Tensor) -> tuple[tuple[Part, ...], int]:
+        if self._used + data.nbytes > self._staging.numel():
             await self._flush()
-        total, start, parts = 0, 0, []
-        while start < flat.numel():
-            if self._used == self._staging.numel():
-                await self._flush()
-            size = min(flat.numel() - start, self._staging.numel() - self._used)
-            staged = self._staging[self._used : self._used + size]
-            staged.copy_(flat[start : start + size])
-            total += int(bit_sum(staged.view(data.dtype)))
-            parts.append(Part(self._num_buckets, self._used, size))
-            start += size
-            self._used = min(-(-(self._used + size) // _ALIGNMENT) * _ALIGNMENT, self._staging.numel())
-        stored = StoredTensor(name, dtype_name(tensor.dtype), tuple(tensor.shape), as_unsigned(total), tuple(parts))
-        self._tensors.append(stored)
+        if data.nbytes == 0:
+            return (), 0
+        staged = self._staging[self._used : self._used + data.nbytes].view(data.dtype)
+        staged.copy_(data)
+        part = Part(self._num_buckets, self._used, data.nbytes)
+        self._used = min(-(-(self._used + data.nbytes) // _ALIGNMENT) * _ALIGNMENT, self._staging.numel())
+        return (part,), int(bit_sum(staged))
+
+    async def _add_large(self, data: torch.Tensor) -> tuple[tuple[Part, ...], int]:
+        await self._flush()
+        parts, total = [], 0
+        for piece in data.split(_LARGEST_BUCKET_BYTES // data.element_size()):
+            on_host = piece.cpu()
+            total += int(bit_sum(on_host))
+            parts.append(Part(self._num_buckets, 0, on_host.nbytes))
+            await self._give(on_host.view(torch.uint8))
+        return tuple(parts), total
 
     async def commit(self) -> str:
         """Hand over the rest, make the version visible, and return its checksum."""
         await self._flush()
+        while self._in_flight:
+            await self._oldest_copied()
         checksum = stream_digest(self._tensors)
         await self._ask(self._store.commit.remote(self._version, tuple(self._tensors), checksum))
         return checksum
@@ -76,17 +91,24 @@ class Publication:
         return sum(stored.num_bytes for stored in self._tensors)
 
     async def _flush(self) -> None:
-        if self._used == 0:
-            return
-        bucket: np.ndarray[Any, Any] = self._staging[: self._used].numpy()
-        publisher = ray.get_runtime_context().current_actor
-        token = set_out(bucket)
-        try:
-            # While this waits, the store's call for the bucket runs in this very process.
-            await self._ask(self._store.take.remote(self._version, publisher, token, bucket.nbytes, self._timeout_s))
-        finally:
-            take_back(token)
-        self._num_buckets, self._used = self._num_buckets + 1, 0
+        if self._used:
+            await self._give(self._staging[: self._used])
+            self._used = 0
+
+    async def _give(self, bucket: torch.Tensor) -> None:
+        """Give a bucket to Ray; return when its memory may be reused and few enough are still to be copied."""
+        if len(self._in_flight) == IN_FLIGHT:
+            await self._oldest_copied()
+        reference = ray.put(bucket.numpy())
+        index = self._num_buckets
+        taken = self._store.take.remote(self._version, index, [reference], bucket.nbytes, self._timeout_s)
+        self._in_flight.append((reference, taken))
+        self._num_buckets += 1
+
+    async def _oldest_copied(self) -> None:
+        _, taken = self._in_flight[0]
+        await self._ask(taken)
+        self._in_flight.popleft()  # frees our copy
 
     async def _ask(self, reference: Any) -> Any:
         return await answered(reference, self._timeout_s + ANSWER_GRACE_S, f"publishing weight version {self._version}")
@@ -113,8 +135,9 @@ class StoreCheckpointEngine(CheckpointEngine):
         """
         self._is_master = is_master
         self._store = connect(store_name)
-        self._bucket_bytes = bucket_mib << 20
         self._timeout_s = timeout_s
+        # Kept between versions, because the page faults of a fresh one can cost more than all copies.
+        self._staging = torch.empty(bucket_mib << 20, dtype=torch.uint8)
 
     @classmethod
     def build_topology(
@@ -131,7 +154,7 @@ class StoreCheckpointEngine(CheckpointEngine):
         """Do nothing: there is no process group."""
 
     def finalize(self) -> None:
-        """Do nothing: the staging buffer ends with its publication."""
+        """Do nothing: nothing is held for one transfer."""
 
     @torch.no_grad()
     async def send_weights(self, weights: Any, global_steps: int | None = None) -> dict[str, Any]:
@@ -154,7 +177,7 @@ class StoreCheckpointEngine(CheckpointEngine):
                 pass
             return {}
         started = time.monotonic()
-        publication = Publication(self._store, _required(global_steps), self._bucket_bytes, self._timeout_s)
+        publication = Publication(self._store, _required(global_steps), self._staging, self._timeout_s)
         await publication.begin()
         async for name, tensor in ensure_async_iterator(weights):
             await publication.add(name, tensor)

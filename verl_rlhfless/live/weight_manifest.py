@@ -28,7 +28,7 @@ class StoredTensor:
         dtype: torch's name of the element type without its prefix, such as ``bfloat16``.
         shape: The tensor's shape.
         bit_sum: See :func:`verl_rlhfless.live.checksum.bit_sum`.
-        parts: Where its bytes lie. More than one only if the tensor is larger than a bucket; none if it is empty.
+        parts: Where its bytes lie. More than one only if the tensor is larger than any bucket; none if it is empty.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Manifest:
         tensors: All tensors, in the order in which the trainer gave them.
         checksum: Digest over name, type, shape and bits of every tensor.
         buckets: Ray references to the bytes, one ``uint8`` array each.
-        bucket_bytes: Most bytes that a bucket can hold.
+        bucket_bytes: Most bytes of a bucket that holds several tensors.
     """
 
     version: int

@@ -2,16 +2,15 @@
 
 Invariants: a version is visible only when it is complete; versions strictly increase; at most ``max_versions`` are
 held, the one that is being published included; a version that a replica reads is never evicted. The store owns the
-data although no byte passes through it: a bucket is the return value of a call that the *store* makes to the publisher,
-and in Ray the caller owns what a call returns. So a publisher that is suspended or dies takes no weights with it, and
-its data is copied once.
+data although no byte passes through its process: a bucket is what a call of the *store* to a courier on the publisher's
+node returned, and in Ray the caller owns what a call returns. So a publisher that is suspended or dies takes no weights
+with it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,13 +29,14 @@ ANSWER_GRACE_S = 10.0
 
 
 @dataclass(slots=True)
-class _Draft:
-    """A version that is being published."""
+class Draft:
+    """One attempt to publish a version."""
 
     version: int
     memory: HostMemory
     num_bytes: int = 0
-    buckets: list[Any] = field(default_factory=list)
+    largest_bytes: int = 0
+    buckets: dict[int, Any] = field(default_factory=dict)
 
 
 class WeightStore:
@@ -47,7 +47,7 @@ class WeightStore:
         self._bucket_bytes = config.bucket_mib << 20
         self._held: dict[int, Manifest] = {}
         self._newest: int | None = None
-        self._draft: _Draft | None = None
+        self._draft: Draft | None = None
         self._pins: dict[int, dict[str, float]] = {}  # version -> reader -> monotonic time at which the pin ends
         self._changed = asyncio.Condition()
 
@@ -67,22 +67,30 @@ class WeightStore:
         self._draft = None  # its publisher failed, else it would have committed
         while len(self._held) >= self._max_versions:
             await self._evict(min(self._held))
-        self._draft = _Draft(version, memory)
+        self._draft = Draft(version, memory)
 
-    def reserve(self, version: int, num_bytes: int) -> None:
-        """Admit the next bucket of a version.
+    def reserve(self, version: int, num_bytes: int) -> Draft:
+        """Admit the next bucket of a version, and return the attempt that it belongs to.
 
         Raises:
             WeightStoreError: The versions that the store is to hold don't fit into host memory.
         """
         draft = self._drafted(version)
-        if self._newest is None:  # later versions take the room that the first ones were admitted with
-            check_capacity(draft.num_bytes + num_bytes, self._max_versions, self._bucket_bytes, draft.memory)
         draft.num_bytes += num_bytes
+        draft.largest_bytes = max(draft.largest_bytes, num_bytes, self._bucket_bytes)
+        if self._newest is None:  # later versions take the room that the first ones were admitted with
+            check_capacity(draft.num_bytes, self._max_versions, draft.largest_bytes, draft.memory)
+        return draft
 
-    def add(self, version: int, bucket: Any) -> None:
-        """Take the reference to a bucket that was reserved."""
-        self._drafted(version).buckets.append(bucket)
+    def add(self, draft: Draft, index: int, bucket: Any) -> None:
+        """Take the reference to a bucket that was reserved; buckets may come in any order.
+
+        Raises:
+            WeightStoreError: Its publisher failed, and the version was begun anew.
+        """
+        if draft is not self._draft:
+            raise WeightStoreError(f"weight version {draft.version}: a bucket of an attempt that was given up")
+        draft.buckets[index] = bucket
 
     async def commit(self, version: int, tensors: tuple[StoredTensor, ...], checksum: str) -> None:
         """Make a complete version visible.
@@ -90,18 +98,19 @@ class WeightStore:
         Raises:
             WeightStoreError: Nothing of this version was begun, or buckets are missing.
         """
-        buckets = tuple(self._drafted(version).buckets)
+        buckets = self._drafted(version).buckets
         used = {part.bucket for tensor in tensors for part in tensor.parts}
-        if used != set(range(len(buckets))):
+        if used != buckets.keys() or used != set(range(len(used))):
             raise WeightStoreError(
                 f"weight version {version} has {len(buckets)} buckets, but its tensors use {len(used)}"
             )
+        in_order = tuple(buckets[index] for index in sorted(buckets))
         async with self._changed:
-            self._held[version] = Manifest(version, tensors, checksum, buckets, self._bucket_bytes)
+            self._held[version] = Manifest(version, tensors, checksum, in_order, self._bucket_bytes)
             self._newest, self._draft = version, None
             self._changed.notify_all()
 
-    def _drafted(self, version: int) -> _Draft:
+    def _drafted(self, version: int) -> Draft:
         if self._draft is None or self._draft.version != version:
             raise WeightStoreError(f"weight version {version} is not being published; begin it first")
         return self._draft
@@ -167,42 +176,45 @@ class WeightStore:
         return max(self._pins.get(version, {}).values(), default=0.0) - time.monotonic()
 
 
+class Courier:
+    """Copies buckets on the publisher's node. What its calls return belongs to their caller: the store."""
+
+    def copy(self, bucket: Any) -> tuple[Any, bool]:
+        """Return the bucket, which Ray stores anew, and a receipt."""
+        return bucket, True
+
+
 class StoreActor(WeightStore):
     """The store as a Ray actor. Asynchronous: a pull that waits blocks nobody."""
 
-    async def take(self, version: int, publisher: Any, token: str, num_bytes: int, timeout_s: float) -> None:
-        """Call the publisher for the bucket that it set out under ``token``; return when the bucket is safe.
+    def __init__(self, config: WeightsConfig) -> None:
+        super().__init__(config)
+        self._couriers: dict[str, Any] = {}  # by node
+
+    async def take(self, version: int, index: int, bucket: list[Any], num_bytes: int, timeout_s: float) -> None:
+        """Copy a bucket of the publisher's; return when the publisher may forget it.
+
+        Args:
+            version: The version that it belongs to.
+            index: Its place in the version.
+            bucket: One reference, in a list, so that Ray doesn't bring its content here.
+            num_bytes: Its size.
+            timeout_s: How long the copy may take [s].
 
         Raises:
-            WeightStoreError: No room for it, or the publisher did not answer in time.
+            WeightStoreError: No room for it, or it was not copied in time.
         """
-        self.reserve(version, num_bytes)
-        call = publisher.__ray_call__.options(num_returns=2)
-        bucket, receipt = call.remote(
-            hand_over, token
-        )  # the receipt tells the end without fetching the bucket to this node
-        await answered(receipt, timeout_s, f"weight version {version}, a bucket from the publisher")
-        self.add(version, bucket)
+        draft = self.reserve(version, num_bytes)
+        copy = self._courier(draft.memory.node_id).copy.options(num_returns=2)
+        copied, receipt = copy.remote(bucket[0])  # the receipt tells the end without fetching the content
+        await answered(receipt, timeout_s, f"weight version {version}, copying a bucket")
+        self.add(draft, index, copied)
 
-
-_set_out: dict[str, Any] = {}
-
-
-def set_out(bucket: Any) -> str:
-    """Keep a bucket in this process until the store calls for it; return the token to call with."""
-    token = uuid.uuid4().hex
-    _set_out[token] = bucket
-    return token
-
-
-def take_back(token: str) -> None:
-    """Forget a bucket that was set out, if the store hasn't taken it."""
-    _set_out.pop(token, None)
-
-
-def hand_over(_publisher: Any, token: str) -> tuple[Any, bool]:
-    """Return a bucket that was set out, and a receipt. Runs in the publisher, called by the store."""
-    return _set_out.pop(token), True
+    def _courier(self, node_id: str) -> Any:
+        if node_id not in self._couriers:
+            affinity = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            self._couriers[node_id] = ray.remote(Courier).options(num_cpus=0, scheduling_strategy=affinity).remote()
+        return self._couriers[node_id]
 
 
 def create_store(name: str, config: WeightsConfig) -> Any:

@@ -109,13 +109,13 @@ async def _transfer(engine: Any, manifest: Manifest, handles: list[str], deadlin
     bucket_mib = -(-max(manifest.bucket_bytes, manifest.largest_tensor_bytes) // _MIB)  # verl needs whole tensors
     _check_shared_memory(len(handles) * bucket_mib * _MIB)
     stop = threading.Event()
+    senders = [BoundedSender(handle, bucket_mib, deadline, stop) for handle in handles]
     receiving = asyncio.ensure_future(_call(engine, "update_weights_from_ipc", deadline, use_shm=True))
 
-    def send(handle: str) -> None:
-        sender = BoundedSender(handle, bucket_mib, deadline, stop)
+    def send(sender: BoundedSender) -> None:
         asyncio.run(sender.async_send_weights(read_tensors(manifest, _left_s(deadline))))
 
-    tasks = [receiving, *(asyncio.ensure_future(asyncio.to_thread(send, handle)) for handle in handles)]
+    tasks = [receiving, *(asyncio.ensure_future(asyncio.to_thread(send, sender)) for sender in senders)]
     try:
         await asyncio.gather(*tasks)
     finally:
