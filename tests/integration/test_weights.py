@@ -106,6 +106,10 @@ class Trainer:
         report: dict[str, Any] = await self.engine.send_weights(walk(), global_steps=version)
         return report
 
+    async def own_something(self) -> list[Any]:
+        """Return a reference to an object that belongs to this process."""
+        return [ray.put(torch.zeros(1 << 20).numpy())]
+
     async def receive(self, version: int) -> dict[str, torch.Tensor]:
         """Return what verl's CheckpointEngineWorker would load."""
         return {name: tensor.clone() async for name, tensor in self.engine.receive_weights(global_steps=version)}
@@ -246,13 +250,21 @@ def test_a_pull_leaves_no_shared_memory_and_no_socket(run: Run, is_stuck: bool) 
     assert [path for path in used if Path(path).exists()] == []
 
 
-def test_weights_outlive_the_trainer_that_published_them(run: Run) -> None:
+def is_lost(reference: Any) -> bool:
+    try:
+        ray.get(reference, timeout=WAIT_S)
+    except ray.exceptions.ObjectLostError:
+        return True
+    return False
+
+
+def test_weights_outlive_the_trainer_that_published_them(run: Run, ray_cluster: Cluster) -> None:
     trainer = Trainer.remote()
     ray.get(trainer.join.remote(run.name), timeout=WAIT_S)
     ray.get(trainer.publish.remote(1), timeout=WAIT_S)
+    (owned,) = ray.get(trainer.own_something.remote(), timeout=WAIT_S)
     ray.kill(trainer)
-    with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(trainer.publish.remote(2), timeout=WAIT_S)  # it is dead
+    ray_cluster.wait_until(lambda: is_lost(owned), "Ray to free what belonged to the trainer")
     assert run.pull(1).compared == "loaded"
     assert ray.get(run.server.parameters.remote())["scalar"] == 1.0
 
