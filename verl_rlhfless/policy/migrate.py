@@ -1,8 +1,8 @@
 """Cut-and-migrate: when the samples that are left should run on fewer, or on other, replicas.
 
 Every change is priced: continuation recomputes what a moved sample has, the target's batch grows, new replicas start
-on leased time; against that stands the lease time given back and the tail that ends earlier. The future of each lane comes from ``stages``, so that "stay for now and shrink later"
-competes with "shrink now".
+on leased time; against that stands the lease time given back and the tail that ends earlier. The future of each lane
+comes from ``stages``, so that "stay for now and shrink later" competes with "shrink now".
 
 RLHFless' local rule (tau) and RLHFuse's global rule (R_t, m) are below, for their arms and for choosing them by name.
 
