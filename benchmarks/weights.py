@@ -6,7 +6,7 @@ receiver that acknowledges. ``load`` is the whole of ``pull_into_engine``, with 
 parameter and computes both checksums. Publishing always includes the checksums. The first version touches fresh pages
 of the object store, later ones reuse them: ``first`` and the median of the rest are apart.
 
-    python -m benchmarks.weights          # about 3 minutes, 9 GB of memory; writes benchmarks/results/weights.json
+    python -m benchmarks.weights          # about 2 minutes, 11 GB of memory; writes benchmarks/results/weights.json
 """
 
 from __future__ import annotations
