@@ -151,7 +151,7 @@ def main() -> None:
     import ray
 
     results: dict[str, Any] = {"import": {**import_cost(), **plugin_module_cost()}}
-    ray.init(num_gpus=4, num_cpus=8, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False)
+    ray.init("local", num_gpus=4, num_cpus=8, include_dashboard=False, object_store_memory=100_000_000)
     try:
         results["lease"] = lease_cost()
         results["control"] = control_cost()

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _FOLDER = Path("/dev/shm")
-_PREFIXES = ("psm_", "vllm_dist_")  # of Python's SharedMemory, and of vLLM's collectives between CPU workers
+# Of Python's SharedMemory, of vLLM's collectives between CPU workers, and of a weight load that was cut off.
+_PREFIXES = ("psm_", "vllm_dist_", "verl_weights_")
 
 
 def queue_segments() -> set[str]:

@@ -61,6 +61,7 @@ class ForeignJob:
 def ray_cluster() -> Iterator[Cluster]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = ray.init(
+        "local",  # never join a cluster that happens to run on this host
         num_gpus=4,
         num_cpus=8,
         include_dashboard=False,

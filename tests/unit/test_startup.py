@@ -51,6 +51,7 @@ REFUSED = [
     (["rlhfless.planner.schedule=[1,1.5]"], {}, ["rlhfless.planner.schedule=[1, 1.5]", "integer >= 1"]),
     (["rlhfless.instrument.pace=missing.json"], {}, ["rlhfless.instrument.pace='missing.json'"]),
     (["rlhfless.replay.trace=a.jsonl"], {"RAY_ADDRESS": "host:1"}, ["rlhfless.replay.trace='a.jsonl'", "absolute"]),
+    (["actor_rollout_ref.model.lora_rank=8"], {}, ["actor_rollout_ref.model.lora_rank=8", "lora.merge=True"]),
     (["trainer.use_v1=False"], {}, ["trainer.use_v1=False", "v0", "trainer.use_v1=True"]),
     (["actor_rollout_ref.rollout.name=sglang"], {}, ["actor_rollout_ref.rollout.name='sglang'", "vllm"]),
     (["actor_rollout_ref.rollout.name=trtllm"], {}, ["actor_rollout_ref.rollout.name='trtllm'", "vllm"]),

@@ -60,6 +60,7 @@ def private_cluster(num_gpus: int, environment: Mapping[str, str]) -> Iterator[C
     try:
         with _environment(inherited):
             context = ray.init(
+                "local",  # never join a cluster that happens to run on this host
                 num_gpus=num_gpus,
                 num_cpus=_NUM_CPUS,
                 object_store_memory=_OBJECT_STORE_BYTES,

@@ -120,10 +120,23 @@ def check_backend(config: DictConfig) -> None:
     if OmegaConf.select(rollout, "disaggregation.enabled"):
         rule = "prefill / decode disaggregation is not supported by elastic replicas"
         raise ConfigError(f"{key}.disaggregation.enabled", True, rule, "Set it to False, or use +rlhfless=off.")
+    check_adapters(config)
     for name in ("data_parallel_size", "pipeline_model_parallel_size"):
         if rollout[name] != 1:
             rule = "an elastic replica is parallel over tensors only"
             raise ConfigError(f"{key}.{name}", rollout[name], rule, "Set it to 1, or use +rlhfless=off.")
+
+
+def check_adapters(config: DictConfig) -> None:
+    """Refuse LoRA adapters that stay apart: verl's checkpoint-engine path drops them, and replicas serve the base."""
+    key = "actor_rollout_ref.model"
+    ranks = {name: OmegaConf.select(config, f"{key}.{name}", default=0) or 0 for name in ("lora_rank", "lora.rank")}
+    if OmegaConf.select(config, f"{key}.lora.merge", default=False):
+        return
+    for name, rank in ranks.items():
+        if rank > 0:
+            rule = "elastic replicas load merged weights only; the adapter would be lost"
+            raise ConfigError(f"{key}.{name}", rank, rule, f"Set {key}.lora.merge=True, or use +rlhfless=off.")
 
 
 def check_budget(config: DictConfig, parsed: RlhflessConfig, environ: Mapping[str, str]) -> None:

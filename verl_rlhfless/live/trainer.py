@@ -165,5 +165,9 @@ def _adapt_to_verl(config: DictConfig, elastic: RlhflessConfig, store_name: str)
         rollout.checkpoint_engine.backend = weight_engine.BACKEND
         rollout.checkpoint_engine.custom_backend_module = weight_engine.__name__
         rollout.checkpoint_engine.engine_kwargs = {
-            weight_engine.BACKEND: {"store_name": store_name, "bucket_mib": elastic.weights.bucket_mib}
+            weight_engine.BACKEND: {
+                "store_name": store_name,
+                "bucket_mib": elastic.weights.bucket_mib,
+                "timeout_s": elastic.weights.pull_timeout_s,
+            }
         }
