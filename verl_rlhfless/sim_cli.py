@@ -6,13 +6,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from verl_rlhfless.errors import ConfigError, DataError, UnsupportedError
+from verl_rlhfless.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    from verl_rlhfless.sim.cell import Cell
 
 trace_app = typer.Typer(no_args_is_help=True, help="Generate and inspect length traces.")
 
@@ -33,78 +39,112 @@ def simulate(
     cold_start_s: Annotated[float, typer.Option(help="Seconds in which a new engine starts.")] = 60.0,
     cost_weight: Annotated[float, typer.Option(help="0 = only time, 1 = only cost.")] = 0.5,
     parked_charge: Annotated[float, typer.Option(help="Share of the price that parked engines' GPUs cost.")] = 0.0,
+    recipe: Annotated[
+        str, typer.Option(help="What the trainer computes: grpo, ppo; -rm = with a reward model.")
+    ] = "grpo",
+    kv_transfer: Annotated[bool, typer.Option(help="Moved samples may bring their keys and values along.")] = False,
     out: Annotated[Path | None, typer.Option("--json", help="Write the record here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (.png) here; needs matplotlib.")] = None,
-    show: Annotated[bool, typer.Option("--list", help="List clusters, models and arms.")] = False,
+    show: Annotated[bool, typer.Option("--list", help="List clusters, models, recipes, arms and GPU types.")] = False,
 ) -> None:
     """Simulate arms over length traces and compare them in time and money (every figure is simulated)."""
     from verl_rlhfless.policy.plan import Goal
-    from verl_rlhfless.policy.transitions import LeaseTimes
-    from verl_rlhfless.sim.cell import ARMS, Cell, load_model, load_steps
+    from verl_rlhfless.policy.transitions import RECIPES, LeaseTimes
+    from verl_rlhfless.sim.cell import ARMS, Cell, load_model
     from verl_rlhfless.sim.cluster import load_cluster
-    from verl_rlhfless.sim.report import FORMAT, cell_record, table
+    from verl_rlhfless.sim.report import FORMAT
+    from verl_rlhfless.sim.workload import load_steps
 
     if show:
         typer.echo(_known())
         return
     if not traces:
         raise ConfigError("TRACE", "", "at least one trace is needed", "Give a file, or `rlhfless trace generate` one.")
-    for key, value in (("--wake-s", wake_s), ("--cold-start-s", cold_start_s), ("--parked-charge", parked_charge)):
-        if not 0 <= value < 1e6:
-            raise ConfigError(key, value, "must be >= 0", "Correct it.")
-    if seed < 0:
-        raise ConfigError("--seed", seed, "must be >= 0", "Correct it.")
+    _check_range("--wake-s", wake_s, 1e6)
+    _check_range("--cold-start-s", cold_start_s, 1e6)
+    _check_range("--cost-weight", cost_weight, 1)
+    _check_range("--parked-charge", parked_charge, 1)
+    _check_range("--seed", seed, 2**63 - 1)
     names = list(ARMS) if arms == "all" else list(dict.fromkeys(["stock_sync_best_tp", *arms.split(",")]))
     for name in names:
-        if name not in ARMS:
-            raise ConfigError("--arms", name, f"must be among {', '.join(ARMS)}", "Correct it.")
-    shapes, clusters = [load_model(m) for m in model.split(",")], [load_cluster(c) for c in cluster.split(",")]
-    _check_outputs(out, plot)
+        _check_name("--arms", name, ARMS)
+    _check_name("--recipe", recipe, RECIPES)
+    _check_output("--json", out)
+    _check_output("--plot", plot, (".png", ".pdf", ".svg"))
+    draw = None if plot is None else _plotter(plot)
+    shapes = [load_model(name) for name in model.split(",")]
+    clusters = [load_cluster(name) for name in cluster.split(",")]
     goal, times = Goal(cost_weight=cost_weight), LeaseTimes(wake_s=wake_s, cold_start_s=cold_start_s)
     runs = []
     for path in traces:
         data = load_steps(path)
-        for one in clusters:
-            for shape in shapes:
-                cell = Cell(data, one, shape, times, goal, parked_charge, seed)
-                records = {name: cell.run(cell.arm(name)) for name in sorted(names, key=list(ARMS).index)}
-                labels = {"trace": str(path), "cluster": one.name, "model": shape.name, "seed": seed}
-                runs.append(cell_record(cell, records, labels))
-                typer.echo(table(runs[-1]) + "\n")
+        for one, shape in product(clusters, shapes):
+            one = replace(one, has_kv_transfer=one.has_kv_transfer or kv_transfer)
+            cell = Cell(data, one, shape, times, goal, parked_charge, seed, RECIPES[recipe])
+            labels = {"trace": str(path), "cluster": one.name, "model": shape.name, "seed": seed, "recipe": recipe}
+            runs.append(_run(cell, sorted(names, key=list(ARMS).index), labels))
     if out is not None:
         out.write_text(json.dumps({"format": FORMAT, "runs": runs}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    if plot is not None:
-        _plot(runs, plot)
+    if plot is not None and draw is not None:
+        draw(runs, plot)
+
+
+def _run(cell: Cell, names: list[str], labels: dict[str, Any]) -> dict[str, Any]:
+    """Run one cell, print its table and return its record."""
+    from verl_rlhfless.sim.report import cell_record, table
+
+    run = cell_record(cell, {name: cell.run(cell.arm(name)) for name in names}, labels)
+    typer.echo(table(run) + "\n")
+    return run
 
 
 def _known() -> str:
     from verl_rlhfless.policy.gpus import GPUS
     from verl_rlhfless.policy.shapes import MODELS
+    from verl_rlhfless.policy.transitions import RECIPES
     from verl_rlhfless.sim.cell import ARMS
     from verl_rlhfless.sim.cluster import CLUSTERS
 
     rows: list[tuple[str, Iterable[str]]] = [
         ("clusters", CLUSTERS),
         ("models", MODELS),
+        ("recipes", RECIPES),
         ("arms", ARMS),
         ("GPU types", GPUS),
     ]
     return "\n".join(f"{name}: {', '.join(values)}" for name, values in rows)
 
 
-def _check_outputs(*paths: Path | None) -> None:
-    for path in paths:
-        if path is not None and not path.resolve().parent.is_dir():
-            raise DataError(f"{path}: the folder does not exist. Create it, or write elsewhere.")
+def _check_range(key: str, value: float, most: float) -> None:
+    if not 0 <= value <= most:
+        raise ConfigError(key, value, f"must be from 0 to {most:g}", "Correct it.")
 
 
-def _plot(runs: list[dict[str, object]], path: Path) -> None:
-    from verl_rlhfless.sim.report import plot
+def _check_name(key: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise ConfigError(key, name, f"must be among {', '.join(known)}", "Choose from these.")
 
+
+def _check_output(key: str, path: Path | None, endings: tuple[str, ...] = ()) -> None:
+    """Refuse a path that cannot be written, before anything is computed."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigError(key, str(path), "is a folder", "Give the name of a file.")
+    if not path.resolve().parent.is_dir():
+        raise ConfigError(key, str(path), "its folder does not exist", "Create it, or write elsewhere.")
+    if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
+        raise ConfigError(key, str(path), "cannot be written", "Write elsewhere.")
+    if endings and path.suffix not in endings:
+        raise ConfigError(key, str(path), f"must end in {', '.join(endings)}", "Rename it.")
+
+
+def _plotter(path: Path) -> Callable[[list[dict[str, Any]], Path], None]:
     try:
-        plot(runs, path)
+        from verl_rlhfless.sim.plots import plot_cells
     except ImportError as error:
         raise UnsupportedError(f"--plot={path}: matplotlib is not installed. Install it, or use --json.") from error
+    return plot_cells
 
 
 @trace_app.command("generate")
@@ -125,7 +165,7 @@ def generate(
     """Write a synthetic trace."""
     from verl_rlhfless.sim.generate import TraceSpec, write_trace
 
-    _check_outputs(path)
+    _check_output("PATH", path)
     spec = TraceSpec(
         steps_per_epoch=steps_per_epoch,
         epochs=epochs,

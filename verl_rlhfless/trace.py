@@ -68,7 +68,7 @@ class TraceGroup:
         response_tokens: Length of each response.
         prefix_id: Name of a prefix that other prompts share, ``None`` when there is none.
         prefix_tokens: Length of that prefix, part of ``prompt_tokens``.
-        turns: Tokens of each turn, one tuple per response; ``None`` for a single turn.
+        turns: Tokens of each turn, one tuple per response, which they add up to; ``None`` for a single turn.
         score_s: Seconds that the reward of each response takes; ``None`` when unknown.
         min_start_s: Earliest start within the step [s].
     """
@@ -136,9 +136,8 @@ def _lines(path: Path) -> Iterator[_Line]:
             for number, raw in enumerate(file, start=1):
                 yield _Line(path, number, raw)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path}, line {number + 1}: cannot be read: {error}. Give a readable, complete file."
-        ) from error
+        place = f"{path}, line {number + 1}" if number else f"{path}"
+        raise DataError(f"{place}: cannot be read: {error}. Give a readable, complete file.") from error
     except ValueError as error:  # a path with a null byte
         raise DataError(f"{str(path)!r}: cannot be opened: {error}. Give a readable file.") from error
 
@@ -205,6 +204,9 @@ class _Line:
         if len(record) == len(_GROUP_KEYS):
             return TraceGroup(prompt_id, prompt_tokens, response_tokens)
         options = self._options(record, key, num_samples=len(response_tokens))
+        for i, (turns, tokens) in enumerate(zip(options.get("turns", ()), response_tokens, strict=False)):
+            if sum(turns) != tokens:
+                self.fail(f"{key}.turns[{i}]: add up to {sum(turns)}, must be response_tokens[{i}]={tokens}")
         if options.get("prefix_tokens", 0) > prompt_tokens:
             self.fail(f"{key}.prefix_tokens={options['prefix_tokens']}: must be <= prompt_tokens={prompt_tokens}")
         return TraceGroup(prompt_id, prompt_tokens, response_tokens, **options)

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
+
+from verl_rlhfless.policy.snapshot import Batch, SharedPrefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,62 @@ class PrefixTree:
     def num_tokens(self) -> int:
         """Tokens to compute when each distinct prefix is prefilled once."""
         return sum(len(part) for part in self.tokens)
+
+    def chain(self, prompt: int) -> list[int]:
+        """Return the nodes of a prompt from its root down."""
+        nodes = [self.leaf[prompt]]
+        while self.parent[nodes[-1]] >= 0:
+            nodes.append(self.parent[nodes[-1]])
+        return nodes[::-1]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPrefixes:
+    """The distinct prefixes of a batch whose token ids are not known, only what is shared.
+
+    Attributes:
+        tree: One prompt a group; its "tokens" are spans.
+        node_tokens: Tokens of each node.
+    """
+
+    tree: PrefixTree
+    node_tokens: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to compute when each distinct prefix is prefilled once."""
+        return sum(self.node_tokens)
+
+    def chain(self, group: int) -> tuple[tuple[int, int], ...]:
+        """Return ``(node, tokens of the prompt up to its end)`` of a group's prompt, root first."""
+        nodes = self.tree.chain(group)
+        return tuple(zip(nodes, accumulate(self.node_tokens[node] for node in nodes), strict=True))
+
+
+def batch_prefixes(batch: Batch) -> BatchPrefixes:
+    """Return the distinct prefixes of a batch: shared ones by name and length, and each group's own rest."""
+    shared = [prefix or SharedPrefix("", 0) for prefix in batch.prefixes] or [SharedPrefix("", 0)] * len(
+        batch.prompt_ids
+    )
+    cuts: dict[str, set[int]] = {}
+    for prefix in shared:
+        cuts.setdefault(prefix.name, set()).add(prefix.tokens)
+    weight: list[int] = []
+    levels: dict[str, list[tuple[int, int]]] = {}
+    for name in sorted(cuts):
+        below = 0
+        for tokens in sorted(cuts[name] - {0}):
+            levels.setdefault(name, []).append((tokens, len(weight)))
+            weight.append(tokens - below)
+            below = tokens
+    prompt_tokens = batch.prompt_tokens[np.unique(batch.group_of, return_index=True)[1]].tolist()
+    prompts = []
+    for prefix, tokens in zip(shared, prompt_tokens, strict=True):
+        spans = [span for upto, span in levels.get(prefix.name, ()) if upto <= prefix.tokens]
+        prompts.append([*spans, len(weight)])
+        weight.append(tokens - prefix.tokens)
+    tree = dedup(prompts)
+    return BatchPrefixes(tree, tuple(sum(weight[span] for span in part.tolist()) for part in tree.tokens))
 
 
 def dedup(prompts: Sequence[Sequence[int]]) -> PrefixTree:

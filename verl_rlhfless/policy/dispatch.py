@@ -11,7 +11,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from verl_rlhfless.policy.snapshot import GONE, Batch, FloatArray, IntArray, Move, RolloutView
+from verl_rlhfless.policy.snapshot import (
+    GONE,
+    Batch,
+    FloatArray,
+    IntArray,
+    Move,
+    PoolSnapshot,
+    ReplicaView,
+    RolloutView,
+)
+
+TURN_TOKENS = 256
+"""What the next turn of a session is taken to add, before it is known."""
 
 
 def least_requests(batch: Batch, num_replicas: int) -> IntArray:
@@ -45,7 +57,7 @@ def balanced_groups(batch: Batch, load: FloatArray, capacity: Sequence[float]) -
         samples = members[ends[group] - share[group] : ends[group]]
         slowest = limit * max(capacity)
         pieces = max(1, min(len(samples), int(np.ceil(group_load[group] / slowest)) if slowest > 0 else 1))
-        for piece in np.array_split(samples, pieces):
+        for piece in np.array_split(samples, pieces) if pieces > 1 else (samples,):
             used, replica = heapq.heappop(heap)
             replica_of[piece] = replica
             heapq.heappush(heap, (used + float(load[piece].sum()) / capacity[replica], replica))
@@ -95,6 +107,29 @@ def spread(samples: IntArray, targets: Sequence[int], load: Sequence[float], wei
     return tuple(
         Move(np.array(sorted(ids), dtype=np.int64), target) for ids, target in zip(chosen, targets, strict=True) if ids
     )
+
+
+def rebind(pool: PoolSnapshot, usable: Sequence[ReplicaView], home: int, context_tokens: int) -> int:
+    """Return the replica on which a session's next turn ends first; its ``home`` has its context cached.
+
+    A turn is taken to be as long as ``TURN_TOKENS``: leaving home costs the context's prefill once, a fuller replica
+    costs more in every iteration.
+
+    Args:
+        pool: Performance by tensor-parallel size.
+        usable: Replicas that may take it, ``home`` among them.
+        home: Where the session's last turn ran.
+        context_tokens: Its prompt and generated tokens.
+    """
+
+    def seconds(replica: ReplicaView) -> float:
+        perf = pool.perf[replica.tp]
+        running = replica.num_running + 1
+        takes_turns = max(1.0, (running + replica.num_waiting) / perf.limits.max_num_seqs)
+        decode_s = perf.iteration_s(running, replica.context_tokens + context_tokens) * takes_turns * TURN_TOKENS
+        return decode_s + (0.0 if replica.replica == home else perf.move_s(context_tokens, pool.has_kv_transfer))
+
+    return min(usable, key=lambda r: (seconds(r), r.replica != home, r.replica)).replica
 
 
 def place_orphans(view: RolloutView, lost: IntArray, fleet: Sequence[int]) -> tuple[tuple[int, ...], tuple[Move, ...]]:

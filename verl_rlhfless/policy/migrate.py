@@ -19,9 +19,18 @@ import numpy as np
 from verl_rlhfless.policy.dispatch import spread
 from verl_rlhfless.policy.predict import Prediction
 from verl_rlhfless.policy.snapshot import FINISHED, GONE, READY, STARTING, FloatArray, IntArray, Move, RolloutView
-from verl_rlhfless.policy.stages import Frontier, Lane, Options, depth_edges, frontier, options_for
+from verl_rlhfless.policy.stages import Frontier, Lane, Options, depth_edges, frontier, options_for, shrinking
 
 _LANE_SAMPLES = 1024
+
+_ALIKE = 2.0
+"""Replicas whose numbers of samples differ by less than this factor (or count) share their work."""
+
+_MERGE_GAIN = 0.05
+"""Least relative gain of a merge: it cannot be undone, and lanes were kept apart because lengths differ."""
+
+_SLACK_PRICE = 0.15
+"""Price of time, as a share, of a crew that ends before the last one: its time is worth little, but it may slip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +63,25 @@ def consolidate(view: RolloutView, prediction: Prediction, price: float, limits:
     """
     crews = _crews(view)
     hysteresis, num_first = limits
-    fresh = [r for r in view.replicas[num_first:] if r.state == READY and not _has(view, r.replica)]
-    if any(r.state == STARTING and not _has(view, r.replica) for r in view.replicas[num_first:]):
-        return Change(_remaining(view, prediction, crews, price))
-    if fresh:
-        return _hand_over(view, prediction, crews, [r.replica for r in fresh])
+    later = view.replicas[num_first:]
+    fresh = [r.replica for r in later if r.state == READY and not _has(view, r.replica)]
+    is_starting = any(r.state == STARTING for r in view.replicas)
+    if fresh and not is_starting:
+        return _hand_over(view, prediction, crews, fresh)
     options = options_for(view.pool, tuple((crew.tp, len(crew.replicas)) for crew in crews))
-    prices = np.array([0.15, 1.0] if len(crews) > 1 else [1.0]) * price
+    prices = np.array([_SLACK_PRICE, 1.0] if len(crews) > 1 else [1.0]) * price
     lanes = [_lane(view, prediction, crew.samples) for crew in crews]
-    futures = [frontier(view.pool, options, lane, prices) for lane in lanes]
+    if len(crews) > 1:
+        futures = shrinking(view.pool, options, lanes, prices)
+    else:
+        futures = [frontier(view.pool, options, lanes[0], prices)]
     at = [options.index(crew.tp, len(crew.replicas)) for crew in crews]
     ends = [float(future.time_s[-1, m]) for future, m in zip(futures, at, strict=True)]
+    if is_starting:
+        return Change(max(ends))
     critical = int(np.argmax(ends))
     if len(crews) > 1:
-        merged = _merge(view, prediction, (crews, futures, at), (options, prices, hysteresis))
+        merged = _merge(view, prediction, (crews, futures, at), (options, prices))
         if merged is not None:
             return merged
     best: tuple[float, Change] | None = None
@@ -75,11 +89,13 @@ def consolidate(view: RolloutView, prediction: Prediction, price: float, limits:
         p = -1 if i == critical else 0
         gain, to = float(future.gain[p, m]), int(future.first[p, m])
         is_start = options.tp[to] != options.tp[m] or options.count[to] > options.count[m]
-        if is_start and len(view.replicas) > num_first:
+        if is_start and later:
             continue  # one start per rollout: no flapping
         if to == m or gain < hysteresis * (10 if is_start else 1) or (best is not None and gain <= best[0]):
             continue
-        best = (gain, _apply(view, prediction, crew, (int(options.tp[to]), int(options.count[to]), ends[critical])))
+        change = _apply(view, prediction, crew, (int(options.tp[to]), int(options.count[to]), ends[critical]))
+        if sum(change.starts) <= view.free_gpus:
+            best = (gain, change)
     return best[1] if best is not None else Change(max(ends))
 
 
@@ -88,14 +104,20 @@ def _has(view: RolloutView, replica: int) -> bool:
 
 
 def _crews(view: RolloutView) -> list[_Crew]:
+    """Return the crews: replicas of one size whose numbers of samples are alike (lanes of one size stay apart)."""
     alive = view.alive
     of = view.replica_of[alive]
-    crews = []
-    for tp in sorted({r.tp for r in view.replicas if r.state != GONE}):
-        ids = tuple(r.replica for r in view.replicas if r.tp == tp and r.state != GONE and (of == r.replica).any())
-        if ids:
-            crews.append(_Crew(tp, ids, alive[np.isin(of, ids)]))
-    return crews
+    held = np.bincount(of[of >= 0], minlength=len(view.replicas))
+    live = [r for r in view.replicas if r.state != GONE and held[r.replica]]
+    crews: list[list[int]] = []
+    for r in sorted(live, key=lambda r: (r.tp, held[r.replica], r.replica)):
+        last = crews[-1][-1] if crews else None
+        is_alike = last is not None and view.replicas[last].tp == r.tp
+        if is_alike and held[r.replica] <= _ALIKE * held[crews[-1][0]] + _ALIKE:
+            crews[-1].append(r.replica)
+        else:
+            crews.append([r.replica])
+    return [_Crew(view.replicas[ids[0]].tp, tuple(sorted(ids)), alive[np.isin(of, ids)]) for ids in crews]
 
 
 def _lane(view: RolloutView, prediction: Prediction, samples: IntArray) -> Lane:
@@ -113,25 +135,14 @@ def _lane(view: RolloutView, prediction: Prediction, samples: IntArray) -> Lane:
     return Lane(edges, np.minimum(alive, len(samples)) * (count / len(samples)), context, 0.0)
 
 
-def _remaining(view: RolloutView, prediction: Prediction, crews: list[_Crew], price: float) -> float:
-    options = options_for(view.pool, tuple((crew.tp, len(crew.replicas)) for crew in crews))
-    ends = [
-        frontier(view.pool, options, _lane(view, prediction, crew.samples), np.array([price])).time_s[
-            0, options.index(crew.tp, len(crew.replicas))
-        ]
-        for crew in crews
-    ]
-    return float(max(ends, default=0.0))
-
-
 def _merge(
     view: RolloutView,
     prediction: Prediction,
     state: tuple[list[_Crew], list[Frontier], list[int]],
-    how: tuple[Options, FloatArray, float],
+    how: tuple[Options, FloatArray],
 ) -> Change | None:
     """Return the best move of one lane's samples onto another lane's replicas, ``None`` when apart is better."""
-    (crews, futures, at), (options, prices, hysteresis) = state, how
+    (crews, futures, at), (options, prices) = state, how
     ends = [float(f.time_s[-1, m]) for f, m in zip(futures, at, strict=True)]
     costs = [float(f.gpu_s[-1, m]) for f, m in zip(futures, at, strict=True)]
     apart = prices[-1] * max(ends) + sum(costs)
@@ -140,23 +151,28 @@ def _merge(
         for j, target in enumerate(crews):
             if i == j or source.tp > target.tp:
                 continue  # never onto slower replicas
-            both = frontier(
-                view.pool, options, _lane(view, prediction, np.concatenate((source.samples, target.samples))), prices
-            )
-            context = float((view.generated + view.batch.prompt_tokens)[source.samples].sum())
-            moved_s = context * view.pool.perf[target.tp].prefill_s_per_token / len(target.replicas)
+            together = _lane(view, prediction, np.concatenate((source.samples, target.samples)))
+            both = shrinking(view.pool, options, (together,), prices)[0]
+            moved_s = _moved_s(view, source.samples, target)
             end = float(both.time_s[-1, at[j]]) + moved_s
             others = [e for k, e in enumerate(ends) if k not in (i, j)]
             cost = float(both.gpu_s[-1, at[j]]) + moved_s * target.tp * len(target.replicas)
             cost += sum(c for k, c in enumerate(costs) if k not in (i, j))
             worth = prices[-1] * max([end, *others]) + cost
-            if worth < apart * (1 - hysteresis) and (best is None or worth < best[0]):
+            if worth < apart * (1 - _MERGE_GAIN) and (best is None or worth < best[0]):
                 best = (worth, i, j, end)
     if best is None:
         return None
     _, i, j, end = best
     moves = _onto(view, prediction, crews[i].samples, crews[j].replicas)
     return Change(end, (), moves, f"TP{crews[i].tp} joins TP{crews[j].tp}")
+
+
+def _moved_s(view: RolloutView, samples: IntArray, target: _Crew) -> float:
+    """Return the seconds that a crew's replicas need to take ``samples``, side by side."""
+    context = float((view.generated + view.batch.prompt_tokens)[samples].mean())
+    one_s = view.pool.perf[target.tp].move_s(context, view.pool.has_kv_transfer)
+    return len(samples) * one_s / len(target.replicas)
 
 
 def _apply(view: RolloutView, prediction: Prediction, crew: _Crew, to: tuple[int, int, float]) -> Change:

@@ -10,20 +10,40 @@ import numpy as np
 from verl_rlhfless.policy.arm import Outcome
 from verl_rlhfless.policy.fuse import fuse_gpus
 from verl_rlhfless.policy.migrate import Change, consolidate
-from verl_rlhfless.policy.plan import Goal, plan_fleet
-from verl_rlhfless.policy.predict import LengthModel, Prediction, learn, predict, refine
+from verl_rlhfless.policy.plan import Goal, plan_fleet, static_step_s
+from verl_rlhfless.policy.predict import LengthModel, Prediction, exact, learn, predict, refine
 from verl_rlhfless.policy.snapshot import FINISHED, Batch, PoolSnapshot, Reaction, RolloutPlan, RolloutView
 
-_LOOKS = 10
+_LOOKS = 7
 """Looks per predicted remaining time; a look costs about as much as a decode iteration of a small model."""
+
+_REPAY = 0.5
+"""Share of the saved or lost seconds that the next step may spend or has to catch up."""
+
+_CAUTION_RATE = 0.3
+"""Weight of the latest step: one step's luck with its longest response must not decide."""
+
+_GROWTH = 0.2
+"""Longest pause as a share of the rollout so far: an early prediction of what remains may be far too long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What goes from step to step: the length model, and the fleet that was started first."""
+    """What goes from step to step.
+
+    Attributes:
+        lengths: The length model.
+        pool: What may be leased.
+        first_fleet: The fleet that was started first.
+        caution: Factor by which elastic steps were longer than predicted, compared with static ones.
+        saved_s: Seconds by which the steps so far were shorter than the best static fleet's would have been.
+    """
 
     lengths: LengthModel
+    pool: PoolSnapshot
     first_fleet: tuple[int, ...] = ()
+    caution: float = 1.0
+    saved_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +60,7 @@ class Ours:
 
     def begin(self, pool: PoolSnapshot, first: Batch) -> Memory:
         """Return an empty memory and the fleet planned from the cap alone."""
-        memory = Memory(LengthModel())
+        memory = Memory(LengthModel(), pool)
         warm = replace(pool, warm=dict.fromkeys(pool.perf, pool.num_gpus))
         plan = plan_fleet(warm, first, self.predict(memory, first), self.goal)
         return replace(memory, first_fleet=plan.fleet)
@@ -51,8 +71,9 @@ class Ours:
 
     def plan(self, memory: Memory, pool: PoolSnapshot, batch: Batch) -> RolloutPlan:
         """Return the fleet for the predicted lengths."""
-        plan = plan_fleet(pool, batch, self.predict(memory, batch), self.goal)
-        return replace(plan, first_look_s=1.0)
+        goal = replace(self.goal, slack_s=_REPAY * memory.saved_s, caution=memory.caution)
+        plan = plan_fleet(pool, batch, self.predict(memory, batch), goal, can_fuse=self.can_fuse)
+        return replace(plan, first_look_s=1.0, rebinds_turns=True)
 
     def policy(self, memory: Memory) -> OursPolicy:
         """Return the decisions during the rollout."""
@@ -60,7 +81,13 @@ class Ours:
 
     def learn(self, memory: Memory, outcome: Outcome) -> Memory:
         """Return the memory with the step's lengths."""
-        return replace(memory, lengths=learn(memory.lengths, outcome.batch, outcome.lengths))
+        static_s = static_step_s(memory.pool, outcome.batch, exact(outcome.lengths))
+        return replace(
+            memory,
+            lengths=learn(memory.lengths, outcome.batch, outcome.lengths),
+            caution=_learn_caution(memory.caution, outcome, static_s),
+            saved_s=memory.saved_s + static_s - outcome.step_s,
+        )
 
 
 @dataclass(frozen=True)
@@ -83,9 +110,18 @@ class OursPolicy:
         fused = 0
         if self.arm.can_fuse and not reserved:
             fused = fuse_gpus(view, change.remaining_s, plan.price, plan.is_resident)
-        pause = max(0.5, change.remaining_s / _LOOKS)
+        pause = max(0.5, min(change.remaining_s / _LOOKS, _GROWTH * view.now_s))
         return Reaction(view.now_s + pause, change.starts, change.moves, fused, change.reason)
 
     def _change(self, view: RolloutView, plan: RolloutPlan) -> Change:
         change = consolidate(view, self.refine(view), plan.price, (self.arm.goal.hysteresis, len(plan.fleet)))
         return Change(change.remaining_s) if plan.is_resident else change
+
+
+def _learn_caution(caution: float, outcome: Outcome, static_s: float) -> float:
+    """Return the caution after a step: what it took against its prediction, each relative to the static fleet's."""
+    plan = outcome.plan
+    if plan is None or plan.is_resident or plan.predicted_step_s is None or plan.static_step_s is None:
+        return caution
+    seen = (outcome.step_s / static_s) / (plan.predicted_step_s / caution / plan.static_step_s)
+    return float(np.clip((1 - _CAUTION_RATE) * caution + _CAUTION_RATE * seen, 1.0, 1.5))

@@ -37,6 +37,7 @@ class Efficiencies:
         host: Share of PCIe that a copy from host memory reaches.
         allreduce_s: Latency of one small all-reduce between two GPUs, (NVLink, PCIe).
         allreduce_hop_s: Added latency for each further GPU, (NVLink, PCIe).
+        transfer_s: Set-up of one transfer of keys and values between two replicas.
     """
 
     hbm: float = 0.80
@@ -47,6 +48,7 @@ class Efficiencies:
     host: float = 0.65
     allreduce_s: tuple[float, float] = (8e-6, 20e-6)
     allreduce_hop_s: tuple[float, float] = (0.5e-6, 8e-6)
+    transfer_s: float = 5e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,21 @@ class EnginePerf:
                 "Use a larger tensor-parallel size or GPU.",
             )
 
+    def check_holds(self, context_tokens: int) -> None:
+        """Refuse a sample that this replica can never finish, as vLLM does when it starts.
+
+        Raises:
+            ConfigError: Its keys and values exceed the cache.
+        """
+        if context_tokens > self.kv_blocks * BLOCK_TOKENS:
+            raise ConfigError(
+                "model",
+                self.shape.name,
+                f"prompt and response of up to {context_tokens} tokens exceed the {self.kv_blocks * BLOCK_TOKENS} "
+                f"that the KV cache of {self.tp} x {self.gpu.name} holds",
+                "Use a larger tensor-parallel size or GPU, or a trace with shorter responses.",
+            )
+
     @cached_property
     def kv_blocks(self) -> int:
         """Blocks of 16 tokens that fit beside the weights (0 when the weights do not fit)."""
@@ -110,6 +127,14 @@ class EnginePerf:
     @cached_property
     def _batch_s(self) -> tuple[float, ...]:
         return tuple(self._matmul_s(b) + self.efficiencies.per_seq_s * b for b in range(self.limits.max_num_seqs + 1))
+
+    @cached_property
+    def _batch_table(self) -> NDArray[np.float64]:
+        return np.array(self._batch_s)
+
+    @cached_property
+    def _batch_rise(self) -> NDArray[np.float64]:
+        return np.diff(self._batch_table)
 
     def allreduce_s(self, tokens: int) -> float:
         """Return the seconds of all tensor-parallel all-reduces (two a layer) for ``tokens`` in one iteration."""
@@ -157,13 +182,14 @@ class EnginePerf:
         """
         fits = np.minimum(self.limits.max_num_seqs, self.kv_blocks * BLOCK_TOKENS / np.maximum(context, 1.0))
         running = np.minimum(np.maximum(batch, 1.0), fits)
-        base = np.interp(running, np.arange(len(self._batch_s)), self._batch_s)
+        low = np.minimum(running.astype(np.int64), len(self._batch_s) - 2)
+        base = self._batch_table[low] + (running - low) * self._batch_rise[low]
         seconds: NDArray[np.float64] = (base + running * context * self.kv_s_per_token) * np.maximum(
             batch / running, 1.0
         )
         return seconds
 
-    @property
+    @cached_property
     def prefill_s_per_token(self) -> float:
         """Seconds per prompt token in a full prefill iteration."""
         return self._matmul_s(self.limits.max_batched_tokens) / self.limits.max_batched_tokens
@@ -192,6 +218,23 @@ class EnginePerf:
             seconds += self.iteration_s(0, 0, chunk, chunk * start + chunk * (chunk + 1) // 2)
             done += chunk
         return seconds
+
+    def transfer_s(self, tokens: float) -> float:
+        """Return the seconds to copy the keys and values of ``tokens`` here from another replica.
+
+        Each GPU receives its own shard over the slower of its peer link and its share of the network.
+        """
+        shard = tokens * self.shape.kv_bytes_per_token / self.shape.kv_shards(self.tp)
+        link = min(self.gpu.peer_bytes_per_s, self.gpu.network_bytes_per_s) * self.efficiencies.peer
+        return self.efficiencies.transfer_s + shard / link
+
+    def move_s(self, tokens: float, has_kv_transfer: bool) -> float:
+        """Return the seconds that a cut sample of ``tokens`` (prompt and generated) takes of its new replica.
+
+        Recomputing them or, where the pool can, copying their keys and values: whichever is less (PAT).
+        """
+        recompute_s = tokens * self.prefill_s_per_token
+        return min(recompute_s, self.transfer_s(tokens)) if has_kv_transfer else recompute_s
 
     @property
     def load_s(self) -> float:

@@ -128,7 +128,20 @@ class Prediction:
 def _upper_tail(z: FloatArray) -> FloatArray:
     """Return 1 - Phi(z), to 2e-4 (Page's logistic approximation)."""
     bounded = np.clip(z, -8.0, 8.0)
-    return 1.0 / (1.0 + np.exp(1.5976 * bounded + 0.070565 * bounded**3))
+    return 1.0 / (1.0 + np.exp(bounded * (1.5976 + 0.070565 * bounded * bounded)))
+
+
+def _hazard(z: FloatArray) -> FloatArray:
+    """Return Mills' ratio, the mean of a standard normal beyond ``z``, in the form that is safe for large ``z``."""
+    near = np.clip(z, -8.0, 4.0)
+    hazard = np.exp(-near * near / 2) / (2.5066 * _upper_tail(near))
+    return np.where(z > 4, z + 1 / np.maximum(z, 1), hazard)
+
+
+def exact(lengths: IntArray) -> Prediction:
+    """Return the prediction of samples whose lengths, [B] int64, are known."""
+    mu = np.log(np.maximum(lengths, 1) + 0.5)
+    return Prediction(mu, np.full(len(lengths), 0.01), -1.0, 1.0, int(lengths.max()) + 1)
 
 
 def predict(model: LengthModel, batch: Batch) -> Prediction:
@@ -174,22 +187,22 @@ def refine(
     """
     groups = len(batch.prompt_ids)
     size = np.bincount(batch.group_of, minlength=groups)
+    is_open = (is_finished == 0) | (generated >= batch.max_response_tokens)  # its end is not known
     seen = np.log(np.maximum(generated, 1))
+    known = np.where(is_open, 0.0, seen - prior.mu)
+    known_sum = np.bincount(batch.group_of, weights=known, minlength=groups)
+    rows = np.flatnonzero(is_open)
+    group_of, mu, sigma, seen = batch.group_of[rows], prior.mu[rows], prior.sigma[rows], seen[rows]
+    is_capped = is_finished[rows] > 0
     shift, effect = 0.0, np.zeros(groups)
     reliability = model.between**2 / (model.between**2 + model.within**2 / np.maximum(size, 1))
     for _ in range(_EM_ROUNDS):
-        mu = prior.mu + shift + effect[batch.group_of]
-        z = (seen - mu) / prior.sigma
-        # a running sample is longer than what it has: Mills' ratio, in the form that is safe for large z
-        near = np.clip(z, -8.0, 4.0)
-        hazard = np.exp(-near * near / 2) / (2.5066 * _upper_tail(near))
-        hazard = np.where(z > 4, z + 1 / np.maximum(z, 1), hazard)
-        imputed = np.where(is_finished > 0, seen, mu + prior.sigma * hazard)
-        capped = (is_finished > 0) & (generated >= batch.max_response_tokens)
-        residual = np.where(capped, np.maximum(seen, mu + prior.sigma * hazard), imputed) - prior.mu
-        shift = float(residual.sum() / (len(residual) + 4.0))
-        mean = np.bincount(batch.group_of, weights=residual - shift, minlength=groups) / np.maximum(size, 1)
-        effect = reliability * mean
+        expected = mu + shift + effect[group_of]
+        imputed = expected + sigma * _hazard((seen - expected) / sigma)
+        residual = np.where(is_capped, np.maximum(seen, imputed), imputed) - mu
+        residual_sum = known_sum + np.bincount(group_of, weights=residual, minlength=groups)
+        shift = float(residual_sum.sum() / (batch.num_samples + 4.0))
+        effect = reliability * (residual_sum - shift * size) / np.maximum(size, 1)
     finished = np.bincount(batch.group_of, weights=is_finished, minlength=groups)
     between = model.between**2 / (1 + finished * model.between**2 / model.within**2)
     sigma = np.minimum(prior.sigma, np.sqrt(model.within**2 + between[batch.group_of]))

@@ -103,6 +103,10 @@ def parse_model_config(values: Mapping[str, Any], name: str) -> ModelShape:
         raise ConfigError(
             f"{name}: num_key_value_heads", kv_heads, f"must divide num_attention_heads={heads}", "Correct it."
         )
+    if values.get("head_dim") is None and hidden % heads:
+        raise ConfigError(
+            f"{name}: hidden_size", hidden, f"must be a multiple of num_attention_heads={heads}", "Or give head_dim."
+        )
     head_dim = _positive(values, "head_dim", name) if values.get("head_dim") is not None else hidden // heads
     tied = values.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):

@@ -26,6 +26,14 @@ STARTING, READY, GONE = "starting", "ready", "gone"
 
 
 @dataclass(frozen=True, slots=True)
+class SharedPrefix:
+    """What several prompts begin with, such as a system prompt. The shorter of two with one name begins the longer."""
+
+    name: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """The prompts of one step.
 
@@ -35,6 +43,7 @@ class Batch:
         group_of: [B] int64, the group of each sample.
         prompt_tokens: [B] int64.
         max_response_tokens: Most tokens a response may have.
+        prefixes: [G] what a group's prompt shares with other groups; empty = nothing is shared between any.
     """
 
     step: int
@@ -42,6 +51,7 @@ class Batch:
     group_of: IntArray
     prompt_tokens: IntArray
     max_response_tokens: int
+    prefixes: tuple[SharedPrefix | None, ...] = ()
 
     @property
     def num_samples(self) -> int:
@@ -59,6 +69,8 @@ class PoolSnapshot:
         perf: Performance of a replica by tensor-parallel size (the legal ones).
         trainer: Performance of the trainer and times of leases.
         warm: Tensor-parallel size -> GPUs whose engine of that size is parked and only has to wake.
+        has_kv_transfer: Whether a replica can take a moved sample's keys and values from another one; vLLM as verl
+            runs it cannot, it recomputes.
     """
 
     num_gpus: int
@@ -66,6 +78,7 @@ class PoolSnapshot:
     perf: Mapping[int, EnginePerf]
     trainer: TrainerPerf
     warm: Mapping[int, int] = field(default_factory=dict)
+    has_kv_transfer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +92,12 @@ class RolloutPlan:
         is_resident: Replicas run on the trainer's own lease (stock's hybrid mode), nothing is given back.
         is_static: An empty replica keeps its lease.
         has_kv_pool: Moved samples find their keys and values in a global pool (Seer), so that nothing is recomputed.
+        rebinds_turns: A session of several turns may continue on another replica; else it stays where it began (verl's
+            sticky sessions).
         first_look_s: Seconds after the start until the controller looks for the first time.
         price: GPU-seconds that one second of this step is worth, for decisions during the rollout.
         predicted_step_s / predicted_gpu_s: What the planner expects of the whole step.
+        static_step_s: What it expects of the best static fleet.
         reason: Why this fleet.
     """
 
@@ -91,10 +107,12 @@ class RolloutPlan:
     is_resident: bool
     is_static: bool
     has_kv_pool: bool = False
+    rebinds_turns: bool = False
     first_look_s: float = 1e12
     price: float = 0.0
     predicted_step_s: float | None = None
     predicted_gpu_s: float | None = None
+    static_step_s: float | None = None
     reason: str = ""
 
 

@@ -14,18 +14,19 @@ the time.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from verl_rlhfless.policy.snapshot import FloatArray, PoolSnapshot
+from verl_rlhfless.policy.snapshot import FloatArray, IntArray, PoolSnapshot
 
 NUM_DEPTHS = 18
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Options:
     """Homogeneous fleets a lane may run on: ``tp`` and ``count`` are [M] int64, ``gpus`` their product."""
 
@@ -36,6 +37,17 @@ class Options:
     def gpus(self) -> NDArray[np.int64]:
         """GPUs of each option, [M]."""
         return self.tp * self.count
+
+    @cached_property
+    def sizes(self) -> list[tuple[int, slice]]:
+        """Where the options of each tensor-parallel size stand; they are sorted by it."""
+        tps, first = np.unique(self.tp, return_index=True)
+        ends = [*first.tolist()[1:], len(self.tp)]
+        return [(tp, slice(*part)) for tp, *part in zip(tps.tolist(), first.tolist(), ends, strict=True)]
+
+    def by_size(self, value: Callable[[int], float]) -> FloatArray:
+        """Return [M] from what a tensor-parallel size alone decides."""
+        return np.repeat([value(tp) for tp, _ in self.sizes], [part.stop - part.start for _, part in self.sizes])
 
     def index(self, tp: int, count: int) -> int:
         """Return the position of one option."""
@@ -94,7 +106,7 @@ def depth_edges(max_tokens: int) -> FloatArray:
 
 
 def frontier(pool: PoolSnapshot, options: Options, lane: Lane, prices: FloatArray) -> Frontier:
-    """Return the best futures of a lane.
+    """Return the best futures of a lane that may shrink, grow and change its tensor-parallel size.
 
     Args:
         pool: Performance, warm engines, lease times.
@@ -102,31 +114,76 @@ def frontier(pool: PoolSnapshot, options: Options, lane: Lane, prices: FloatArra
         lane: The population.
         prices: [P] GPU-seconds that one second is worth.
     """
-    stage_s = _stage_times(pool, options, lane)
-    gpus = options.gpus.astype(float)
+    return _frontiers(pool, options, (lane,), prices, (np.arange(len(options.tp)),))[0]
+
+
+def shrinking(pool: PoolSnapshot, options: Options, lanes: Sequence[Lane], prices: FloatArray) -> list[Frontier]:
+    """Return the best futures of lanes that run side by side: each may only shrink, so the budget holds for ever.
+
+    Arguments as in ``frontier``.
+    """
+    sizes = [np.flatnonzero(options.tp == tp) for tp in np.unique(options.tp)]
+    return _frontiers(pool, options, lanes, prices, tuple(sizes))
+
+
+def _frontiers(
+    pool: PoolSnapshot,
+    options: Options,
+    lanes: Sequence[Lane],
+    prices: FloatArray,
+    blocks: tuple[IntArray, ...],
+) -> list[Frontier]:
+    """Return the futures of each lane; changes stay inside a block of options, and only one block can start engines."""
+    shape = (len(lanes), len(prices), len(options.tp))
+    time_s, gpu_s, gain = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    first = np.zeros(shape, dtype=np.int64)
+    stage_s = np.stack([_stage_times(pool, options, lane) for lane in lanes])
+    alive = np.stack([lane.alive for lane in lanes])
+    context = np.array([lane.context for lane in lanes])
+    for block in blocks:
+        part = Options(options.tp[block], options.count[block])
+        moves = _Moves.build(pool, part, max(float(context.mean()), 1.0), can_start=len(blocks) == 1)
+        depth = np.stack([np.concatenate(([0.0], (lane.edges[:-1] + lane.edges[1:])[:-1] / 2)) for lane in lanes])
+        moved = alive * (context[:, None] + depth) * -np.expm1(-alive)
+        best = _viterbi(stage_s[:, :, block], (alive, moved), moves, prices)
+        time_s[:, :, block], gpu_s[:, :, block], gain[:, :, block] = best[0], best[1], best[3]
+        first[:, :, block] = block[best[2]]
+    start_s = np.array([lane.prefill_tokens for lane in lanes])[:, None, None] * _prefill(pool, options) / options.count
+    time_s, gpu_s = time_s + start_s, gpu_s + start_s * options.gpus
+    return [Frontier(*row) for row in zip(time_s, gpu_s, first, gain, strict=True)]
+
+
+def _viterbi(
+    stage_s: FloatArray, population: tuple[FloatArray, FloatArray], moves: _Moves, prices: FloatArray
+) -> tuple[FloatArray, FloatArray, IntArray, FloatArray]:
+    """Return seconds, GPU-seconds, first option and gain, each [L, P, M], of the best future from depth 0.
+
+    Args:
+        stage_s: [L, K, M] seconds of each interval on each option.
+        population: [L, K] samples alive, and tokens that a change would move.
+        moves: Prices of changes.
+        prices: [P] GPU-seconds that one second is worth.
+    """
+    alive, moved = population
     worth_of_time = prices[:, None]
-    time_s = np.zeros((len(prices), len(gpus)))
-    gpu_s = np.zeros_like(time_s)
-    row, own = np.arange(len(prices))[:, None], np.arange(len(gpus))[None, :]
-    depth = np.concatenate(([0.0], (lane.edges[:-1] + lane.edges[1:])[:-1] / 2))
-    moves = _Moves.build(pool, options)
-    best = np.broadcast_to(own, time_s.shape)
-    gain = np.zeros_like(time_s)
-    for k in range(len(lane.alive) - 1, -1, -1):
-        here_t = stage_s[k] + time_s
-        here_g = stage_s[k] * gpus + gpu_s
-        worth = here_g + worth_of_time * here_t
-        is_any = -math.expm1(-lane.alive[k])
-        moved = float(lane.alive[k]) * (lane.context + depth[k]) * is_any
-        total = worth[:, None, :] + moved * (moves.gpu_s_per_token + prices[:, None, None] * moves.s_per_token)
-        total += is_any * moves.start_gpu_s
-        best = np.argmin(total, axis=2)
-        if k == 0:
-            gain = (worth - total.min(axis=2)) / np.maximum(stage_s[k] * (gpus + worth_of_time), 1e-12)
-        time_s = here_t[row, best] + moved * moves.s_per_token[own, best]
-        gpu_s = here_g[row, best] + moved * moves.gpu_s_per_token[own, best] + is_any * moves.start_gpu_s[own, best]
-    start_s = lane.prefill_tokens * _prefill(pool, options) / options.count
-    return Frontier(time_s + start_s, gpu_s + start_s * gpus, best, gain)
+    change_s = moved[:, :, None, None] * moves.s_per_token
+    per_token = moves.gpu_s_per_token + prices[:, None, None] * moves.s_per_token
+    tokens, is_any = moved[:, :, None, None, None], -np.expm1(-alive)[:, :, None, None, None]
+    stage = stage_s[:, :, None, :]
+    stage_worth = stage * (moves.gpus + worth_of_time)
+    time_s = np.zeros((len(stage_s), len(prices), len(moves.gpus)))
+    value, lane, row = np.zeros_like(time_s), np.arange(len(stage_s))[:, None, None], np.arange(len(prices))[:, None]
+    own = np.arange(len(moves.gpus))
+    for k in range(stage_s.shape[1] - 1, -1, -1):
+        worth = stage_worth[:, k] + value
+        total = tokens[:, k] * per_token  # [L, P, M, M] small enough to stay in the processor's cache
+        total += is_any[:, k] * moves.start_gpu_s
+        total += worth[:, :, None, :]
+        best = total.argmin(axis=3)
+        value = total[lane, row, own, best]
+        time_s = (stage[:, k] + time_s)[lane, row, best] + change_s[:, k][lane, own, best]
+    gain = (worth - value) / np.maximum(stage_worth[:, 0], 1e-12)
+    return time_s, value - worth_of_time * time_s, best, gain
 
 
 def stay(pool: PoolSnapshot, options: Options, lane: Lane) -> tuple[FloatArray, FloatArray]:
@@ -145,19 +202,19 @@ def _stage_times(pool: PoolSnapshot, options: Options, lane: Lane) -> FloatArray
     middle = (lane.edges[:-1] + lane.edges[1:]) / 2
     is_any = -np.expm1(-lane.alive)
     given = np.maximum(lane.alive / np.maximum(is_any, 1e-9), 1.0)
-    stage = np.empty((len(width), len(options.tp)))
-    for tp in np.unique(options.tp).tolist():
-        of = np.flatnonzero(options.tp == tp)
-        # replicas end unevenly: the fullest has about one standard deviation more than the mean
-        mean = given[:, None] / options.count[of]
-        fullest = np.where(options.count[of] > 1, np.ceil(mean - 1e-9), mean)
-        iteration = pool.perf[tp].fluid_iteration_s(fullest, (lane.context + middle)[:, None])
-        stage[:, of] = iteration * (width * is_any)[:, None]
-    return stage
+    # replicas end unevenly: the fullest has about one standard deviation more than the mean
+    mean = given[:, None] / options.count
+    fullest = np.where(options.count > 1, np.ceil(mean - 1e-9), mean)
+    context = (lane.context + middle)[:, None]
+    stage = np.empty_like(mean)
+    for tp, part in options.sizes:
+        stage[:, part] = pool.perf[tp].fluid_iteration_s(fullest[:, part], context)
+    expected: FloatArray = stage * (width * is_any)[:, None]
+    return expected
 
 
 def _prefill(pool: PoolSnapshot, options: Options) -> FloatArray:
-    return np.array([pool.perf[int(tp)].prefill_s_per_token for tp in options.tp])
+    return options.by_size(lambda tp: pool.perf[tp].prefill_s_per_token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,21 +224,23 @@ class _Moves:
     Huge = forbidden.
     """
 
+    gpus: IntArray
     s_per_token: FloatArray
     gpu_s_per_token: FloatArray
     start_gpu_s: FloatArray
 
     @classmethod
-    def build(cls, pool: PoolSnapshot, options: Options) -> _Moves:
+    def build(cls, pool: PoolSnapshot, options: Options, context: float, *, can_start: bool) -> _Moves:
         times, gpus = pool.trainer.times, options.gpus
         is_same_tp = options.tp[:, None] == options.tp[None, :]
         ratio = options.count[:, None] / options.count[None, :]
         kept = np.where(is_same_tp, np.minimum(1.0 / ratio, ratio), 0.0)
-        s_per_token = (1 - kept) * _prefill(pool, options)[None, :] / options.count[None, :]
+        move = options.by_size(lambda tp: pool.perf[tp].move_s(context, pool.has_kv_transfer) / context)
+        s_per_token = (1 - kept) * move[None, :] / options.count[None, :]
         fresh = np.where(is_same_tp, np.maximum(0, gpus[None, :] - gpus[:, None]), gpus[None, :])
-        load = np.array([pool.perf[int(tp)].load_s for tp in options.tp])
-        warm = np.array([pool.warm.get(int(tp), 0) for tp in options.tp])
+        load = options.by_size(lambda tp: pool.perf[tp].load_s)
+        warm = options.by_size(lambda tp: pool.warm.get(tp, 0))
         start = np.where(fresh <= warm[None, :], times.wake_s, times.cold_start_s) + load[None, :]
-        is_allowed = gpus[:, None] + fresh <= pool.num_gpus
+        is_allowed = (fresh == 0) | (can_start & (gpus[:, None] + fresh <= pool.num_gpus))
         start_gpu_s = np.where(is_allowed, fresh * start, 1e15)
-        return cls(s_per_token, s_per_token * gpus[None, :], start_gpu_s)
+        return cls(gpus, s_per_token, s_per_token * gpus[None, :], start_gpu_s)

@@ -23,10 +23,10 @@ class LeaseTimes:
 
     Attributes:
         grant_s: Request to grant (nothing is leased yet); a free placement group took 5 ms on the prototype.
-        wake_s: A parked engine becomes usable: holder process and engine wake, weights not included.
+        wake_s: A parked engine becomes usable: grant and engine wake, weights not included.
         cold_start_s: A new engine process becomes usable, weights not included.
         park_s: Engine to sleep and lease returned.
-        resume_s: The trainer's holder process starts, state copy not included.
+        resume_s: The trainer's ranks get their lease and wake, state copy not included.
         hybrid_wake_s: Stock's wake of a colocated engine.
         hybrid_sleep_s: Stock's sleep of a colocated engine.
         publish_bytes_per_s: Gathering the sharded weights into host memory.
@@ -49,6 +49,7 @@ class Recipe:
     Attributes:
         has_reference: A reference policy's log-probs (GRPO with a KL loss, verl's default recipe).
         has_critic: A critic's values and update (PPO).
+        has_reward_model: Rewards come from a model of the actor's size; else from a rule or a service.
         mfu_train: Share of peak FLOP/s in forward plus backward.
         mfu_infer: Share of peak FLOP/s in forward only.
         micro_tokens: Tokens of one micro-batch on a GPU.
@@ -57,6 +58,7 @@ class Recipe:
 
     has_reference: bool = True
     has_critic: bool = False
+    has_reward_model: bool = False
     mfu_train: float = 0.40
     mfu_infer: float = 0.45
     micro_tokens: int = 16384
@@ -64,8 +66,22 @@ class Recipe:
 
     @property
     def inference_passes(self) -> int:
-        """Forward passes over the batch that need no gradient: old log-prob, reference, critic values."""
-        return 1 + int(self.has_reference) + int(self.has_critic)
+        """Forward passes over the batch that need no gradient: old log-prob, reference, critic values, rewards."""
+        return 1 + int(self.has_reference) + int(self.has_critic) + int(self.has_reward_model)
+
+    @property
+    def frozen_models(self) -> int:
+        """Models that are never updated: reference, reward."""
+        return int(self.has_reference) + int(self.has_reward_model)
+
+
+RECIPES = {
+    "grpo": Recipe(),
+    "ppo": Recipe(has_critic=True),
+    "grpo-rm": Recipe(has_reward_model=True),
+    "ppo-rm": Recipe(has_critic=True, has_reward_model=True),
+}
+"""Recipes by name; all have a reference policy, as verl's own."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +131,7 @@ class TrainerPerf:
         """Seconds to move one rank's training state between device and host."""
         models = 1 + int(self.recipe.has_critic)
         shard = models * FSDP_STATE_BYTES_PER_PARAM * self.shape.params / self.num_gpus
-        if self.recipe.has_reference:
-            shard += self.shape.weight_bytes / self.num_gpus
+        shard += self.recipe.frozen_models * self.shape.weight_bytes / self.num_gpus
         return shard / (self.gpu.host_bytes_per_s * self.efficiencies.host)
 
     @property
@@ -135,11 +150,17 @@ class TrainerPerf:
         return self.gpu.flops * self.recipe.mfu_infer / flops
 
     @property
+    def fuse_bytes(self) -> float:
+        """Weights of all models that one freed GPU needs for the forward-only phases."""
+        return self.recipe.inference_passes * self.shape.weight_bytes
+
+    @property
     def fuse_load_s(self) -> float:
-        """Seconds to load the weights of the forward-only models into one freed GPU's memory, per model copy."""
-        return self.shape.weight_bytes / (self.gpu.host_bytes_per_s * self.efficiencies.host)
+        """Seconds to load them into one freed GPU's memory."""
+        return self.fuse_bytes / (self.gpu.host_bytes_per_s * self.efficiencies.host)
 
 
 def optimizer_state_bytes(shape: ModelShape, recipe: Recipe) -> float:
     """Return the bytes of training state over all GPUs, which must fit beside a sleeping engine."""
-    return (1 + int(recipe.has_critic)) * FSDP_STATE_BYTES_PER_PARAM * shape.params + BYTES_PER_PARAM * shape.params
+    trained = (1 + int(recipe.has_critic)) * FSDP_STATE_BYTES_PER_PARAM * shape.params
+    return trained + max(1, recipe.frozen_models) * BYTES_PER_PARAM * shape.params

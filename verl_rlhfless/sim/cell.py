@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,36 +21,16 @@ from verl_rlhfless.policy.baselines.stock import StockSync
 from verl_rlhfless.policy.ours import Ours
 from verl_rlhfless.policy.perf import EnginePerf
 from verl_rlhfless.policy.plan import Goal
+from verl_rlhfless.policy.routing import Routing
 from verl_rlhfless.policy.shapes import MODELS, ModelShape, parse_model_config
-from verl_rlhfless.policy.snapshot import Batch, IntArray, PoolSnapshot
+from verl_rlhfless.policy.snapshot import IntArray, PoolSnapshot
 from verl_rlhfless.policy.transitions import LeaseTimes, Recipe, TrainerPerf, optimizer_state_bytes
 from verl_rlhfless.sim.cluster import Cluster
-from verl_rlhfless.sim.run import ArmRun, RunRecord, StepData
-from verl_rlhfless.trace import read_header, read_trace
+from verl_rlhfless.sim.records import RunRecord
+from verl_rlhfless.sim.run import ArmRun
+from verl_rlhfless.sim.workload import StepData
 
 _TUNING_STEPS = 2
-
-
-def load_steps(path: str | Path) -> tuple[StepData, ...]:
-    """Return the steps of a trace as arrays.
-
-    Raises:
-        DataError: The trace breaks a rule of its format.
-    """
-    cap = read_header(path).max_response_tokens
-    steps = []
-    for step in read_trace(path):
-        sizes = [len(group.response_tokens) for group in step.groups]
-        batch = Batch(
-            step=step.step,
-            prompt_ids=tuple(group.prompt_id for group in step.groups),
-            group_of=np.repeat(np.arange(len(sizes)), sizes),
-            prompt_tokens=np.repeat([group.prompt_tokens for group in step.groups], sizes),
-            max_response_tokens=max(cap, 1),
-        )
-        lengths = np.array([tokens for group in step.groups for tokens in group.response_tokens])
-        steps.append(StepData(batch, np.maximum(lengths, 1)))
-    return tuple(steps)
 
 
 def load_model(name_or_path: str) -> ModelShape:
@@ -73,19 +54,24 @@ def load_model(name_or_path: str) -> ModelShape:
     return parse_model_config(values, str(path))
 
 
-def make_pool(cluster: Cluster, shape: ModelShape, times: LeaseTimes, recipe: Recipe | None = None) -> PoolSnapshot:
-    """Return what the cluster can do with the model.
+def make_pool(
+    cluster: Cluster, shape: ModelShape, times: LeaseTimes, recipe: Recipe | None = None, context_tokens: int = 0
+) -> PoolSnapshot:
+    """Return what the cluster can do with the model; engines have to hold one sample of ``context_tokens``.
 
     Raises:
-        ConfigError: Weights or training state do not fit.
+        ConfigError: Weights, one sample or training state do not fit.
     """
     recipe = recipe or Recipe()
     perf, refused = {}, None
     for tp in shape.legal_tp(cluster.gpus_per_node):
         try:
-            perf[tp] = EnginePerf(shape, cluster.gpu, tp)
+            one = EnginePerf(shape, cluster.gpu, tp)
+            one.check_holds(context_tokens)
         except ConfigError as error:
             refused = error
+        else:
+            perf[tp] = one
     if not perf:
         raise refused or ConfigError("--model", shape.name, "no tensor-parallel size is legal", "Use another model.")
     need, have = optimizer_state_bytes(shape, recipe), 0.9 * cluster.trainer_gpus * cluster.gpu.memory_bytes
@@ -97,7 +83,7 @@ def make_pool(cluster: Cluster, shape: ModelShape, times: LeaseTimes, recipe: Re
             "Use a larger cluster or a smaller model.",
         )
     trainer = TrainerPerf(shape, cluster.gpu, cluster.trainer_gpus, recipe, times)
-    return PoolSnapshot(cluster.num_gpus, cluster.gpus_per_node, perf, trainer)
+    return PoolSnapshot(cluster.num_gpus, cluster.gpus_per_node, perf, trainer, has_kv_transfer=cluster.has_kv_transfer)
 
 
 @dataclass(frozen=True)
@@ -114,11 +100,13 @@ class Cell:
     goal: Goal = field(default_factory=Goal)
     parked_charge: float = 0.0
     seed: int = 0
+    recipe: Recipe = field(default_factory=Recipe)
 
     @cached_property
     def pool(self) -> PoolSnapshot:
         """What may be leased."""
-        return make_pool(self.cluster, self.shape, self.times)
+        longest = max(int(step.batch.prompt_tokens.max()) + step.batch.max_response_tokens for step in self.data)
+        return make_pool(self.cluster, self.shape, self.times, self.recipe, longest)
 
     def run(self, arm: Arm) -> RunRecord:
         """Return the record of one arm over all steps."""
@@ -186,6 +174,12 @@ def _paper(cell: Cell) -> Arm:
     return cell.tuned(candidates[:24])
 
 
+def _dispatch(cell: Cell, name: str, **how: Any) -> Arm:
+    """Return what a resident live fleet runs: the best static one, where only dispatch differs from stock's."""
+    tp = cell.best_tp
+    return Routing((tp,) * (cell.pool.trainer.num_gpus // tp), name=name, **how)
+
+
 ARMS: dict[str, Callable[[Cell], Arm]] = {
     "stock_sync": lambda cell: StockSync(),
     "stock_sync_best_tp": lambda cell: StockSync(cell.best_tp, "stock_sync_best_tp"),
@@ -196,5 +190,11 @@ ARMS: dict[str, Callable[[Cell], Arm]] = {
     "ours_notslower": lambda cell: Ours(replace(cell.goal, is_notslower=True), name="ours_notslower"),
     "ours_nofuse": lambda cell: Ours(cell.goal, can_fuse=False, name="ours_nofuse"),
     "oracle": lambda cell: Oracle(cell.goal, lengths=cell.truth),
+    "oracle_notslower": lambda cell: Oracle(
+        replace(cell.goal, is_notslower=True), lengths=cell.truth, name="oracle_notslower"
+    ),
+    "dispatch": lambda cell: _dispatch(cell, "dispatch", migration="cut_and_migrate"),
+    "dispatch_equal": lambda cell: _dispatch(cell, "dispatch_equal", learns=False),
+    "dispatch_random": lambda cell: _dispatch(cell, "dispatch_random", dispatcher="random", seed=cell.seed),
 }
 """Every arm by name."""

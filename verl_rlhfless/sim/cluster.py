@@ -26,6 +26,7 @@ class Cluster:
             every ``period_s``.
         usd_per_gpu_h: Price of a leased GPU-hour.
         min_billing_s: Least billed seconds of a node once it is in use.
+        has_kv_transfer: Whether replicas can pass on the keys and values of moved samples.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Cluster:
     min_billing_s: float = 60.0
     outages: tuple[tuple[tuple[float, float], ...], ...] = ()
     period_s: float = 7200.0
+    has_kv_transfer: bool = False
 
     @property
     def num_gpus(self) -> int:
@@ -64,7 +66,10 @@ CLUSTERS = {
 }
 """Shipped clusters by name."""
 
-_KEYS = ("format", "name", "gpu", "num_nodes", "gpus_per_node", "usd_per_gpu_h", "min_billing_s", "outages", "period_s")
+_KEYS = (
+    *("format", "name", "gpu", "num_nodes", "gpus_per_node", "usd_per_gpu_h", "min_billing_s", "outages", "period_s"),
+    "kv_transfer",
+)
 
 
 def load_cluster(name_or_path: str) -> Cluster:
@@ -116,7 +121,10 @@ def parse_cluster(values: object, name: str) -> Cluster:
         min_billing_s=_number({"min_billing_s": 60.0} | values, "min_billing_s", name, (0, 1e6)),
         outages=_outages(values, name),
         period_s=_number({"period_s": 7200.0} | values, "period_s", name, (1, 1e9)),
+        has_kv_transfer=values.get("kv_transfer", False),
     )
+    if not isinstance(cluster.has_kv_transfer, bool):
+        raise ConfigError(f"{name}: kv_transfer", values["kv_transfer"], "must be true or false", "Correct it.")
     if len(cluster.outages) >= nodes:
         raise ConfigError(
             f"{name}: outages", len(cluster.outages), f"must be fewer than num_nodes={nodes}", "Keep one node."

@@ -120,7 +120,7 @@ def trace_stats(path: Path) -> list[dict[str, float]]:
     Raises:
         DataError: The trace breaks a rule of its format.
     """
-    from verl_rlhfless.sim.cell import load_steps
+    from verl_rlhfless.sim.workload import load_steps
 
     rows = []
     for step in load_steps(path):

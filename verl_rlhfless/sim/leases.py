@@ -86,7 +86,7 @@ class LeaseBook:
             granted(lease, self._unpark(node, first, tp))
             return True
 
-        self._after(delay_s, lambda: self._enqueue(attempt))
+        self.after(delay_s, lambda: self._enqueue(attempt))
 
     def request_gpus(self, role: str, count: int, granted: Callable[[Lease], None], delay_s: float) -> None:
         """Ask for ``count`` GPUs anywhere outside preemptible nodes (the trainer, fused inference)."""
@@ -99,7 +99,7 @@ class LeaseBook:
             granted(self._grant(role, tuple(free[:count])))
             return True
 
-        self._after(delay_s, lambda: self._enqueue(attempt))
+        self.after(delay_s, lambda: self._enqueue(attempt))
 
     def release(self, lease: Lease, parked_tp: int | None = None) -> None:
         """End a lease now; with ``parked_tp`` its engine stays behind, asleep."""
@@ -166,7 +166,8 @@ class LeaseBook:
         if any(node == gpu[0] and first <= gpu[1] < first + tp for node, first, tp in self._parked):
             self._parked_gpu_s += self.env.now - self._free_since[gpu]
 
-    def _after(self, delay_s: float, action: Callable[[], None]) -> None:
+    def after(self, delay_s: float, action: Callable[[], None]) -> None:
+        """Call ``action`` in ``delay_s`` seconds."""
         callbacks = self.env.timeout(delay_s).callbacks
         assert callbacks is not None
         callbacks.append(lambda _event: action())

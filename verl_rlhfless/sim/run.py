@@ -7,8 +7,9 @@ Invariant: the same arm, trace, cluster, model and seed give an identical record
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Generator, Sequence
+from collections.abc import Coroutine, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,61 +18,14 @@ import simpy
 from verl_rlhfless.control import RolloutRecord, run_rollout
 from verl_rlhfless.ledger import account, usd, whole_run
 from verl_rlhfless.policy.arm import Arm, Outcome
-from verl_rlhfless.policy.snapshot import Batch, IntArray, PoolSnapshot, RolloutPlan
+from verl_rlhfless.policy.snapshot import PoolSnapshot, RolloutPlan
 from verl_rlhfless.ports import RolloutPorts
 from verl_rlhfless.sim.cluster import Cluster
 from verl_rlhfless.sim.leases import Lease, LeaseBook
+from verl_rlhfless.sim.records import RunRecord, StepRecord, fleet_text
 from verl_rlhfless.sim.rollout import SimRollout
+from verl_rlhfless.sim.workload import StepData
 from verl_rlhfless.types import BusySpan, Window
-
-
-@dataclass(frozen=True, slots=True)
-class StepData:
-    """One step of a trace as arrays: what the arm may see (``batch``) and what only the engines know (``lengths``)."""
-
-    batch: Batch
-    lengths: IntArray
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """What one step took. Names are those of the JSON output."""
-
-    step: int
-    step_s: float
-    gen_s: float
-    gpu_s_allocated: float
-    gpu_s_busy: float
-    gpu_s_idle: float
-    gpu_s_startup: float
-    gpu_s_parked: float
-    gpu_lease_usd: float
-    node_usd: float
-    num_migrations: int
-    num_lost_replicas: int
-    prefill_tokens: int
-    tokens: int
-    fused_tokens: int
-    fleet: str
-    reason: str
-    predicted_step_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class RunRecord:
-    """All steps and the whole run, initial start included."""
-
-    steps: tuple[StepRecord, ...]
-    init_s: float
-    wall_s: float
-    gpu_s_allocated: float
-    gpu_s_busy: float
-    gpu_s_idle: float
-    gpu_s_startup: float
-    gpu_s_parked: float
-    gpu_lease_usd: float
-    node_usd: float
-    max_gpus: int
 
 
 class _Version:
@@ -116,18 +70,35 @@ class ArmRun:
         env = self._env
         memory = self.arm.begin(self.pool, self.data[0].batch)
         yield from self._lease_trainer(self.pool.trainer.times.cold_start_s)
-        for tp, count in sorted(self.arm.layout(memory, self.pool).items()):
-            yield env.timeout(self.pool.trainer.times.cold_start_s)
-            for index in range(count):
-                first = index * tp
-                node = first // self.cluster.gpus_per_node
-                self._book.park((node, first % self.cluster.gpus_per_node), tp)
+        yield from self._start_engines(self.arm.layout(memory, self.pool))
         self._trainer.usable_s = env.now
         self._init_s = env.now
         for step in self.data:
             yield from self._step(step, memory)
-            memory = self.arm.learn(memory, Outcome(step.batch, step.lengths, self._took_s, self._cost_gpu_s))
+            memory = self.arm.learn(
+                memory, Outcome(step.batch, step.lengths, self._took_s, self._cost_gpu_s, self._plan)
+            )
         self._book.release(self._trainer)
+
+    def _start_engines(self, layout: Mapping[int, int]) -> Generator[simpy.Event, Any, None]:
+        """Start the first engines: on the trainer's lease, or on their own when they need fewer GPUs than it holds."""
+        env, times = self._env, self.pool.trainer.times
+        if sum(tp * count for tp, count in layout.items()) >= self.cluster.trainer_gpus:
+            for tp, count in sorted(layout.items()):
+                yield env.timeout(times.cold_start_s)
+                self._park(tp, count)
+            return
+        yield env.timeout(self.pool.trainer.state_copy_s)
+        self._book.release(self._trainer)
+        leases: list[tuple[Lease, int]] = []
+        for tp, count in sorted(layout.items(), reverse=True):
+            granted = partial(_note, leases, tp)
+            for _ in range(count):
+                self._book.request("replica", tp, granted, times.grant_s)
+        yield env.timeout(times.grant_s + times.cold_start_s)
+        for lease, tp in leases:
+            self._book.release(lease, tp)
+        yield from self._lease_trainer(times.resume_s + self.pool.trainer.state_copy_s)
 
     def _lease_trainer(self, start_s: float) -> Generator[simpy.Event, Any, None]:
         env = self._env
@@ -138,46 +109,72 @@ class ArmRun:
         yield env.timeout(start_s)
 
     def _step(self, step: StepData, memory: Any) -> Generator[simpy.Event, Any, None]:
-        env, trainer, times = self._env, self.pool.trainer, self.pool.trainer.times
-        began = env.now
+        env, trainer = self._env, self.pool.trainer
+        began_s = env.now
         snapshot = replace(self.pool, num_gpus=self._book.num_up, warm=self._book.warm_gpus())
         plan = self.arm.plan(memory, snapshot, step.batch)
-        if plan.is_resident:
-            trainer_busy = self._trainer
-        else:
+        if not plan.is_resident:
             yield env.timeout(trainer.publish_s + trainer.state_copy_s)
-            self._book.busy.append(BusySpan(self._trainer.lease_id, len(self._trainer.gpus), began, env.now))
+            self._trainer_was_busy(began_s)
             self._book.release(self._trainer)
-        rollout = SimRollout(self._book, snapshot, step.batch, step.lengths, plan)
-        rollout.busy_origin = self._trainer.lease_id
+        if step.min_start_s is not None:
+            step = replace(step, min_start_s=step.min_start_s - (env.now - began_s))
+        self._plan = plan
+        rollout = SimRollout(self._book, snapshot, step, plan, self._trainer.lease_id)
         self._rollout = rollout
         ports = RolloutPorts(rollout, rollout, rollout, rollout, _Version(step.batch.step))
         record: RolloutRecord = yield env.process(_drive(run_rollout(self.arm.policy(memory), plan, ports)))
         self._rollout = None
-        gen_s = float(rollout.now_s())
-        if plan.is_resident:
-            for tp in set(plan.fleet):
-                for index in range(plan.fleet.count(tp)):
-                    first = index * tp
-                    self._book.park((first // self.cluster.gpus_per_node, first % self.cluster.gpus_per_node), tp)
-            yield env.timeout(times.hybrid_sleep_s)
-        else:
+        gen_s = rollout.now_s()
+        yield from self._take_over(plan)
+        waited_s = yield from self._train(step, rollout)
+        self._record(step, plan, (rollout, record), (began_s, gen_s, waited_s))
+
+    def _take_over(self, plan: RolloutPlan) -> Generator[simpy.Event, Any, None]:
+        """The rollout is over: colocated engines go to sleep, or the trainer gets a lease again."""
+        trainer, times = self.pool.trainer, self.pool.trainer.times
+        if not plan.is_resident:
             yield from self._lease_trainer(times.resume_s + trainer.state_copy_s)
-            self._trainer.usable_s = env.now
-        trainer_busy = self._trainer
-        phases_began = env.now
+            self._trainer.usable_s = self._env.now
+            return
+        for tp in set(plan.fleet):
+            self._park(tp, plan.fleet.count(tp))
+        yield self._env.timeout(times.hybrid_sleep_s)
+
+    def _train(self, step: StepData, rollout: SimRollout) -> Generator[simpy.Event, Any, float]:
+        """Run the trainer's phases; return how long the update had to wait for the last reward."""
+        env, trainer = self._env, self.pool.trainer
         tokens = int(step.batch.prompt_tokens.sum() + step.lengths.sum())
         context = tokens / step.batch.num_samples
-        yield env.timeout(
-            trainer.inference_s(tokens - rollout.fused_tokens, context) + trainer.update_s(tokens, context)
-        )
-        self._book.busy.append(BusySpan(trainer_busy.lease_id, len(trainer_busy.gpus), phases_began, env.now))
-        self._record(step, plan, rollout, record, (began, gen_s))
+        began_s = env.now
+        yield env.timeout(trainer.inference_s(tokens - rollout.inference.done_tokens, context))
+        self._trainer_was_busy(began_s)
+        waited_s = 0.0
+        if step.score_s is not None:
+            waited_s = max(0.0, rollout.begin_s + float((rollout.finished_s + step.score_s).max()) - env.now)
+            yield env.timeout(waited_s)
+        began_s = env.now
+        yield env.timeout(trainer.update_s(tokens, context))
+        self._trainer_was_busy(began_s)
+        return waited_s
+
+    def _trainer_was_busy(self, since_s: float) -> None:
+        lease = self._trainer
+        self._book.busy.append(BusySpan(lease.lease_id, len(lease.gpus), since_s, self._env.now))
+
+    def _park(self, tp: int, count: int) -> None:
+        """Note that engines of one size sleep on the first GPUs."""
+        for first in range(0, count * tp, tp):
+            self._book.park(divmod(first, self.cluster.gpus_per_node), tp)
 
     def _record(
-        self, step: StepData, plan: RolloutPlan, rollout: SimRollout, record: RolloutRecord, times: tuple[float, float]
+        self,
+        step: StepData,
+        plan: RolloutPlan,
+        done: tuple[SimRollout, RolloutRecord],
+        times: tuple[float, float, float],
     ) -> None:
-        began, gen_s = times
+        (rollout, record), (began, gen_s, waited_s) = done, times
         now = self._env.now
         used = account([lease.span() for lease in self._book.leases], self._book.busy, Window(began, now))
         parked = self._book.settle_parked()
@@ -197,11 +194,14 @@ class ArmRun:
                 gpu_lease_usd=usd(cost, price),
                 node_usd=usd(self._book.node_seconds(began, now) * self.cluster.gpus_per_node, price),
                 num_migrations=record.num_migrations,
-                num_lost_replicas=rollout.num_lost,
-                prefill_tokens=rollout.prefill_tokens,
+                num_lost_replicas=rollout.replicas.num_lost,
+                num_preemptions=rollout.replicas.num_preemptions,
+                prefill_tokens=rollout.replicas.prefill_tokens,
+                distinct_prompt_tokens=rollout.distinct_prompt_tokens,
                 tokens=int(step.lengths.sum()),
-                fused_tokens=rollout.fused_tokens,
-                fleet=_fleet_text(plan, record),
+                fused_tokens=rollout.inference.done_tokens,
+                score_wait_s=waited_s,
+                fleet=fleet_text(plan, record),
                 reason=plan.reason,
                 predicted_step_s=plan.predicted_step_s,
             )
@@ -261,8 +261,5 @@ def _fire(event: simpy.Event, value: Lease) -> None:
     event.succeed(value)
 
 
-def _fleet_text(plan: RolloutPlan, record: RolloutRecord) -> str:
-    sizes, counts = np.unique(np.array(plan.fleet), return_counts=True)
-    text = "+".join(f"{count}xTP{tp}" for tp, count in zip(sizes, counts, strict=True))
-    later = [tp for _, reaction in record.reactions for tp in reaction.starts]
-    return text + "".join(f" then TP{tp}" for tp in later) + (" resident" if plan.is_resident else "")
+def _note(leases: list[tuple[Lease, int]], tp: int, lease: Lease, _is_warm: bool) -> None:
+    leases.append((lease, tp))

@@ -11,7 +11,7 @@ from verl_rlhfless.policy.calibrate import IterationSample, calibrate
 from verl_rlhfless.policy.gpus import GPUS
 from verl_rlhfless.policy.perf import EnginePerf
 from verl_rlhfless.policy.shapes import MODELS
-from verl_rlhfless.policy.transitions import Recipe, TrainerPerf
+from verl_rlhfless.policy.transitions import RECIPES, Recipe, TrainerPerf, optimizer_state_bytes
 
 PERF = EnginePerf(MODELS["qwen2.5-7b"], GPUS["L40S"], 2)
 
@@ -90,3 +90,29 @@ def test_ppo_takes_longer_than_grpo_and_the_critic_has_its_own_state() -> None:
     assert ppo.update_s(1e6, 2000) == pytest.approx(2 * grpo.update_s(1e6, 2000))
     assert ppo.inference_s(1e6, 2000) == pytest.approx(1.5 * grpo.inference_s(1e6, 2000))
     assert ppo.state_copy_s > grpo.state_copy_s
+
+
+def test_a_moved_sample_is_recomputed_unless_the_pool_can_transfer_and_transfer_is_faster() -> None:
+    recompute_s = 2000 * PERF.prefill_s_per_token
+    assert PERF.move_s(2000, has_kv_transfer=False) == recompute_s
+    assert PERF.move_s(2000, has_kv_transfer=True) == PERF.transfer_s(2000) < recompute_s
+    assert PERF.move_s(10, has_kv_transfer=True) == 10 * PERF.prefill_s_per_token < PERF.transfer_s(10)
+
+
+def test_a_transfer_is_bound_by_the_slower_of_peer_link_and_network() -> None:
+    one, two = (EnginePerf(MODELS["qwen2.5-7b"], GPUS["L40S"], tp) for tp in (1, 2))
+    kv_bytes = 1e5 * 2 * 28 * 4 * 128 * 2
+    assert one.transfer_s(1e5) == pytest.approx(5e-3 + kv_bytes / (6.25e9 * 0.7))
+    assert two.transfer_s(1e5) - 5e-3 == pytest.approx((one.transfer_s(1e5) - 5e-3) / 2)
+
+
+def test_a_model_reward_is_one_more_forward_phase_with_its_own_weights() -> None:
+    rule = TrainerPerf(MODELS["qwen2.5-7b"], GPUS["H100"], 16, RECIPES["ppo"])
+    model = replace(rule, recipe=RECIPES["ppo-rm"])
+    assert model.inference_s(1e6, 2000) == pytest.approx(4 / 3 * rule.inference_s(1e6, 2000))
+    assert model.update_s(1e6, 2000) == rule.update_s(1e6, 2000)
+    assert model.fuse_tokens_per_s(2000) == pytest.approx(3 / 4 * rule.fuse_tokens_per_s(2000))
+    assert model.fuse_bytes - rule.fuse_bytes == model.shape.weight_bytes
+    assert model.state_copy_s > rule.state_copy_s
+    needs = [optimizer_state_bytes(rule.shape, RECIPES[name]) for name in ("ppo", "ppo-rm")]
+    assert needs[1] - needs[0] == model.shape.weight_bytes

@@ -77,6 +77,34 @@ def test_an_impossible_constraint_says_what_would_be_feasible(goal: Goal, key: s
     assert caught.value.key.endswith(key)
 
 
+def test_a_refused_budget_speaks_of_money_when_the_price_is_known() -> None:
+    with pytest.raises(ConfigError, match=r"Feasible: \d+\.\d+ USD"):
+        plan(Goal(max_gpu_s=1.0, usd_per_gpu_s=0.001))
+
+
+def test_limits_on_replicas_hold_for_every_elastic_fleet() -> None:
+    assert len(plan(Goal(min_replicas=5, payback=0.0))[0].fleet) >= 5
+    few, _ = plan(Goal(max_replicas=2, payback=0.0))
+    assert few.is_resident or len(few.fleet) <= 2
+
+
+@pytest.mark.parametrize(("least", "most"), [(0, None), (3, 2)])
+def test_replica_limits_that_exclude_every_fleet_are_refused(least: int, most: int | None) -> None:
+    with pytest.raises(ConfigError, match="min_replicas"):
+        Goal(min_replicas=least, max_replicas=most)
+
+
+def test_time_saved_earlier_may_be_spent_and_time_lost_is_caught_up() -> None:
+    costs = {slack: plan(Goal(is_notslower=True, slack_s=slack))[0] for slack in (-5.0, 0.0, 30.0)}
+    assert costs[30.0].predicted_gpu_s <= costs[0.0].predicted_gpu_s <= costs[-5.0].predicted_gpu_s
+    assert costs[-5.0].predicted_step_s <= costs[30.0].predicted_step_s
+
+
+def test_elastic_steps_that_turn_out_longer_make_the_planner_stay_resident() -> None:
+    assert not plan(Goal())[0].is_resident
+    assert plan(Goal(caution=3.0))[0].is_resident
+
+
 def test_a_deadline_and_a_budget_that_exclude_each_other_say_so() -> None:
     fastest = plan(Goal(cost_weight=0.0))[0]
     cheapest = plan(Goal(cost_weight=1.0))[0]

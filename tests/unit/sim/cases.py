@@ -10,7 +10,8 @@ from verl_rlhfless.policy.snapshot import Batch
 from verl_rlhfless.policy.transitions import LeaseTimes
 from verl_rlhfless.sim.cell import Cell
 from verl_rlhfless.sim.cluster import CLUSTERS, Cluster
-from verl_rlhfless.sim.run import StepData
+from verl_rlhfless.sim.request import Request, chain_of
+from verl_rlhfless.sim.workload import StepData
 
 
 def steps(count: int, groups: int, n: int, mean: float = 400.0, seed: int = 0, cap: int = 8192) -> tuple[StepData, ...]:
@@ -28,6 +29,11 @@ def steps(count: int, groups: int, n: int, mean: float = 400.0, seed: int = 0, c
         )
         found.append(StepData(batch, lengths))
     return tuple(found)
+
+
+def request(sample: int, group: int, prompt: int, target: int) -> Request:
+    """Return a request whose prompt only its group shares."""
+    return Request(sample, prompt, target, chain_of(((group, prompt),)))
 
 
 def cell(data: tuple[StepData, ...], cluster: str | Cluster = "l40s-16", **changes: float) -> Cell:

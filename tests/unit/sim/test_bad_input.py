@@ -10,8 +10,9 @@ import pytest
 from verl_rlhfless.errors import ConfigError, DataError
 from verl_rlhfless.policy.shapes import MODELS, parse_model_config
 from verl_rlhfless.policy.transitions import LeaseTimes
-from verl_rlhfless.sim.cell import load_model, load_steps, make_pool
+from verl_rlhfless.sim.cell import load_model, make_pool
 from verl_rlhfless.sim.cluster import CLUSTERS, load_cluster, parse_cluster
+from verl_rlhfless.sim.workload import load_steps
 
 GOOD = {"format": "rlhfless-cluster/1", "gpu": "H100", "num_nodes": 2, "gpus_per_node": 8}
 MODEL = {
@@ -38,6 +39,7 @@ MODEL = {
         ({"outages": 3}, "outages"),
         ({"nodes": 2}, "nodes"),
         ({"format": "x"}, "format"),
+        ({"kv_transfer": "yes"}, "kv_transfer"),
     ],
 )
 def test_a_bad_cluster_file_names_the_key(change: dict[str, object], key: str) -> None:
@@ -71,6 +73,7 @@ def test_a_file_that_is_no_cluster_is_refused(tmp_path: Path, text: str) -> None
         ({"vocab_size": "1000"}, "vocab_size"),
         ({"num_experts": 8}, "num_experts"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"hidden_size": 1025}, "hidden_size"),
     ],
 )
 def test_a_bad_model_config_names_the_key(change: dict[str, object], key: str) -> None:
@@ -95,6 +98,13 @@ def test_a_model_whose_training_state_does_not_fit_is_refused_with_the_figures()
         make_pool(CLUSTERS["l40s-16"], MODELS["qwen2.5-32b"], LeaseTimes()) and make_pool(
             CLUSTERS["l40s-16"], MODELS["llama2-70b"], LeaseTimes()
         )
+
+
+def test_a_sample_that_no_engine_can_ever_hold_is_refused_before_anything_runs() -> None:
+    pool = make_pool(CLUSTERS["l40s-16"], MODELS["qwen2.5-32b"], LeaseTimes(), context_tokens=50_000)
+    assert min(pool.perf) == 4  # two GPUs hold the weights but not 50,000 tokens beside them
+    with pytest.raises(ConfigError, match=r"up to 9000000 tokens exceed the \d+"):
+        make_pool(CLUSTERS["l40s-16"], MODELS["qwen2.5-7b"], LeaseTimes(), context_tokens=9_000_000)
 
 
 def test_a_bad_trace_names_line_and_rule(tmp_path: Path) -> None:

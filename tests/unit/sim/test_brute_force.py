@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import simpy
 
+from tests.unit.sim.cases import request
 from verl_rlhfless.policy.baselines.oracle import Oracle
 from verl_rlhfless.policy.gpus import GPUS
 from verl_rlhfless.policy.plan import Goal
@@ -17,8 +18,8 @@ from verl_rlhfless.policy.snapshot import Batch, PoolSnapshot
 from verl_rlhfless.policy.transitions import LeaseTimes
 from verl_rlhfless.sim.cell import Cell
 from verl_rlhfless.sim.cluster import Cluster
-from verl_rlhfless.sim.engine import Engine, Request
-from verl_rlhfless.sim.run import StepData
+from verl_rlhfless.sim.engine import Engine
+from verl_rlhfless.sim.workload import StepData
 
 FOUR = Cluster("four", GPUS["H100"], 1, 4, 3.6)
 CAP = 8192
@@ -40,7 +41,7 @@ def brute_force(pool: PoolSnapshot, step: StepData) -> tuple[tuple[float, float]
         env = simpy.Environment()
         engine = Engine(env, pool.perf[tp], lambda request, is_cut: None)
         for i in members:
-            engine.submit(Request(i, i, 100, int(step.lengths[i])))
+            engine.submit(request(i, i, 100, int(step.lengths[i])))
         engine.start()
         env.run()
         return float(env.now)

@@ -13,6 +13,7 @@ from verl_rlhfless.policy.baselines.stock import StockSync
 from verl_rlhfless.policy.ours import Ours
 from verl_rlhfless.sim.cell import ARMS
 from verl_rlhfless.sim.cluster import CLUSTERS
+from verl_rlhfless.sim.records import RunRecord
 from verl_rlhfless.sim.report import cell_record, table
 
 DATA = steps(2, 32, 4, mean=900.0)
@@ -28,8 +29,20 @@ def test_every_arm_accounts_for_each_leased_second_and_every_token(arm: str) -> 
         assert 0 < step.gen_s < step.step_s
         assert step.gpu_s_allocated <= 16 * step.step_s * (1 + 1e-9)
     inside = sum(step.gpu_s_allocated for step in record.steps)
-    assert record.gpu_s_allocated == pytest.approx(inside + 16 * record.init_s - 16 * one.times.grant_s)
+    start = record.gpu_s_allocated - inside
+    assert 16 * one.times.cold_start_s < start <= 16 * (record.init_s - one.times.grant_s) * (1 + 1e-9)
     assert record.max_gpus == 16
+
+
+def test_engines_that_need_fewer_gpus_than_the_trainer_start_on_their_own_leases() -> None:
+    one = cell(DATA)
+    full, half = one.run(RlhflessPaper(num_actors=8, tp=2)), one.run(RlhflessPaper(num_actors=4, tp=2))
+
+    def start_gpu_s(record: RunRecord) -> float:
+        return record.gpu_s_allocated - sum(step.gpu_s_allocated for step in record.steps)
+
+    assert start_gpu_s(full) == pytest.approx(16 * 2 * one.times.cold_start_s)
+    assert start_gpu_s(half) < 0.8 * start_gpu_s(full)
 
 
 def test_stock_holds_the_whole_cluster_through_the_whole_step() -> None:

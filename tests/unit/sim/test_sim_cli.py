@@ -52,6 +52,19 @@ def test_a_generated_trace_is_simulated_to_the_documented_json_and_a_picture(tmp
     assert out.read_bytes() == first
 
 
+def test_a_recipe_with_models_of_its_own_and_transfers_reach_the_simulation(tmp_path: Path) -> None:
+    path = trace(tmp_path, "--mean", "3000")
+    steps = {}
+    for name, more in (("plain", ()), ("ppo", ("--recipe", "ppo-rm")), ("kv", ("--kv-transfer",))):
+        out = tmp_path / f"{name}.json"
+        run("simulate", str(path), "--model", "qwen2.5-3b", "--arms", "ours", "--json", str(out), *more)
+        one = json.loads(out.read_text())["runs"][0]
+        steps[name] = one["arms"]["ours"]["steps"]
+        assert one["recipe"] == ("ppo-rm" if name == "ppo" else "grpo")
+    assert steps["ppo"][0]["step_s"] > steps["plain"][0]["step_s"]
+    assert sum(s["prefill_tokens"] for s in steps["kv"]) < sum(s["prefill_tokens"] for s in steps["plain"])
+
+
 def test_the_same_seed_generates_the_same_bytes_and_stats_match_what_was_asked(tmp_path: Path) -> None:
     args = (
         "trace",
@@ -96,7 +109,13 @@ def test_drift_makes_later_steps_longer(tmp_path: Path) -> None:
         (["simulate", "x", "--model", "gpt"], "--model='gpt'"),
         (["simulate", "x", "--wake-s", "-1"], "--wake-s"),
         (["simulate", "x", "--wake-s", "nan"], "--wake-s"),
+        (["simulate", "x", "--cost-weight", "1.5"], r"--cost-weight=1\.5: must be from 0 to 1"),
+        (["simulate", "x", "--parked-charge", "2"], "--parked-charge"),
+        (["simulate", "x", "--seed", "-1"], "--seed"),
+        (["simulate", "x", "--recipe", "dpo"], "--recipe='dpo': must be among grpo, ppo"),
         (["simulate", "x", "--json", "/nowhere/o.json"], "folder does not exist"),
+        (["simulate", "x", "--json", "/"], "is a folder"),
+        (["simulate", "x", "--plot", "o.txt"], r"must end in \.png"),
         (["trace", "generate", "/nowhere/t.gz"], "folder does not exist"),
         (["trace", "generate", "t.gz", "--icc", "2"], "--icc"),
         (["trace", "stats", "missing.jsonl"], r"missing\.jsonl"),

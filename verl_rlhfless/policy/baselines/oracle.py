@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-
-import numpy as np
+from dataclasses import dataclass, field
 
 from verl_rlhfless.policy.ours import Memory, Ours, OursPolicy
-from verl_rlhfless.policy.predict import Prediction
-from verl_rlhfless.policy.snapshot import Batch, IntArray, PoolSnapshot, RolloutView
-
-_SIGMA = 0.01
+from verl_rlhfless.policy.predict import Prediction, exact
+from verl_rlhfless.policy.snapshot import Batch, IntArray, RolloutView
 
 
 @dataclass(frozen=True)
@@ -22,21 +18,12 @@ class Oracle(Ours):
     name: str = "oracle"
 
     def predict(self, memory: Memory, batch: Batch) -> Prediction:
-        """Return the true lengths, with next to no spread."""
-        mu = np.log(np.maximum(self.lengths[batch.step], 1) + 0.5)
-        return Prediction(mu, np.full(batch.num_samples, _SIGMA), -1.0, 1.0, batch.max_response_tokens + 1)
+        """Return the true lengths."""
+        return exact(self.lengths[batch.step])
 
     def policy(self, memory: Memory) -> OraclePolicy:
         """Return the decisions during the rollout."""
         return OraclePolicy(self, memory)
-
-    def learn(self, memory: Memory, outcome: object) -> Memory:
-        """Return the memory unchanged: nothing is left to learn."""
-        return memory
-
-    def begin(self, pool: PoolSnapshot, first: Batch) -> Memory:
-        """Return the fleet planned from the first step's true lengths."""
-        return replace(super().begin(pool, first))
 
 
 @dataclass(frozen=True)

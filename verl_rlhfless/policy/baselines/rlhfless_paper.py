@@ -57,7 +57,7 @@ class RlhflessPaper:
 
     def layout(self, memory: History, pool: PoolSnapshot) -> Mapping[int, int]:
         """Return the actors that are pre-warmed."""
-        return {self.tp: pool.trainer.num_gpus // self.tp}
+        return {self.tp: self.num_actors}
 
     def plan(self, memory: History, pool: PoolSnapshot, batch: Batch) -> RolloutPlan:
         """Return blocks of equal predicted length, one an actor."""

@@ -1,0 +1,88 @@
+"""A replica's work is what its survival curves say, and a move pays only when the last replica ends sooner."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.unit.policy.paced import POOL
+from verl_rlhfless.policy.balance import Outlook, Workload, assign, best_move
+from verl_rlhfless.policy.predict import Prediction
+
+
+def outlook(*left: int, generated: int = 0, prompt: int = 0) -> Outlook:
+    """Return the outlook on samples whose remaining tokens are known."""
+    total = np.array(left) + generated
+    prediction = Prediction(np.log(total), np.full(len(left), 0.001), -1.0, 1.0, int(total.max()) + 1)
+    return Outlook.build(prediction, np.full(len(left), generated), np.full(len(left), prompt))
+
+
+def workload(view: Outlook, *held: list[int]) -> Workload:
+    work = Workload([POOL.perf[1]] * len(held), view)
+    for replica, samples in enumerate(held):
+        work.add(replica, view.unit(np.array(samples, dtype=np.int64), 0.0))
+    return work
+
+
+def test_one_request_takes_its_iterations() -> None:
+    view = outlook(100)
+    assert workload(view, [0]).end_s()[0] == pytest.approx(100 * 0.062, rel=0.05)
+
+
+def test_a_batch_takes_the_iterations_of_its_longest_and_a_part_for_each() -> None:
+    view = outlook(100, 50, 50)
+    assert workload(view, [0, 1, 2]).end_s()[0] == pytest.approx(100 * 0.060 + 200 * 0.002, rel=0.05)
+
+
+def test_more_requests_than_slots_take_turns() -> None:
+    view = outlook(*[50] * 32)
+    assert workload(view, list(range(32))).end_s()[0] == pytest.approx(200 * 0.060 + 1600 * 0.002, rel=0.05)
+
+
+def test_an_empty_replica_is_done() -> None:
+    assert workload(outlook(10), [0], []).end_s()[1] == 0.0
+
+
+def test_a_unit_that_is_taken_away_leaves_nothing_behind() -> None:
+    view = outlook(100, 50)
+    work = workload(view, [0], [])
+    before = work.end_s().copy()
+    unit = view.unit(np.array([1]), 30.0)
+    work.add(1, unit)
+    work.remove(1, unit)
+    assert work.end_s() == pytest.approx(before)
+
+
+def test_the_long_one_is_left_alone() -> None:
+    view = outlook(400, 100, 100, 100, 100)
+    work = Workload([POOL.perf[1]] * 2, view)
+    units = [view.unit(np.array([sample]), 0.0) for sample in range(5)]
+    assert assign(work, units, view.width) == [0, 1, 1, 1, 1]
+
+
+def move(view: Outlook, *held: list[int], again: float = 0.0) -> tuple[int, int, int, float] | None:
+    units = [[view.unit(np.array([sample]), 0.0) for sample in part] for part in held]
+    return best_move(workload(view, *held), units, range(len(held)), lambda unit, replica: again)
+
+
+def test_a_move_to_an_idle_replica_pays_and_is_the_one_that_helps_most() -> None:
+    source, position, target, gain = move(outlook(300, 300, 20), [0, 1, 2], []) or (-1, -1, -1, 0.0)
+    assert (source, target) == (0, 1) and position in (0, 1)
+    assert gain == pytest.approx(300 * 0.002 / (300 * 0.060 + 620 * 0.002), rel=0.1)
+
+
+def test_no_move_when_what_is_computed_again_costs_more_than_it_saves() -> None:
+    assert move(outlook(3, 3), [0, 1], []) is not None
+    assert move(outlook(3, 3), [0, 1], [], again=4000.0) is None
+
+
+@pytest.mark.parametrize("held", [([0], []), ([], []), ([0],)], ids=["a single request", "nothing", "one replica"])
+def test_there_is_nothing_to_gain(held: tuple[list[int], ...]) -> None:
+    assert move(outlook(300), *held, again=1.0) is None
+
+
+def test_of_unknown_lengths_the_larger_batch_is_the_later_one() -> None:
+    prediction = Prediction(np.full(12, np.log(50)), np.full(12, 1.0), -1.3, 1.3, 400)
+    view = Outlook.build(prediction, np.zeros(12, dtype=np.int64), np.zeros(12, dtype=np.int64))
+    end_s = workload(view, list(range(10)), [10, 11]).end_s()
+    assert end_s[0] > 1.3 * end_s[1]

@@ -1,0 +1,35 @@
+"""The lower bounds: nothing beats them, and less time never costs less."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+from tests.unit.sim.cases import cell, steps
+from verl_rlhfless.policy.baselines.stock import StockSync
+from verl_rlhfless.sim.bound import step_bound
+
+LONG = steps(1, 64, 8, mean=2000.0, cap=16384)
+
+
+def test_less_time_never_costs_less() -> None:
+    one = cell(LONG)
+    fastest_s = step_bound(one.pool, LONG[0]).step_s
+    limits = [math.inf, *(fastest_s * factor for factor in (8.0, 3.0, 1.5, 1.1))]
+    costs = [step_bound(one.pool, LONG[0], limit_s).gpu_s for limit_s in limits]
+    assert all(later >= earlier for earlier, later in pairwise(costs))
+    assert costs[-1] > costs[0]
+
+
+def test_no_static_fleet_costs_less_than_the_bound_for_its_own_time() -> None:
+    one = cell(LONG)
+    for tp in one.pool.perf:
+        step = one.run(StockSync(tp)).steps[0]
+        assert step.gpu_s_allocated >= step_bound(one.pool, LONG[0], step.step_s).gpu_s
+
+
+def test_no_elastic_fleet_costs_less_than_the_bound_for_its_own_time() -> None:
+    one = cell(LONG)
+    for name in ("ours", "oracle", "rlhfless_paper"):
+        step = one.run(one.arm(name)).steps[0]
+        assert step.gpu_s_allocated >= step_bound(one.pool, LONG[0], step.step_s).gpu_s

@@ -1,0 +1,116 @@
+"""What a step takes beside its rollout: transitions, the trainer's phases, inference that the tail hides.
+
+The best uniform static fleet, to which every plan is compared, is here too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from verl_rlhfless.policy.fuse import fits
+from verl_rlhfless.policy.predict import Prediction
+from verl_rlhfless.policy.snapshot import Batch, FloatArray, PoolSnapshot
+from verl_rlhfless.policy.stages import Options, stay
+from verl_rlhfless.policy.units import Units
+
+_EARLY = 0.9
+"""Samples that end in the last tenth of the rollout are too late to be fused: loading takes as long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The best uniform static fleet: its size, predicted step seconds and GPU-seconds."""
+
+    tp: int
+    step_s: float
+    gpu_s: float
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds around the rollout of one batch; ``can_fuse`` says whether freed GPUs may take inference."""
+
+    pool: PoolSnapshot
+    units: Units
+    tokens: float
+    can_fuse: bool
+
+    @classmethod
+    def of(cls, pool: PoolSnapshot, units: Units, request: tuple[Batch, Prediction], *, can_fuse: bool) -> StepCosts:
+        """Return the costs of a batch with predicted lengths."""
+        batch, prior = request
+        return cls(pool, units, float(batch.prompt_tokens.sum() + prior.mean().sum()), can_fuse and fits(pool))
+
+    @property
+    def _context(self) -> float:
+        return self.tokens / float(self.units.size.sum())
+
+    @property
+    def phases_s(self) -> float:
+        """Seconds of inference and update on the trainer."""
+        trainer = self.pool.trainer
+        return trainer.inference_s(self.tokens, self._context) + trainer.update_s(self.tokens, self._context)
+
+    @property
+    def transition_s(self) -> float:
+        """Leased seconds to publish the weights and to suspend and resume the trainer."""
+        trainer = self.pool.trainer
+        return trainer.publish_s + 2 * trainer.state_copy_s + trainer.times.resume_s
+
+    @property
+    def elastic_s(self) -> float:
+        """Seconds of an elastic step beside start and decoding."""
+        times = self.pool.trainer.times
+        return self.transition_s + 2 * times.grant_s + times.park_s + self.phases_s
+
+    @property
+    def elastic_gpu_s(self) -> float:
+        """GPU-seconds of an elastic step beside its replicas."""
+        return (self.transition_s + self.phases_s) * self.pool.trainer.num_gpus
+
+    def start_s(self, options: Options) -> FloatArray:
+        """Return [M] leased seconds until an option's replicas are usable."""
+        times = self.pool.trainer.times
+        load = np.array([self.pool.perf[int(tp)].load_s for tp in options.tp])
+        warm = np.array([self.pool.warm.get(int(tp), 0) for tp in options.tp])
+        start_s: FloatArray = np.where(options.gpus <= warm, times.wake_s, times.cold_start_s) + load
+        return start_s
+
+    def fused(self, rollout_s: FloatArray, rollout_gpu_s: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Return the seconds that fusion takes off each step, and the GPU-seconds that it adds.
+
+        Inference costs the same GPU-seconds on freed GPUs as on the trainer; waking and loading come on top.
+        """
+        if not self.can_fuse:
+            return np.zeros_like(rollout_s), np.zeros_like(rollout_s)
+        trainer = self.pool.trainer
+        rate = trainer.fuse_tokens_per_s(self._context)
+        start_s = trainer.times.wake_s + trainer.fuse_load_s
+        free_gpu_s = np.maximum(self.pool.num_gpus * rollout_s - rollout_gpu_s, 0.0) / 2
+        window_s = np.maximum(rollout_s / 2 - start_s, 0.0)  # the tail is about the second half
+        gpus = np.minimum(
+            self.early_tokens / rate / np.maximum(window_s, 1e-9), free_gpu_s / np.maximum(rollout_s, 1e-9)
+        )
+        tokens = np.minimum(rate * gpus * window_s, self.early_tokens)
+        return tokens / (rate * trainer.num_gpus), np.ceil(gpus) * start_s
+
+    @property
+    def early_tokens(self) -> float:
+        """Tokens of samples that finish early enough to be fused."""
+        return self.tokens * self.units.early_share(_EARLY)
+
+    def static_reference(self, options: Options) -> Reference:
+        """Return the best uniform static fleet on the trainer's GPUs, stock's way (hybrid wake, reshard, sleep)."""
+        pool, trainer, times = self.pool, self.pool.trainer, self.pool.trainer.times
+        time_s, _ = stay(pool, options, self.units.lane(self.units.order))
+        best: Reference | None = None
+        for tp in sorted(pool.perf):
+            rollout_s = float(time_s[options.index(tp, trainer.num_gpus // tp)])
+            wake_s = times.hybrid_wake_s if tp in pool.warm or not pool.warm else times.cold_start_s
+            step_s = wake_s + trainer.reshard_s + rollout_s + times.hybrid_sleep_s + self.phases_s
+            if best is None or step_s < best.step_s:
+                best = Reference(tp, step_s, step_s * trainer.num_gpus)
+        assert best is not None
+        return best

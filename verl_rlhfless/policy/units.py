@@ -1,0 +1,64 @@
+"""The unit of planning: a group while its siblings look alike, else each sample; longest predicted first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from verl_rlhfless.policy.predict import Prediction
+from verl_rlhfless.policy.snapshot import Batch, FloatArray, IntArray
+from verl_rlhfless.policy.stages import Lane, depth_edges
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """The batch as [U] units.
+
+    Attributes:
+        size: [U] samples of each.
+        prompt: [U] prompt tokens.
+        group: [U] group of each.
+        unit_of: [B] unit of each sample.
+        order: [U] unit ids, longest predicted first.
+        edges: [K+1] depths in tokens.
+        alive: [U, K] expected samples alive in the middle of each interval.
+    """
+
+    size: IntArray
+    prompt: FloatArray
+    group: IntArray
+    unit_of: IntArray
+    order: IntArray
+    edges: FloatArray
+    alive: FloatArray
+
+    @classmethod
+    def build(cls, batch: Batch, prior: Prediction) -> Units:
+        """Return the units of a batch."""
+        _, first, group, size = np.unique(batch.group_of, return_index=True, return_inverse=True, return_counts=True)
+        if not np.array_equal(prior.mu[first][group], prior.mu):
+            first = unit_of = np.arange(batch.num_samples)
+            size = np.ones(batch.num_samples, dtype=np.int64)
+        else:
+            unit_of = group
+        order = np.lexsort((first, -(prior.mu[first] + prior.sigma[first])))
+        edges = depth_edges(prior.cap)
+        alive = replace(prior, mu=prior.mu[first], sigma=prior.sigma[first]).alive_at((edges[1:] + edges[:-1]) / 2)
+        prompt = batch.prompt_tokens[first].astype(float)
+        return cls(size, prompt, batch.group_of[first], unit_of, order, edges, alive * size[:, None])
+
+    def lane(self, rows: IntArray) -> Lane:
+        """Return the population of some units; a prompt is prefilled once."""
+        count = float(self.size[rows].sum())
+        context = float((self.size[rows] * self.prompt[rows]).sum()) / max(count, 1.0)
+        _, once = np.unique(self.group[rows], return_index=True)
+        return Lane(self.edges, self.alive[rows].sum(axis=0), context, float(self.prompt[rows][once].sum()))
+
+    def early_share(self, share: float) -> float:
+        """Return the share of the expected tokens in samples that end within ``share`` of the longest one's depth."""
+        alive, width = self.alive.sum(axis=0), np.diff(self.edges)
+        reach = self.edges[1:][np.flatnonzero(alive >= min(0.5, alive[0]))[-1]]
+        left = float(np.interp(share * reach, (self.edges[1:] + self.edges[:-1]) / 2, alive))
+        inside = float((np.maximum(alive - left, 0.0) * width).sum())
+        return inside / max(float((alive * width).sum()), 1e-9)
