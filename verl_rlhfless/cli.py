@@ -44,12 +44,16 @@ def demo(
     data: Annotated[Path | None, typer.Option(help="GSM8K-style JSON Lines (default: arithmetic of its own).")] = None,
     steps: Annotated[int, typer.Option(help="Training steps of each arm.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of model, data and sampling.")] = 1,
-    arms: Annotated[str, typer.Option(help="Comma-separated arms.")] = "stock,elastic",
+    arms: Annotated[str, typer.Option(help="Comma-separated: stock, elastic, resident.")] = "stock,elastic",
+    ablate: Annotated[bool, typer.Option("--ablate", help="Also run each arm without each part of ours.")] = False,
+    trace: Annotated[Path | None, typer.Option(help="Replay the lengths of this trace, scaled to fit.")] = None,
 ) -> None:
     """Train a tiny model with stock verl and with elastic replicas, and compare them; exit 1 if a guard fails."""
     from verl_rlhfless.demo.run import DemoOptions, run_demo
 
-    options = DemoOptions(out=out, data=data, steps=steps, seed=seed, arms=tuple(arms.split(",")))
+    options = DemoOptions(
+        out=out, data=data, steps=steps, seed=seed, arms=tuple(arms.split(",")), ablate=ablate, trace=trace
+    )
     raise typer.Exit(run_demo(options))
 
 

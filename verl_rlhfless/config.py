@@ -7,49 +7,16 @@ an error. A field carries its rule beside its default, so a section is its own d
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.schema import RULE, Section, build, one_of, within
 
 TRAINER_MODE = "rlhfless_sync"
-"""Value of ``trainer.v1.trainer_mode`` that selects the elastic trainer."""
+"""Value of ``trainer.v1.trainer_mode`` that selects our trainer."""
 
-_Rule = Callable[[str, Any], None]
-"""Raises ``ConfigError`` if the value (second) of the key (first) breaks the rule."""
-_RULE = "rule"
-
-_T = TypeVar("_T")
-
-
-def _one_of(*known: str) -> Any:
-    """Return a field whose value is one of ``known``; the first one is the default."""
-
-    def check(key: str, value: str) -> None:
-        if value not in known:
-            close = difflib.get_close_matches(value, known, n=1)
-            hint = f"Did you mean {close[0]}?" if close else f"Set {key} to one of these names."
-            raise ConfigError(key, value, f"must be one of {', '.join(known)}", hint)
-
-    return field(default=known[0], metadata={_RULE: check})
-
-
-def _within(low: float, high: float = math.inf, *, default: float | None) -> Any:
-    """Return a field whose value is finite and in ``low .. high`` inclusive, or ``None`` where its type allows it."""
-
-    def check(key: str, value: float | None) -> None:
-        if value is not None and not (low <= value <= high and math.isfinite(value)):
-            limits = f">= {low:g}" if high == math.inf else f"in {low:g} .. {high:g}"
-            raise ConfigError(
-                key, value, f"must be a finite number {limits}", f"Set {key}={default or low:g}, for instance."
-            )
-
-    return field(default=default, metadata={_RULE: check})
+_INACTIVE = ("off", "stock", None)
 
 
 def _check_schedule(key: str, value: tuple[Any, ...]) -> None:
@@ -63,109 +30,120 @@ def _check_schedule(key: str, value: tuple[Any, ...]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Section:
-    """A group of keys below ``KEY``; applies the rule of every field."""
-
-    KEY: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            if _RULE in item.metadata:
-                item.metadata[_RULE](f"{self.KEY}.{item.name}", getattr(self, item.name))
-
-
-@dataclass(frozen=True, slots=True)
-class PoolConfig(_Section):
+class PoolConfig(Section):
     """Who leases GPUs, how many at most, and how long each part of a lease may take.
 
+    ``elastic`` leases replicas in each step; ``resident`` keeps verl's own on the trainer's GPUs and leases nothing.
+
     ``max_gpus`` counts the trainer's GPUs and the replicas' together; ``None`` sets no limit of our own.
+    ``warm_servers`` is how many server processes do their imports in advance; ``None`` = as many as the largest fleet.
     """
 
     KEY: ClassVar[str] = "rlhfless.pool"
-    name: str = _one_of("off", "elastic")
-    max_gpus: int | None = _within(1, default=None)
-    grant_timeout_s: float = _within(0.1, default=300.0)
-    release_timeout_s: float = _within(0.1, default=30.0)
-    start_timeout_s: float = _within(0.1, default=600.0)
-    drain_timeout_s: float = _within(0.1, default=60.0)
-    same_device_wait_s: float = _within(0.1, default=30.0)
-    resume_timeout_s: float = _within(0.1, default=600.0)
+    name: str = one_of("off", "elastic", "resident")
+    max_gpus: int | None = within(1, default=None)
+    warm_servers: int | None = within(0, default=None)
+    grant_timeout_s: float = within(0.1, default=300.0)
+    release_timeout_s: float = within(0.1, default=30.0)
+    start_timeout_s: float = within(0.1, default=600.0)
+    drain_timeout_s: float = within(0.1, default=60.0)
+    same_device_wait_s: float = within(0.1, default=30.0)
+    resume_timeout_s: float = within(0.1, default=600.0)
 
 
 @dataclass(frozen=True, slots=True)
-class WeightsConfig(_Section):
+class WeightsConfig(Section):
     """How a replica gets the trainer's weights.
 
     ``max_versions`` is 2 so that one version is served while the next one is published.
     """
 
     KEY: ClassVar[str] = "rlhfless.weights"
-    name: str = _one_of("off", "store")
-    bucket_mib: int = _within(1, 1024, default=256)
-    max_versions: int = _within(1, 2, default=2)
-    pull_timeout_s: float = _within(1, default=300.0)
+    name: str = one_of("off", "store")
+    bucket_mib: int = within(1, 1024, default=256)
+    max_versions: int = within(1, 2, default=2)
+    pull_timeout_s: float = within(1, default=300.0)
 
 
 @dataclass(frozen=True, slots=True)
-class PlannerConfig(_Section):
+class PlannerConfig(Section):
     """How many rollout replicas a step leases: ``schedule`` repeats when the run has more steps than entries."""
 
     KEY: ClassVar[str] = "rlhfless.planner"
-    name: str = _one_of("off", "fixed")
-    schedule: tuple[int, ...] = field(default=(1,), metadata={_RULE: _check_schedule})
+    name: str = one_of("off", "fixed")
+    schedule: tuple[int, ...] = field(default=(1,), metadata={RULE: _check_schedule})
 
 
 @dataclass(frozen=True, slots=True)
-class PredictorConfig(_Section):
-    """Response lengths are not predicted in this version."""
+class PredictorConfig(Section):
+    """What the router knows of response lengths: nothing, what earlier steps and siblings tell, or the replayed truth.
+
+    ``oracle`` is the control arm of a benchmark: it reads ``rlhfless.replay.trace``.
+    """
 
     KEY: ClassVar[str] = "rlhfless.predictor"
-    name: str = _one_of("off")
+    name: str = one_of("off", "history", "oracle")
 
 
 @dataclass(frozen=True, slots=True)
-class DispatcherConfig(_Section):
-    """Requests reach replicas by verl's own load balancer in this version."""
+class DispatcherConfig(Section):
+    """Which replica a request goes to, and in which order.
+
+    ``stock`` is verl's rule (fewest requests, at once); ``length_bucket`` goes by predicted length, longest first, and
+    binds late; ``random`` is the control arm of a benchmark, drawn from ``seed``.
+    """
 
     KEY: ClassVar[str] = "rlhfless.dispatcher"
-    name: str = _one_of("off")
+    name: str = one_of("stock", "length_bucket", "random")
+    seed: int = within(0, 2**31 - 1, default=0)
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixDedupConfig(_Section):
-    """Shared prefixes are left to vLLM's prefix cache in this version."""
+class PrefixDedupConfig(Section):
+    """Whether the samples of a group follow its first one to the same replica, whose prefix cache then serves them.
+
+    ``training`` shares the prefix in the trainer's forward pass too, by verl's own prefix grouper.
+    """
 
     KEY: ClassVar[str] = "rlhfless.prefix_dedup"
-    name: str = _one_of("off")
+    name: str = one_of("off", "on")
+    training: str = one_of("off", "prefix_grouper")
 
 
 @dataclass(frozen=True, slots=True)
-class MigrationConfig(_Section):
-    """A sample stays on its replica in this version."""
+class MigrationConfig(Section):
+    """When a running sample is cut and continues elsewhere, and how a lost one does.
+
+    ``tau`` is the share of a replica's samples that have finished before ``rlhfless`` cuts the rest, and the share of
+    all before ``rlhfuse`` does. Progress and retries hold for the loss of a replica too, whatever ``name`` is.
+    """
 
     KEY: ClassVar[str] = "rlhfless.migration"
-    name: str = _one_of("off")
+    name: str = one_of("off", "cut_and_migrate", "rlhfuse", "rlhfless")
+    tau: float = within(0.0, 1.0, default=0.8)
+    progress_interval_s: float = within(0.01, 60.0, default=0.5)
+    max_retries: int = within(0, 100, default=3)
 
 
 @dataclass(frozen=True, slots=True)
-class FusionConfig(_Section):
+class FusionConfig(Section):
     """Inference on finished samples starts after the rollout in this version."""
 
     KEY: ClassVar[str] = "rlhfless.fusion"
-    name: str = _one_of("off")
+    name: str = one_of("off")
 
 
 @dataclass(frozen=True, slots=True)
-class ReplayConfig(_Section):
+class ReplayConfig(Section):
     """Forces every response length from the recorded trace ``trace`` (a path), multiplied by ``scale``."""
 
     KEY: ClassVar[str] = "rlhfless.replay"
     trace: str | None = None
-    scale: float = _within(1e-3, 1e3, default=1.0)
+    scale: float = within(1e-3, 1e3, default=1.0)
 
 
 @dataclass(frozen=True, slots=True)
-class InstrumentConfig(_Section):
+class InstrumentConfig(Section):
     """What every arm, stock too, is measured with: paths of a pacing profile and of the observer's record."""
 
     KEY: ClassVar[str] = "rlhfless.instrument"
@@ -189,10 +167,21 @@ class RlhflessConfig:
     instrument: InstrumentConfig = field(default_factory=InstrumentConfig)
 
     def __post_init__(self) -> None:
+        self._check_elastic_parts()
+        self._check_request_parts()
+
+    def _check_elastic_parts(self) -> None:
         together = {section.KEY: section.name for section in (self.pool, self.weights, self.planner)}
+        state = ", ".join(f"{key}.name={name}" for key, name in together.items())
+        if self.pool.name == "resident":
+            on = [key for key, name in list(together.items())[1:] if name != "off"]
+            if on:
+                rule = f"a resident pool keeps verl's own replicas and weight sync ({state})"
+                action = f"Set {on[0].replace('.', '/')}=off, or use rlhfless/pool=elastic."
+                raise ConfigError(f"{on[0]}.name", together[on[0]], rule, action)
+            return
         off = [key for key, name in together.items() if name == "off"]
         if 0 < len(off) < len(together):
-            state = ", ".join(f"{key}.name={name}" for key, name in together.items())
             raise ConfigError(
                 f"{off[0]}.name",
                 "off",
@@ -200,17 +189,39 @@ class RlhflessConfig:
                 "Start from +rlhfless=default, or use +rlhfless=off for stock verl.",
             )
 
+    def _check_request_parts(self) -> None:
+        if self.predictor.name == "oracle" and self.replay.trace is None:
+            rule = "reads true lengths from a replayed trace, and rlhfless.replay.trace is not set"
+            raise ConfigError("rlhfless.predictor.name", "oracle", rule, "Set rlhfless.replay.trace=FILE.")
+        if self.has_own_rollout:
+            return
+        for section in (self.predictor, self.dispatcher, self.prefix_dedup, self.migration):
+            if section.name not in _INACTIVE:
+                rule = "needs our router, and rlhfless.pool.name=off leaves verl's in place"
+                action = "Choose rlhfless/pool=resident or rlhfless/pool=elastic, or start from +rlhfless=default."
+                raise ConfigError(f"{section.KEY}.name", section.name, rule, action)
+
     @property
     def is_elastic(self) -> bool:
         """Whether rollout replicas are leased in each step."""
         return self.pool.name == "elastic"
+
+    @property
+    def has_own_rollout(self) -> bool:
+        """Whether requests run through our router, on leased replicas or on verl's own."""
+        return self.pool.name != "off"
+
+    @property
+    def is_placement_fixed(self) -> bool:
+        """Whether a request's replica follows from the batch alone."""
+        return self.dispatcher.name == "stock" and self.migration.name == "off"
 
     def active(self) -> dict[str, str]:
         """Return ``{section: name}`` of what is not off; replay, pace and observer are named by their file."""
         parts = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         names = {section: getattr(part, "name", "off") for section, part in parts.items()}
         files = {"replay": self.replay.trace, "pace": self.instrument.pace, "observer": self.instrument.observer}
-        return {key: name for key, name in {**names, **files}.items() if name not in ("off", None)}
+        return {key: name for key, name in {**names, **files}.items() if name not in _INACTIVE}
 
 
 def parse_config(values: object) -> RlhflessConfig:
@@ -222,44 +233,4 @@ def parse_config(values: object) -> RlhflessConfig:
     Raises:
         ConfigError: An unknown key, a value of the wrong type, or a broken rule.
     """
-    return _build(RlhflessConfig, {} if values is None else values, "rlhfless")
-
-
-def _build(cls: type[_T], values: object, key: str) -> _T:
-    if not isinstance(values, Mapping):
-        group = key.replace(".", "/")
-        raise ConfigError(
-            key, values, "must be a group of keys, not one value", f"Choose the group with a slash: {group}=NAME."
-        )
-    hints = typing.get_type_hints(cls)
-    known = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for name in values:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            action = f"Did you mean {key}.{close[0]}?" if close else f"Known keys: {', '.join(known)}."
-            raise ConfigError(f"{key}.{name}", values[name], "is not a known key", action)
-    return cls(**{name: _convert(hints[name], value, f"{key}.{name}") for name, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    """Return ``value`` as the annotated type ``hint``: a section, a tuple, or a scalar that may be ``None``."""
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast("type[Any]", hint), value, key)
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and types.NoneType in options:
-        return None
-    kind = options[0]
-    if typing.get_origin(kind) is tuple:
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise ConfigError(key, value, "must be a list", f"Write {key}=[1,2,1,2].")
-        return tuple(value)
-    if kind is str and value is False:
-        return "off"  # YAML 1.1 reads a bare `off` as a boolean
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ConfigError(key, value, f"must be {_NOUNS[kind]}", f"Set {key} to {_NOUNS[kind]}.")
-    return value
-
-
-_NOUNS = {str: "a string", int: "an integer", float: "a number"}
+    return build(RlhflessConfig, {} if values is None else values, "rlhfless")

@@ -45,7 +45,7 @@ class Cluster:
         """Return what is still there of engines: processes, and shared-memory segments that nobody maps, each named."""
         marked = [process for process in _marked_processes(self.run_id) if _is_engine(process)]
         segments = _unmapped_segments() - self.segments_before
-        return [f"process {process.pid} ({_command(process)})" for process in marked] + sorted(segments)
+        return [f"process {process.pid} ({_command(process)[:80]})" for process in marked] + sorted(segments)
 
 
 @contextlib.contextmanager
@@ -115,9 +115,10 @@ def _unmapped_segments() -> set[str]:
 
 def _command(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.Error):
-        return " ".join(process.cmdline())[:60]
+        return " ".join(process.cmdline())
     return "ended"
 
 
 def _is_engine(process: psutil.Process) -> bool:
-    return "VLLM::" in _command(process) or "EngineCore" in _command(process)
+    command = _command(process)
+    return any(mark in command for mark in ("VLLM::", "EngineCore", "multiprocessing.forkserver"))

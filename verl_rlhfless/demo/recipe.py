@@ -37,7 +37,11 @@ ELASTIC = Arm(
         f"trainer.v1.trainer_mode={TRAINER_MODE}",
     ),
 )
-ARMS = {arm.name: arm for arm in (STOCK, ELASTIC)}
+RESIDENT = Arm(
+    "resident",
+    (f"trainer.n_gpus_per_node={NUM_GPUS}", "+rlhfless=resident", f"trainer.v1.trainer_mode={TRAINER_MODE}"),
+)
+ARMS = {arm.name: arm for arm in (STOCK, ELASTIC, RESIDENT)}
 
 CPU_ENVIRONMENT = {
     "VERL_PLATFORM": "cpu",

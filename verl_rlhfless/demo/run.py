@@ -12,14 +12,16 @@ from functools import partial
 from pathlib import Path
 
 from verl_rlhfless.config import InstrumentConfig
-from verl_rlhfless.demo import recipe
+from verl_rlhfless.demo import ablation, recipe
 from verl_rlhfless.demo.assets import Assets, Problem, arithmetic_problems, build_assets, read_problems
 from verl_rlhfless.demo.cluster import Cluster, private_cluster
+from verl_rlhfless.demo.workload import Workload
 from verl_rlhfless.errors import ConfigError, RlhflessError
 from verl_rlhfless.live.instrument import instrument_environment
 from verl_rlhfless.live.observer import Observer
 from verl_rlhfless.report.ab import build_ab
 from verl_rlhfless.report.guards import GuardLimits
+from verl_rlhfless.report.requests import render_requests
 from verl_rlhfless.report.table import render
 
 _POLL_S = 0.5
@@ -35,6 +37,8 @@ class DemoOptions:
     steps: int = 4
     seed: int = 1
     arms: tuple[str, ...] = ("stock", "elastic")
+    ablate: bool = False
+    trace: Path | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -50,6 +54,18 @@ class DemoOptions:
             raise ConfigError("--arms", ",".join(self.arms), "must name each arm once", "Use --arms stock,elastic.")
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError("--out", str(self.out), "is a file", "Name a folder.")
+        if self.is_replayed and self.data is not None:
+            raise ConfigError("--data", str(self.data), "does not go with a replayed trace", "Give one of the two.")
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether response lengths come from a trace."""
+        return self.ablate or self.trace is not None
+
+    def chosen_arms(self) -> list[recipe.Arm]:
+        """Return the arms to run, in order."""
+        arms = [recipe.ARMS[name] for name in self.arms]
+        return [variant for arm in arms for variant in ablation.ablated(arm)] if self.ablate else arms
 
     def problems(self) -> list[Problem]:
         """Return the data of the run: the given file, or arithmetic of its own.
@@ -88,12 +104,16 @@ def run_demo(options: DemoOptions) -> int:
     Raises:
         RlhflessError: An option or the data is wrong; nothing was started.
     """
-    problems = options.problems()
-    options.out.mkdir(parents=True, exist_ok=True)
     say = partial(print, flush=True)
+    problems, workload = _work(options)
+    options.out.mkdir(parents=True, exist_ok=True)
     say(f"building a tiny Qwen3, its tokenizer and {len(problems)} problems")
     assets = build_assets(options.out.resolve() / "assets", problems, options.seed)
-    outcomes = {name: run_arm(recipe.ARMS[name], assets, options, say) for name in options.arms}
+    replayed = tuple(ablation.overrides(workload)) if workload else ()
+    outcomes = {
+        arm.name: run_arm(recipe.Arm(arm.name, (*replayed, *arm.overrides)), assets, options, say)
+        for arm in options.chosen_arms()
+    }
     failed = {name: outcome for name, outcome in outcomes.items() if outcome.exit_code != 0}
     for name, outcome in failed.items():
         say(
@@ -101,37 +121,55 @@ def run_demo(options: DemoOptions) -> int:
         )
     limits = GuardLimits(
         num_steps=options.steps,
-        num_samples=recipe.PROMPTS_PER_STEP * recipe.SAMPLES_PER_PROMPT,
+        num_samples=recipe.PROMPTS_PER_STEP * (ablation.SIZE.samples if workload else recipe.SAMPLES_PER_PROMPT),
         max_gpus=recipe.NUM_GPUS,
-        pulling_arms=(recipe.ELASTIC.name,),
+        pulling_arms=tuple(name for name in outcomes if name.startswith(recipe.ELASTIC.name)),
     )
     ab = build_ab(
         {name: outcome.folder for name, outcome in outcomes.items()},
         seed=options.seed,
         num_gpus=recipe.NUM_GPUS,
         limits=limits,
-        left_behind={name: outcome.leftovers for name, outcome in outcomes.items() if name == recipe.ELASTIC.name},
+        left_behind={
+            name: outcome.leftovers for name, outcome in outcomes.items() if name.startswith(recipe.ELASTIC.name)
+        },
     )
     target = options.out / "ab.json"
     target.write_text(json.dumps(ab, indent=2) + "\n")
     say(render(ab))
+    if workload:
+        say(f"lengths are those of {workload.trace} (times {workload.scale:g})")
+        say(render_requests(ab["arms"], ablation.least_prefill_of_steps(assets.model, workload, options.steps)))
     say(f"wrote {target}")
     return int(bool(failed) or not all(guard["ok"] for guard in ab["guards"]))
 
 
-def run_arm(arm: recipe.Arm, assets: Assets, options: DemoOptions, say: Callable[[str], None]) -> ArmOutcome:
-    """Train one arm on a private Ray cluster under the observer and return how it ended."""
+def _work(options: DemoOptions) -> tuple[list[Problem], Workload | None]:
+    """Return the problems of the run, and the workload whose lengths it replays, if any."""
+    if not options.is_replayed:
+        return options.problems(), None
+    workload = ablation.prepare(options.trace, options.out.resolve(), options.seed)
+    return list(workload.problems), workload
+
+
+def run_arm(
+    arm: recipe.Arm, assets: Assets, options: DemoOptions, say: Callable[[str], None], pace: str | None = None
+) -> ArmOutcome:
+    """Train one arm on a private Ray cluster under the observer and return how it ended.
+
+    ``pace`` declares the device that each replica stands for (``rlhfless.instrument.pace``); ``None`` = the CPU itself.
+    """
     folder = options.out.resolve() / arm.name
     folder.mkdir(parents=True, exist_ok=True)
     command = arm_command(arm, assets, options, folder)
-    with private_cluster(recipe.NUM_GPUS, arm_environment(folder)) as cluster, Observer(folder):
+    with private_cluster(recipe.NUM_GPUS, arm_environment(folder, pace)) as cluster, Observer(folder):
         exit_code = _train(command, cluster, folder, lambda line: say(f"{arm.name}: {line}"))
         return ArmOutcome(folder, exit_code, tuple(cluster.leftovers()))
 
 
-def arm_environment(folder: Path) -> dict[str, str]:
-    """Return what every process of an arm inherits: the CPU platform, and where to record."""
-    observed = InstrumentConfig(observer=str(folder))
+def arm_environment(folder: Path, pace: str | None = None) -> dict[str, str]:
+    """Return what every process of an arm inherits: the CPU platform, where to record, and the declared device."""
+    observed = InstrumentConfig(pace=pace, observer=str(folder))
     return {**recipe.CPU_ENVIRONMENT, **instrument_environment(observed)}
 
 

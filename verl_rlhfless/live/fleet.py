@@ -1,28 +1,39 @@
-"""All elastic replicas of a step: started together, registered with verl's router, drained and released together."""
+"""All elastic replicas of a step: started together in the background, registered with the router, released together."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import ray
 from omegaconf import open_dict
 
 from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import ReplicaError, RlhflessError
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.replica import ElasticReplica, WeightSource
+from verl_rlhfless.live.warm_pool import WarmPool
 from verl_rlhfless.types import FleetDecision, ReplicaSpec
 
 logger = logging.getLogger(__name__)
 
 
 class Fleet:
-    """Enacts fleet decisions; it never decides how many replicas a step gets."""
+    """Enacts fleet decisions; it never decides how many replicas a step gets.
 
-    def __init__(self, run_config: Any, config: RlhflessConfig, router: Any, events: EventLog) -> None:
+    Attributes:
+        replicas: Those that came up.
+        max_gpus: GPUs that the last decision leased.
+    """
+
+    def __init__(
+        self, run_config: Any, config: RlhflessConfig, router: Any, events: EventLog, warm_servers: WarmPool
+    ) -> None:
         self._rollout = run_config.actor_rollout_ref.rollout
         self._model = run_config.actor_rollout_ref.model
         self._config = config
@@ -30,35 +41,67 @@ class Fleet:
         self._events = events
         self._ranks = itertools.count()
         self.replicas: list[ElasticReplica] = []
-
-    @property
-    def num_gpus(self) -> int:
-        """GPUs that the fleet leases now."""
-        return sum(replica.world_size for replica in self.replicas)
+        self.max_gpus = 0
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rlhfless-fleet")
+        self._starting: Future[list[str]] | None = None
+        self._life: Future[None] | None = None
+        self._warm_servers = warm_servers
+        self._warm_servers.fill()
 
     def start(self, decision: FleetDecision, weights: WeightSource) -> None:
-        """Start every replica of the decision at once; the step goes on with those that come up.
+        """Begin to start every replica of the decision at once, and return; the router knows how many will come."""
+        assert not self.replicas and self._starting is None, "a fleet is released before the next one starts"
+        logger.info("rlhfless: step %d: %s", decision.step, decision.reason)
+        self.max_gpus = decision.num_gpus
+        ray.get(self._router.expect.remote(len(decision.replicas)))
+        candidates = [self._new_replica(spec) for spec in decision.replicas]
+        self._starting = Future()
+        self._life = self._thread.submit(asyncio.run, self._live(candidates, weights, self._starting))
+
+    def wait_started(self) -> None:
+        """Return when every replica came up or failed; the step goes on with those that came up.
 
         Raises:
             ReplicaError: None came up; the message holds each replica's reason.
         """
-        assert not self.replicas, "a fleet is released before the next one starts"
-        logger.info("rlhfless: step %d: %s", decision.step, decision.reason)
-        candidates = [self._new_replica(spec) for spec in decision.replicas]
-        outcomes = asyncio.run(self._start_all(candidates, weights))
-        failures = []
-        for replica, outcome in zip(candidates, outcomes, strict=True):
-            if isinstance(outcome, Exception):
-                failures.append(f"{replica.name}: {outcome}")
-                self._events.write("replica_failed", replica=replica.name, reason=str(outcome))
-                logger.error("rlhfless: %s", failures[-1])
+        if self._starting is None:
+            return
+        failures = self._starting.result()
+        self._starting = None
         if not self.replicas:
-            raise ReplicaError(f"step {decision.step}: no rollout replica came up. " + " | ".join(failures))
+            raise ReplicaError("no rollout replica came up. " + " | ".join(failures))
 
-    async def _start_all(self, candidates: list[ElasticReplica], weights: WeightSource) -> list[BaseException | None]:
-        return await asyncio.gather(
-            *[self._start_one(replica, weights) for replica in candidates], return_exceptions=True
-        )
+    async def _live(self, candidates: list[ElasticReplica], weights: WeightSource, started: Future[list[str]]) -> None:
+        """Start the replicas, then replace lost ones for as long as the router asks."""
+        started.set_result(await self._start_all(candidates, weights))
+        with contextlib.suppress(ray.exceptions.RayActorError):  # a router that is gone asks for nothing
+            while (tp := await self._router.wanted.remote()) is not None:
+                await self._give_back_lost()
+                await self._try_start(self._new_replica(ReplicaSpec(tp)), weights)
+
+    async def _give_back_lost(self) -> None:
+        """Return the leases of dead replicas: the next one may need their GPUs."""
+        are_lost = await asyncio.gather(*[replica.is_lost() for replica in self.replicas])
+        lost = [replica for replica, is_lost in zip(self.replicas, are_lost, strict=True) if is_lost]
+        self.replicas = [replica for replica in self.replicas if replica not in lost]
+        for outcome in await asyncio.gather(*[self._release_one(replica) for replica in lost], return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                logger.error("rlhfless: a lost replica could not be ended: %s", outcome)
+
+    async def _start_all(self, candidates: list[ElasticReplica], weights: WeightSource) -> list[str]:
+        """Return why replicas did not come up."""
+        failures = await asyncio.gather(*[self._try_start(replica, weights) for replica in candidates])
+        return [failure for failure in failures if failure]
+
+    async def _try_start(self, replica: ElasticReplica, weights: WeightSource) -> str:
+        try:
+            await self._start_one(replica, weights)
+        except Exception as error:  # noqa: BLE001  told to the router, recorded, and raised if nobody came up
+            self._events.write("replica_failed", replica=replica.name, reason=str(error))
+            logger.error("rlhfless: %s: %s", replica.name, error)
+            await self._router.give_up_expected.remote()
+            return f"{replica.name}: {error}"
+        return ""
 
     async def _start_one(self, replica: ElasticReplica, weights: WeightSource) -> None:
         report = await replica.start(weights)
@@ -74,7 +117,7 @@ class Fleet:
         rollout = self._rollout.copy()
         with open_dict(rollout):
             rollout.tensor_model_parallel_size = spec.tp
-        return ElasticReplica(next(self._ranks), rollout, self._model, self._config.pool)
+        return ElasticReplica(next(self._ranks), rollout, self._model, self._config.pool, self._warm_servers)
 
     def release(self) -> None:
         """Take every replica out of the router, drain it, end it, and give its lease back.
@@ -83,6 +126,11 @@ class Fleet:
             RlhflessError: A replica could not be ended or its lease not be returned; the others are released all
                 the same.
         """
+        if self._life is not None:
+            with contextlib.suppress(ray.exceptions.RayActorError):
+                ray.get(self._router.stop_wanting.remote())
+            self._life.result()  # a replica that is on its way holds a lease
+            self._life = self._starting = None
         leaving, self.replicas = self.replicas, []
         if not leaving:
             return
@@ -90,6 +138,14 @@ class Fleet:
         failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         if failures:
             raise failures[0] if isinstance(failures[0], RlhflessError) else ReplicaError(str(failures[0]))
+
+    def close(self) -> None:
+        """Release every replica, and end the servers that wait for one."""
+        try:
+            self.release()
+        finally:
+            self._thread.shutdown()
+            self._warm_servers.close()
 
     async def _release_all(self, leaving: list[ElasticReplica]) -> list[BaseException | None]:
         addresses = [replica.server_address for replica in leaving]

@@ -1,15 +1,16 @@
-"""Leases: the only thing that costs. A lease is a placement group that holds GPUs, with one holder actor per node.
+"""Leases: the only thing that costs. A lease is a placement group that holds GPUs, and nothing runs inside it.
 
-Invariants: removing a placement group kills every actor inside it, therefore nothing but the holder runs there and
-all work runs outside, on the devices that the holder names. A lease ends when Ray says so, not when we asked. An
-error or an interrupt during a grant leaves no pending group behind. Names are ``rlhfless/<role>/<name>`` and are
-never used twice: an observer outside the run reads them.
+Invariants: removing a placement group kills every actor inside it, therefore all work runs outside, on the devices
+that a short task in each bundle has named. A lease ends when Ray says so, not when we asked. An error or an interrupt
+during a grant leaves no pending group behind. Names are ``rlhfless/<role>/<name>`` and are never used twice: an
+observer outside the run reads them.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -17,23 +18,24 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from verl_rlhfless.errors import LeaseImpossibleError, LeaseReleaseError, LeaseTimeoutError, RlhflessError
-from verl_rlhfless.live.holder import Holder, HolderReport
+from verl_rlhfless.live.leased_node import free_port, leased_node
 from verl_rlhfless.types import LeasedNode
 
 RELEASE_TIMEOUT_S = 30.0
 """How long a release that nobody gave a time-out for may take."""
 
-_HOLDER_START_S = 60.0
+_ANSWER_S = 60.0  # the first task on a node waits for a worker process
 _NODE_PIN = 0.001  # share of the resource that every Ray node has under its own name
 _RELEASE_POLL_S = 0.002
 
 DeviceKey = tuple[tuple[str, frozenset[str]], ...]
 """The devices of a lease as ``((node id, {device ids}), ...)``, sorted by node: equal keys mean the same devices."""
 
-_HolderActor = ray.remote(Holder)
+_leased_node = ray.remote(num_cpus=0, max_calls=0)(leased_node)  # Ray would end a worker after each task with a GPU
+_free_port = ray.remote(num_cpus=0)(free_port)
 _used_names: set[str] = set()
 
 
@@ -90,15 +92,13 @@ class Lease:
     """
 
     def __init__(
-        self, request: LeaseRequest, group: PlacementGroup, granted_s: float, holders: dict[Any, HolderReport]
+        self, request: LeaseRequest, group: PlacementGroup, granted_s: float, nodes: Sequence[LeasedNode]
     ) -> None:
-        ordered = sorted(holders.items(), key=lambda item: item[1].ip)
         self.name = request.group_name
-        self.nodes = tuple(LeasedNode(report.node_id, report.ip, report.device_ids) for _, report in ordered)
+        self.nodes = tuple(sorted(nodes, key=lambda node: node.ip))
         self.granted_s = granted_s
         self.released_s: float | None = None
         self._group = group
-        self._holders = tuple(holder for holder, _ in ordered)
 
     @classmethod
     def acquire(cls, request: LeaseRequest, timeout_s: float, *, fail_if_impossible: bool = False) -> Lease:
@@ -124,7 +124,7 @@ class Lease:
         try:
             _wait_granted(request, group, timeout_s)
             granted_s = time.time()
-            return cls(request, group, granted_s, _start_holders(request, group))
+            return cls(request, group, granted_s, _ask_nodes(request, group))
         except BaseException:  # an interrupt too must leave no group behind
             _remove(request.group_name, group, RELEASE_TIMEOUT_S)
             raise
@@ -138,8 +138,10 @@ class Lease:
 
     def master_address(self, port_range: tuple[int, int] | None = None) -> tuple[str, int]:
         """Return address and a free port of the first node, for a process group's rendezvous."""
-        port: int = ray.get(self._holders[0].free_port.remote(port_range), timeout=_HOLDER_START_S)
-        return self.nodes[0].ip.strip("[]"), port
+        first = self.nodes[0]
+        strategy = NodeAffinitySchedulingStrategy(node_id=first.node_id, soft=False)
+        port: int = ray.get(_free_port.options(scheduling_strategy=strategy).remote(port_range), timeout=_ANSWER_S)
+        return first.ip.strip("[]"), port
 
     def release(self, timeout_s: float = RELEASE_TIMEOUT_S) -> None:
         """Give the GPUs back and wait until Ray confirms it. Safe to call twice.
@@ -167,23 +169,23 @@ def _wait_granted(request: LeaseRequest, group: PlacementGroup, timeout_s: float
     raise LeaseTimeoutError(f"{request}: not granted within {timeout_s:g} s. {_who_holds(request.resource)}")
 
 
-def _start_holders(request: LeaseRequest, group: PlacementGroup) -> dict[Any, HolderReport]:
-    """Return one report per holder actor, in bundle order."""
-    holders = []
+def _ask_nodes(request: LeaseRequest, group: PlacementGroup) -> list[LeasedNode]:
+    """Return what each bundle got, in bundle order."""
+    answers = []
     for index, count in enumerate(request.gpus_per_node):
         devices: dict[str, Any] = (
             {"num_gpus": count} if request.resource == "GPU" else {"resources": {request.resource: count}}
         )
         strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
-        holders.append(_HolderActor.options(num_cpus=0, scheduling_strategy=strategy, **devices).remote())
+        answers.append(_leased_node.options(scheduling_strategy=strategy, **devices).remote(request.resource))
     try:
-        reports = ray.get([holder.report.remote(request.resource) for holder in holders], timeout=_HOLDER_START_S)
+        nodes: list[LeasedNode] = ray.get(answers, timeout=_ANSWER_S)
     except GetTimeoutError:
         raise LeaseTimeoutError(
-            f"{request}: granted, but a holder process did not start within {_HOLDER_START_S:g} s. "
-            "Look at the node's load and memory."
+            f"{request}: granted, but no worker process answered on its nodes within {_ANSWER_S:g} s. "
+            "Look at their load and memory."
         ) from None
-    return dict(zip(holders, reports, strict=True))
+    return nodes
 
 
 def _remove(name: str, group: PlacementGroup, timeout_s: float) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from verl.plugin.platform import get_platform
 from verl.workers.rollout.replica import RolloutMode
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMReplica
 
@@ -24,7 +23,7 @@ from verl_rlhfless.errors import ReplicaError
 from verl_rlhfless.live.accelerator import Accelerator
 from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.lease import Lease, LeaseRequest
-from verl_rlhfless.live.server import ElasticServer
+from verl_rlhfless.live.warm_pool import WarmPool
 from verl_rlhfless.live.weights import PullReport
 from verl_rlhfless.processes import ProcessKey, end_server
 
@@ -72,15 +71,23 @@ class ReleaseReport:
 class ElasticReplica(vLLMReplica):
     """A vLLM replica on a lease of its own. Its rank is never reused: verl's actor and socket names contain it."""
 
-    def __init__(self, replica_rank: int, config: Any, model_config: Any, pool: PoolConfig) -> None:
+    def __init__(
+        self, replica_rank: int, config: Any, model_config: Any, pool: PoolConfig, warm_servers: WarmPool
+    ) -> None:
         super().__init__(replica_rank, config, model_config, gpus_per_node=config.tensor_model_parallel_size)
-        self.server_class = ray.remote(ElasticServer)
         self.rollout_mode = RolloutMode.STANDALONE
         self.state = ReplicaState.REQUESTED
         self.lease: Lease | None = None
         self._pool = pool
+        self._warm_servers = warm_servers
         self._server_process: ProcessKey | None = None
         self._engine_processes: tuple[ProcessKey, ...] = ()
+
+    @property
+    def node_id(self) -> str:
+        """Ray's id of the node that the lease is on."""
+        assert self.lease is not None
+        return self.lease.nodes[0].node_id
 
     @property
     def name(self) -> str:
@@ -121,42 +128,40 @@ class ElasticReplica(vLLMReplica):
             raise
 
     async def launch_servers(self) -> None:
-        """Start verl's server actor on the leased devices.
+        """Make a warm server actor serve on the leased devices.
 
-        Differs from verl: the lease tells the devices, not a worker process.
+        Differs from verl: the lease tells the devices, not a worker process, and the actor exists already.
         """
         assert self.lease is not None
         (node,) = self.lease.nodes
-        platform = get_platform()
-        env_vars = {
-            **dict.fromkeys(platform.ray_noset_envvars(), "1"),
-            **platform.rollout_env_vars(),
-            LEASE_VARIABLE: self.lease.name,
-        }
-        server = self.server_class.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.node_id, soft=False),
-            runtime_env={"env_vars": env_vars},
-            name=f"{self._get_server_name_prefix()}server_{self.replica_rank}_0",
-            max_concurrency=self.max_concurrency,
-            num_cpus=0,
-        ).remote(
-            config=self.config,
-            model_config=self.model_config,
-            rollout_mode=self.rollout_mode,
-            workers=[None] * self.world_size,
-            replica_rank=self.replica_rank,
-            node_rank=0,
-            gpus_per_node=self.world_size,
-            nnodes=1,
-            cuda_visible_devices=",".join(node.device_ids),
-        )
+        server, self._server_process = await self._warm_servers.take(self.node_id)
         self.servers = [server]
-        self._server_process = await server.process.remote()
+        await server.become.remote(
+            {LEASE_VARIABLE: self.lease.name},
+            {
+                "config": self.config,
+                "model_config": self.model_config,
+                "rollout_mode": self.rollout_mode,
+                "workers": [None] * self.world_size,
+                "replica_rank": self.replica_rank,
+                "node_rank": 0,
+                "gpus_per_node": self.world_size,
+                "nnodes": 1,
+                "cuda_visible_devices": ",".join(node.device_ids),
+            },
+        )
         await server.launch_server.remote()
         self._engine_processes = await server.engine_processes.remote()
         ip, port = await server.get_server_address.remote()
         self._server_handle = server
         self._server_address = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+
+    async def is_lost(self) -> bool:
+        """Return whether the engine or its server is dead."""
+        try:
+            return not await self._server_handle.is_alive.remote()
+        except ray.exceptions.RayActorError:
+            return True
 
     async def release(self) -> ReleaseReport:
         """Drain, end the engine, give the lease back, and return how long each took.
@@ -217,20 +222,24 @@ class ElasticReplica(vLLMReplica):
             self.state = ReplicaState.RELEASED
 
     async def _stop_server(self, server: Any) -> tuple[int, ...]:
+        """End the engine, and return the pids that survived; a server in good health waits for another replica."""
         timeout_s = self._pool.release_timeout_s
         try:
             survivors = await asyncio.wait_for(_awaitable(server.stop_engine.remote(timeout_s)), timeout_s + 5)
         except (ray.exceptions.RayError, asyncio.TimeoutError):
             self.state = ReplicaState.LOST
             survivors = await self._reap(timeout_s)
-        ray.kill(server, no_restart=True)  # only now: the server is the one that knows its processes
+        if self.state is ReplicaState.LOST or survivors:
+            ray.kill(server, no_restart=True)  # only now: the server is the one that knows its processes
+        else:
+            self._warm_servers.give_back(self.node_id, server)
         return tuple(survivors)
 
     async def _reap(self, timeout_s: float) -> tuple[int, ...]:
         """End the processes of a server that does not answer, from a task on its node."""
         if self._server_process is None or self.lease is None:
             return ()
-        affinity = NodeAffinitySchedulingStrategy(node_id=self.lease.nodes[0].node_id, soft=False)
+        affinity = NodeAffinitySchedulingStrategy(node_id=self.node_id, soft=False)
         reap = ray.remote(num_cpus=0)(end_server).options(scheduling_strategy=affinity)
         return tuple(await _awaitable(reap.remote(self._server_process, self._engine_processes, timeout_s)))
 

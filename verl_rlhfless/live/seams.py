@@ -7,6 +7,7 @@ instead of one after the other from inside a run.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from dataclasses import dataclass
 from functools import reduce
@@ -47,6 +48,10 @@ SEAMS = (
     Seam("verl.single_controller.ray.base", "RayWorkerGroup._init_with_resource_pool", ("resource_pool",)),
     Seam("verl.workers.rollout.router", "GlobalRequestLoadBalancer.add_servers", ("servers",)),
     Seam("verl.workers.rollout.router", "GlobalRequestLoadBalancer.remove_servers", ("server_ids",)),
+    Seam("verl.workers.rollout.router", "get_router_handle", ("servers", "router_config_path")),
+    Seam("verl.workers.rollout.llm_server", "LLMServerManager.get_client", ("client_cls",)),
+    Seam("verl.trainer.ppo.v1.agent_loop_tq", "AgentLoopManagerTQ.generate_sequences", ("prompts",)),
+    Seam("verl.experimental.agent_loop.agent_loop", "AgentLoopWorker._run_agent_loop", ("trajectory", "agent_name")),
     Seam("verl.checkpoint_engine.base", "CheckpointEngineRegistry.register", ("backend",)),
 )
 
@@ -62,6 +67,26 @@ def check_seams(seams: tuple[Seam, ...] = SEAMS) -> None:
         raise UnsupportedError(
             f"verl={installed_version('verl')}: lacks what the elastic trainer builds on: {'; '.join(problems)}. "
             "Install an unmodified verl of the supported range: pip install --force-reinstall --no-deps verl==0.9.1"
+        )
+
+
+def check_prefix_grouper() -> None:
+    """Check that verl's engines share the prefix of a group in the forward pass, as its prefix grouper does.
+
+    Raises:
+        UnsupportedError: They don't; the message says what is missing.
+    """
+    engine = importlib.import_module("verl.workers.engine.fsdp.transformer_impl")
+    if "prefix_grouper" not in inspect.getsource(engine):
+        raise UnsupportedError(
+            f"rlhfless.prefix_dedup.training='prefix_grouper': verl={installed_version('verl')} has a prefix grouper "
+            "that the engines of its v1 trainer never call. Set rlhfless.prefix_dedup.training=off: the rollout still "
+            "computes each prefix once."
+        )
+    if importlib.util.find_spec("prefix_grouper") is None:
+        raise UnsupportedError(
+            "rlhfless.prefix_dedup.training='prefix_grouper': the package prefix_grouper is not installed. Install it, "
+            "or set rlhfless.prefix_dedup.training=off."
         )
 
 

@@ -1,4 +1,4 @@
-"""The server actor of an elastic replica: verl's own vLLM server, which also pulls weights and ends without a trace."""
+"""The server actor of an elastic replica: a request server that also pulls weights and ends without a trace."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import asyncio
 import os
 from typing import Any
 
-from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
-
+from verl_rlhfless.live.request_server import RequestServer
 from verl_rlhfless.live.weights import PullReport, pull_into_engine
 from verl_rlhfless.processes import ProcessKey, descendants, end_processes, process_key
 from verl_rlhfless.shared_memory import mapped_segments, unlink_segments
@@ -15,8 +14,8 @@ from verl_rlhfless.shared_memory import mapped_segments, unlink_segments
 _WORKER_EXTENSION = "verl_rlhfless.live.engine_worker.ElasticWorkerExtension"
 
 
-class ElasticServer(vLLMHttpServer):
-    """A vLLM server whose weights come from the store and whose end is confirmed."""
+class ElasticServer(RequestServer):
+    """A request server whose weights come from the store and whose end is confirmed."""
 
     def _get_worker_extension_cls(self) -> str:
         return _WORKER_EXTENSION
@@ -32,7 +31,7 @@ class ElasticServer(vLLMHttpServer):
         return process_key(os.getpid())
 
     async def engine_processes(self) -> tuple[ProcessKey, ...]:
-        """Return the keys of everything that this actor started and that must be gone once it ended."""
+        """Return the keys of the processes that run the engine and that must be gone once it ended."""
         return descendants(os.getpid())
 
     async def pull_weights(self, version: int, store_name: str, timeout_s: float) -> PullReport:
@@ -52,9 +51,16 @@ class ElasticServer(vLLMHttpServer):
 
         A direct kill takes well under a second; vLLM's own shutdown takes five, for state that nobody needs any more.
         """
+        await self.end_requests()
         self._server_task.cancel()
         self.engine.output_handler.cancel()  # else it reports the engine's end as a failure
-        return await asyncio.to_thread(end_processes, descendants(os.getpid()), timeout_s)
+        survivors = await asyncio.to_thread(end_processes, await self.engine_processes(), timeout_s)
+        self.engine.shutdown()  # closes sockets and threads of a client whose engine is gone
+        return survivors
+
+    async def is_alive(self) -> bool:
+        """Return whether the engine works."""
+        return not self.engine.errored
 
     async def num_running(self) -> int:
         """Return how many requests the engine still works on; none if it is dead."""

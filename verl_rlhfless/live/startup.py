@@ -19,13 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
 from verl_rlhfless.errors import ConfigError, DataError, RlhflessError, UnsupportedError
 from verl_rlhfless.live.instrument import instrument_environment
-from verl_rlhfless.live.seams import check_seams
+from verl_rlhfless.live.seams import check_prefix_grouper, check_seams
 from verl_rlhfless.versions import REQUIREMENTS, check_requirement
 
 PLUGIN_NAME = "rlhfless"
 """Name of our entry point in the group ``verl.plugins``."""
 
 _MODE_KEY = "trainer.v1.trainer_mode"
+_ROLLOUT = "actor_rollout_ref.rollout"
 _POLICY_KEY = "VERL_USE_EXTERNAL_PLUGINS"
 
 
@@ -61,23 +62,26 @@ def check_run(config: DictConfig, environ: Mapping[str, str]) -> str:
     check_plugin_policy(environ)
     versions = [f"{item.distribution} {check_requirement(item)}" for item in REQUIREMENTS]
     load_plugin()
-    if parsed.is_elastic:
+    if parsed.has_own_rollout:
         check_backend(config)
+        check_rollout(config, parsed)
+    if parsed.is_elastic:
+        check_elastic(config)
         check_budget(config, parsed, environ)
     check_data_files(config)
     instrument_environment(parsed.instrument)
     if parsed.replay.trace is not None:
         _check_replay(config, parsed.replay.trace, environ)
-    if parsed.is_elastic:  # last, since it imports verl's trainer
+    if parsed.has_own_rollout:  # last, since it imports verl's trainer
         check_seams()
         _check_trainer_registered()
     return f"active: {_describe(active, parsed)} ({', '.join(versions)})"
 
 
 def check_trainer_mode(config: DictConfig, parsed: RlhflessConfig) -> None:
-    """Check that the trainer mode and the pool are both elastic or both not."""
+    """Check that the trainer mode and the pool are both ours or both verl's."""
     mode = OmegaConf.select(config, _MODE_KEY)
-    if parsed.is_elastic and mode != TRAINER_MODE:
+    if parsed.has_own_rollout and mode != TRAINER_MODE:
         given = [item for item in _task_overrides(config) if item.lstrip("+").startswith(f"{_MODE_KEY}=")]
         source = f"the override {given[-1]!r}" if given else "a configuration file after the group"
         raise ConfigError(
@@ -86,12 +90,12 @@ def check_trainer_mode(config: DictConfig, parsed: RlhflessConfig) -> None:
             f"must be {TRAINER_MODE} while rlhfless.pool.name={parsed.pool.name}, but {source} replaced it",
             f"Remove it, or append {_MODE_KEY}={TRAINER_MODE} as the last override.",
         )
-    if mode == TRAINER_MODE and not parsed.is_elastic:
+    if mode == TRAINER_MODE and not parsed.has_own_rollout:
         raise ConfigError(
             _MODE_KEY,
             mode,
-            "needs an elastic pool, and rlhfless.pool.name is off",
-            f"Use +rlhfless=default, or {_MODE_KEY}=sync for stock verl.",
+            "needs our rollout, and rlhfless.pool.name is off",
+            f"Use +rlhfless=default or +rlhfless=resident, or {_MODE_KEY}=sync for stock verl.",
         )
 
 
@@ -109,22 +113,43 @@ def check_plugin_policy(environ: Mapping[str, str]) -> None:
 
 
 def check_backend(config: DictConfig) -> None:
-    """Refuse what an elastic run can't do: the v0 trainer, other engines, disaggregation, other parallelism."""
+    """Refuse what our rollout can't do: the v0 trainer, other engines, disaggregation."""
     if not config.trainer.use_v1:
         raise ConfigError("trainer.use_v1", False, "the v0 trainer is not supported", "Set trainer.use_v1=True.")
-    key, rollout = "actor_rollout_ref.rollout", config.actor_rollout_ref.rollout
+    rollout = config.actor_rollout_ref.rollout
     engine = OmegaConf.select(rollout, "name")
     if engine != "vllm":
-        rule = "elastic replicas need vllm; sglang, trtllm and others are not supported"
-        raise ConfigError(f"{key}.name", engine, rule, f"Set {key}.name=vllm, or use +rlhfless=off.")
+        rule = "our rollout needs vllm; sglang, trtllm and others are not supported"
+        raise ConfigError(f"{_ROLLOUT}.name", engine, rule, f"Set {_ROLLOUT}.name=vllm, or use +rlhfless=off.")
     if OmegaConf.select(rollout, "disaggregation.enabled"):
-        rule = "prefill / decode disaggregation is not supported by elastic replicas"
-        raise ConfigError(f"{key}.disaggregation.enabled", True, rule, "Set it to False, or use +rlhfless=off.")
+        rule = "prefill / decode disaggregation is not supported by our rollout"
+        raise ConfigError(f"{_ROLLOUT}.disaggregation.enabled", True, rule, "Set it to False, or use +rlhfless=off.")
+
+
+def check_rollout(config: DictConfig, parsed: RlhflessConfig) -> None:
+    """Refuse a recipe that brings its own router or rollout stage, or wants what our dispatcher can't promise."""
+    rollout = config.actor_rollout_ref.rollout
+    for key in ("router_config_path", "agent.agent_loop_manager_class"):
+        value = OmegaConf.select(rollout, key)
+        if value:
+            rule = "a run of ours has its own router and rollout stage, and there can be one of each"
+            raise ConfigError(f"{_ROLLOUT}.{key}", value, rule, "Remove it, or use +rlhfless=off.")
+    if OmegaConf.select(rollout, "full_determinism") and not parsed.is_placement_fixed:
+        rule = "requests are placed by what is predicted and measured, so two runs are not alike"
+        action = "Set rlhfless/dispatcher=stock and rlhfless/migration=off, or full_determinism=False."
+        raise ConfigError(f"{_ROLLOUT}.full_determinism", True, rule, action)
+    if parsed.prefix_dedup.training == "prefix_grouper":
+        check_prefix_grouper()
+
+
+def check_elastic(config: DictConfig) -> None:
+    """Refuse what a leased replica can't do: adapters that stay apart, other parallelism."""
     check_adapters(config)
     for name in ("data_parallel_size", "pipeline_model_parallel_size"):
-        if rollout[name] != 1:
+        value = config.actor_rollout_ref.rollout[name]
+        if value != 1:
             rule = "an elastic replica is parallel over tensors only"
-            raise ConfigError(f"{key}.{name}", rollout[name], rule, "Set it to 1, or use +rlhfless=off.")
+            raise ConfigError(f"{_ROLLOUT}.{name}", value, rule, "Set it to 1, or use +rlhfless=off.")
 
 
 def check_adapters(config: DictConfig) -> None:

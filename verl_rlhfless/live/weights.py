@@ -8,6 +8,7 @@ verl's other way, CUDA IPC, needs the tensors in the sender's device memory, and
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import threading
 import time
@@ -20,6 +21,7 @@ import ray
 
 from verl_rlhfless.errors import WeightStoreError
 from verl_rlhfless.live.checksum import EngineChecksum, verify
+from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.weight_channel import BoundedSender
 from verl_rlhfless.live.weight_manifest import Manifest
 from verl_rlhfless.live.weight_reader import read_tensors
@@ -65,7 +67,7 @@ async def pull_into_engine(engine: Any, *, version: int, store_name: str, timeou
     """
     started = time.monotonic()
     deadline = started + timeout_s
-    replica = ray.get_runtime_context().get_actor_name() or ray.get_runtime_context().get_worker_id()
+    replica = os.environ.get(LEASE_VARIABLE) or ray.get_runtime_context().get_actor_name()
     try:
         async with _pinned(connect(store_name), version, replica, timeout_s) as manifest:
             handles = await _call(engine, "_get_zmq_handle", deadline)

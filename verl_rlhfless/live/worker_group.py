@@ -1,6 +1,6 @@
 """A verl worker group on a lease, which can give its GPUs back while its processes live on.
 
-The ranks run outside the lease's placement group, on the devices that the lease's holder named. ``suspend`` moves every
+The ranks run outside the lease's placement group, on the devices that the lease names. ``suspend`` moves every
 role of the processes to the host and releases the lease; ``resume`` leases again and goes on only on the same devices,
 because a live process can't change its device. Spawned role groups share their parent's processes: the parent owns the
 lease and does the work, whichever group is asked.

@@ -18,6 +18,7 @@ from verl_rlhfless.report.environment import hardware, versions
 from verl_rlhfless.report.guards import GuardLimits, judge
 from verl_rlhfless.report.observed import Observed, read_observed
 from verl_rlhfless.report.record import ArmRecord, Figures, HostUse, Pull, StepRecord
+from verl_rlhfless.report.requests import request_use
 from verl_rlhfless.report.timeline import StepTime, Timeline, build_timeline
 from verl_rlhfless.types import LeaseSpan
 
@@ -94,6 +95,7 @@ def _step_figures(observed: Observed, timeline: Timeline, step: int, time: StepT
         response_tokens=None if samples is None or mean_tokens is None else round(mean_tokens * samples.num_rows),
         num_samples=None if samples is None else samples.num_samples,
         num_replicas=_num_replicas(observed, timeline.leases, time) if time else None,
+        requests=request_use(observed, step, time.timer) if time else None,
     )
 
 

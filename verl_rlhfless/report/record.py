@@ -9,6 +9,25 @@ from verl_rlhfless.types import GpuSeconds, LeaseSpan
 
 
 @dataclass(frozen=True, slots=True)
+class RequestUse:
+    """How the requests of a step were served, read from the engines' own iterations in every arm alike.
+
+    Attributes:
+        rollout_s: From the start of the step to the end of the last engine iteration of its rollout [s].
+        prefill_tokens: Prompt tokens that engines computed, recomputed context of moved samples included.
+        num_migrations: Running samples that were cut to continue elsewhere; ``None`` without a router of ours.
+        router_cpu_s: CPU time of the router's process [s]: requests, journal and decisions; ``None`` likewise.
+        host_cpu_percent: Mean of all cores during the rollout; above the limit a paced arm is void.
+    """
+
+    rollout_s: float
+    prefill_tokens: int
+    num_migrations: int | None
+    router_cpu_s: float | None
+    host_cpu_percent: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
     """What a step and a whole run have in common. Of a run: times and reward are means, the difference is the largest.
 
@@ -22,6 +41,7 @@ class Figures:
         response_tokens: Tokens of all responses, padding samples left out.
         num_samples: Samples that reached training, padding left out.
         num_replicas: Rollout replicas that could serve.
+        requests: How requests were served.
     """
 
     step_s: float | None
@@ -33,6 +53,7 @@ class Figures:
     response_tokens: int | None
     num_samples: int | None
     num_replicas: int | None
+    requests: RequestUse | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the figures under the names of ``rlhfless-ab/1``."""
@@ -51,6 +72,7 @@ class Figures:
             "response_tokens": self.response_tokens,
             "num_samples": self.num_samples,
             "num_replicas": self.num_replicas,
+            **(asdict(self.requests) if self.requests else {}),
         }
 
 

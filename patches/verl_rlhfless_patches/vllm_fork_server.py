@@ -1,0 +1,90 @@
+"""Start vLLM's engine processes from a fork server that has imported vLLM already.
+
+Why: inside a Ray actor vLLM must not fork (the actor has threads), so it spawns EngineCore, which spawns each worker
+(``vllm/utils/system_utils.py``, ``_maybe_force_spawn``): torch and vLLM are imported once more in each, one after the
+other, which is most of a cold start. A fork server is a fresh process without threads that imports them once, while
+nobody waits; EngineCore is forked from it, and forks its workers, which is what vLLM does itself outside Ray.
+Remove when: vLLM offers the fork server as a start method.
+"""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import multiprocessing.context
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
+import os
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+from verl_rlhfless.errors import UnsupportedError
+
+_MODULE, _FUNCTION = "vllm.v1.engine.utils", "get_mp_context"
+_START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+
+
+class _Process(multiprocessing.context.ForkServerProcess):
+    """A process of the fork server with the environment that its parent has when it starts, as a spawned one has."""
+
+    def start(self) -> None:
+        self._environment = dict(os.environ)
+        super().start()
+
+    def run(self) -> None:
+        os.environ.clear()
+        os.environ.update(self._environment | {_START_METHOD: "fork"})
+        super().run()
+
+
+class _Context(multiprocessing.context.ForkServerContext):
+    Process = _Process
+
+
+def start(preload: str) -> None:
+    """Start this process's fork server now; it imports the module ``preload`` in the background."""
+    server: Any = multiprocessing.forkserver
+    server.set_forkserver_preload([preload])
+    server.ensure_running()
+
+
+def wait_until_preloaded() -> None:
+    """Return when the fork server has imported its module: it starts nothing before."""
+    probe = _Context().Process(target=_nothing)
+    probe.start()
+    probe.join()
+
+
+def helper_pids() -> frozenset[int]:
+    """Return the pids of this process's fork server and of the resource tracker beside it."""
+    server: Any = multiprocessing.forkserver
+    tracker: Any = multiprocessing.resource_tracker
+    return frozenset((server._forkserver._forkserver_pid, tracker._resource_tracker._pid))
+
+
+def _nothing() -> None:
+    """Run in the fork server's first process."""
+
+
+def apply() -> None:
+    """Make vLLM use the fork server of this process, at once or right after vLLM is imported.
+
+    Raises:
+        UnsupportedError: vLLM changed the function (raised when its module is imported).
+    """
+    wrapt.register_post_import_hook(_patch, _MODULE)
+
+
+def _patch(module: ModuleType) -> None:
+    original = getattr(module, _FUNCTION, None)
+    if original is None or inspect.signature(original).parameters:
+        raise UnsupportedError(f"vLLM changed {_MODULE}.{_FUNCTION}. Update {__name__} or pin vLLM.")
+    context = _Context()
+
+    def from_fork_server() -> Any:
+        original()  # it also tells the children where Ray is
+        return context
+
+    setattr(module, _FUNCTION, from_fork_server)

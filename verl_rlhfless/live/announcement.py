@@ -1,0 +1,70 @@
+"""What is known of a step's prompts before the first of them is submitted. Light to import."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from verl_rlhfless.live.tickets import SampleKey
+from verl_rlhfless.policy.snapshot import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One prompt and its responses.
+
+    Attributes:
+        uid: verl's id of the prompt in this step.
+        prompt_id: The prompt's id for ever: the same in every epoch.
+        row: ``extra_info.index`` of its row in the data set.
+        n: Responses asked for.
+        prompt_tokens: Estimate of its length.
+    """
+
+    uid: str
+    prompt_id: str
+    row: int
+    n: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """One step's rollout.
+
+    Attributes:
+        step: verl's number of the training step.
+        groups: In the order of the batch.
+        max_response_tokens: Most tokens of a response.
+    """
+
+    step: int
+    groups: tuple[Group, ...]
+    max_response_tokens: int
+
+    def batch(self) -> Batch:
+        """Return the prompts as policies see them; a prompt that is there twice gets a second id."""
+        sizes = [group.n for group in self.groups]
+        return Batch(
+            step=self.step,
+            prompt_ids=_unique([group.prompt_id for group in self.groups]),
+            group_of=np.repeat(np.arange(len(sizes)), sizes),
+            prompt_tokens=np.repeat([group.prompt_tokens for group in self.groups], sizes),
+            max_response_tokens=self.max_response_tokens,
+        )
+
+    def samples(self) -> tuple[SampleKey, ...]:
+        """Return who each sample of the batch is."""
+        return tuple(SampleKey(group.uid, session) for group in self.groups for session in range(group.n))
+
+
+def _unique(names: Sequence[str]) -> tuple[str, ...]:
+    seen: Counter[str] = Counter()
+    unique = []
+    for name in names:
+        unique.append(f"{name}+{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return tuple(unique)

@@ -1,0 +1,113 @@
+"""How fast the replicas of a run are, in the form that policies read.
+
+A paced replica is exactly as fast as declared, so its model has to reproduce ``PaceModel.iteration_s``. On a GPU the
+figures are those of its data sheet; on a CPU that is not paced, they are measured ones of the demo's model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from verl_rlhfless.live.pacing import PaceModel
+from verl_rlhfless.policy.gpus import GPUS, GpuType
+from verl_rlhfless.policy.perf import BLOCK_TOKENS, Efficiencies, EngineLimits, EnginePerf
+from verl_rlhfless.policy.shapes import ModelShape
+from verl_rlhfless.policy.snapshot import PoolSnapshot
+from verl_rlhfless.policy.transitions import TrainerPerf
+
+logger = logging.getLogger(__name__)
+
+UNPACED_CPU = PaceModel(base_ms=8.0, per_request_ms=0.3, per_prefill_token_ms=0.05)
+"""One vLLM-CPU engine of the demo's model on one core."""
+
+_ACCELERATOR_RESOURCE = "accelerator_type:"  # Ray's resource that names a node's GPU
+_NEVER = 1e-9  # seconds per token of what costs nothing: the model divides by it
+_FAST_LINK = 1e15  # bytes per second: a declared device says nothing of copies
+_KV_HEADS = 10**6  # so many that reading the declared model's weights takes as long as one token's keys and values
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """The replicas that a run may have.
+
+    Attributes:
+        tps: Tensor-parallel sizes.
+        num_gpus: GPUs of the budget.
+        gpus_per_node: GPUs of a node.
+        limits: Of every engine.
+        kv_tokens: Tokens of keys and values that a replica holds, by tensor-parallel size; declared devices only.
+    """
+
+    tps: tuple[int, ...]
+    num_gpus: int
+    gpus_per_node: int
+    limits: EngineLimits
+    kv_tokens: int
+
+
+def declared_pool(fleet: Fleet, pace: PaceModel) -> PoolSnapshot:
+    """Return a pool of replicas whose iterations take exactly what ``pace`` declares."""
+    perf = {tp: _declared_perf(fleet, pace, tp) for tp in fleet.tps}
+    any_perf = next(iter(perf.values()))
+    trainer = TrainerPerf(any_perf.shape, any_perf.gpu, fleet.num_gpus)
+    return PoolSnapshot(fleet.num_gpus, fleet.gpus_per_node, perf, trainer)
+
+
+def gpu_pool(fleet: Fleet, shape: ModelShape, gpu: GpuType) -> PoolSnapshot:
+    """Return a pool of replicas of a model on one type of GPU."""
+    perf = {tp: EnginePerf(shape, gpu, tp, limits=fleet.limits) for tp in fleet.tps}
+    return PoolSnapshot(fleet.num_gpus, fleet.gpus_per_node, perf, TrainerPerf(shape, gpu, fleet.num_gpus))
+
+
+def find_gpu(resources: Iterable[str]) -> GpuType | None:
+    """Return the type of GPU that Ray's cluster resources name; ``None`` when they name none.
+
+    A type without a data sheet here is taken for the slowest one: prices of moves are then too high, never too low.
+    """
+    names = sorted(name.removeprefix(_ACCELERATOR_RESOURCE) for name in resources if name.startswith("accelerator_"))
+    if not names:
+        return None
+    for gpu in GPUS.values():
+        if gpu.name.split("-")[0] == names[0].split("-")[0]:
+            return gpu
+    slowest = min(GPUS.values(), key=lambda gpu: gpu.hbm_bytes_per_s)
+    logger.warning("rlhfless: no figures for GPU type %s: decisions assume %s", names[0], slowest.name)
+    return slowest
+
+
+def _declared_perf(fleet: Fleet, pace: PaceModel, tp: int) -> EnginePerf:
+    """Return the performance model of a declared replica.
+
+    Its model has next to no weights: an iteration is a fixed part, a part per request and one per token of context.
+    """
+    shape = ModelShape("declared", 1, 1, 1, _KV_HEADS, 1, 1, 1, is_tied=True)
+    speed = pace.tp_speedup.get(tp, 1.0)
+    prefill_s = max(pace.per_prefill_token_ms / 1e3 / speed, _NEVER)
+    request_s = pace.per_request_ms / 1e3 / speed
+    context_s = max(pace.per_context_token_us / 1e6 / speed, _NEVER)
+    kv_bytes = shape.kv_bytes_per_token / shape.kv_shards(tp)
+    gpu = GpuType(
+        name="declared",
+        flops=2 * shape.matmul_params / (tp * prefill_s),
+        hbm_bytes_per_s=kv_bytes / context_s,
+        memory_bytes=shape.weight_bytes / tp + (fleet.kv_tokens // BLOCK_TOKENS + 1) * BLOCK_TOKENS * kv_bytes,
+        peer_bytes_per_s=_FAST_LINK,
+        network_bytes_per_s=_FAST_LINK,
+        host_bytes_per_s=_FAST_LINK,
+        has_nvlink=True,
+        usd_per_h=0.0,
+    )
+    efficiencies = Efficiencies(
+        hbm=1.0,
+        prefill=1.0,
+        launch_s=pace.base_ms / 1e3 / speed,
+        per_seq_s=request_s - prefill_s,  # the model charges a decode the price of a prefill token as well
+        peer=1.0,
+        host=1.0,
+        allreduce_s=(0.0, 0.0),
+        allreduce_hop_s=(0.0, 0.0),
+    )
+    limits = EngineLimits(fleet.limits.max_num_seqs, fleet.limits.max_batched_tokens, 1.0, 0.0)
+    return EnginePerf(shape, gpu, tp, efficiencies, limits)

@@ -1,0 +1,81 @@
+"""A server actor whose requests can be followed, cut and continued: verl's own vLLM server with our streams in front.
+
+Elastic replicas and verl's hybrid ones run the same class.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from verl.workers.rollout.replica import TokenOutput
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+
+from verl_rlhfless.live.streams import EngineStreams
+from verl_rlhfless.live.tickets import ENGINE_DEAD, ServerLimits
+
+logger = logging.getLogger(__name__)
+
+
+class RequestServer(vLLMHttpServer):
+    """verl's server; it reports progress to the router, and outlives its engine to hand over what it had."""
+
+    _reporting: asyncio.Task[None] | None = None
+
+    async def launch_server(self, *args: Any, **kwargs: Any) -> None:
+        """Launch as verl does, then follow the engine's streams."""
+        await super().launch_server(*args, **kwargs)
+        if self.node_rank == 0:
+            self._streams = EngineStreams(self.engine)
+
+    async def report_to(self, router: Any, name: str, interval_s: float) -> ServerLimits:
+        """Report new tokens to ``router`` from now on, as the server ``name``; return what fits into the engine."""
+        self._end_reporting()
+        self._reporting = asyncio.create_task(self._report(router, name, interval_s))
+        cache = self.engine.vllm_config.cache_config
+        return ServerLimits(self.config.max_num_seqs, (cache.num_gpu_blocks or 0) * cache.block_size or None)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """End requests with the tokens that they have, and keep the prefix cache."""
+        await self._streams.abort(request_ids)
+
+    async def generate(self, *args: Any, **kwargs: Any) -> TokenOutput:
+        """Generate as verl does; when the engine is dead, what it had is returned and marked."""
+        output = await super().generate(*args, **kwargs)
+        if self._streams.is_dead and output.stop_reason == "aborted":
+            output.extra_fields[ENGINE_DEAD] = True
+        return output
+
+    async def end_requests(self) -> None:
+        """Answer every request with what it has, and stop reporting: this engine is about to end."""
+        self._end_reporting()
+        await self._streams.abort_all()
+
+    def _end_reporting(self) -> None:
+        if self._reporting is not None:
+            self._reporting.cancel()
+            self._reporting = None
+
+    async def _report(self, router: Any, name: str, interval_s: float) -> None:
+        is_dead = False
+        while not is_dead:
+            await asyncio.sleep(interval_s)
+            delta = self._streams.take(self.global_steps)
+            is_dead = delta.is_dead
+            if not delta.parts and not is_dead:
+                continue
+            try:
+                await router.progress.remote(name, delta)
+            except ray.exceptions.RayActorError:
+                return  # the router ended, and the run with it
+
+
+class RequestReplica(vLLMReplica):
+    """verl's hybrid replica with our server in it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.server_class = ray.remote(RequestServer)

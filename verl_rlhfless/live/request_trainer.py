@@ -1,0 +1,152 @@
+"""verl's own v1 ``sync`` trainer with our router, client and rollout stage, on verl's own resident replicas.
+
+Weights, placement and every phase are verl's. A batch that lost a sample stops the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+from omegaconf import DictConfig, OmegaConf, open_dict
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.config import HFModelConfig
+from verl.workers.rollout.llm_server import LLMServerManager
+
+from verl_rlhfless.config import RlhflessConfig
+from verl_rlhfless.errors import DataError, ReplicaError
+from verl_rlhfless.live.client import ElasticClient
+from verl_rlhfless.live.completeness import RolloutLedger
+from verl_rlhfless.live.events import EventLog
+from verl_rlhfless.live.request_server import RequestReplica
+from verl_rlhfless.live.rollout import RolloutReport
+from verl_rlhfless.live.routing import RoutingSettings
+from verl_rlhfless.live.tickets import RouterSettings
+
+logger = logging.getLogger(__name__)
+logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
+
+LENGTHS_FILE = "rlhfless_lengths.json"
+"""Length history in a checkpoint's folder."""
+
+_ROUTER_CONFIG = Path(__file__).with_name("router.yaml")
+_STAGE_MANAGER = "verl_rlhfless.live.stage.StageManager"
+_POLL_INTERVAL_S = 0.05  # verl's replay buffer polls every 2 s, which a short rollout would pay in full
+
+
+class RequestTrainer(PPOTrainerSync):
+    """Synchronous PPO / GRPO whose requests go where our policies send them."""
+
+    def __init__(self, config: DictConfig, settings: RlhflessConfig) -> None:
+        self._settings = settings
+        _adapt_to_verl(config, settings)
+        super().__init__(config)
+        self.replay_buffer.poll_interval = _POLL_INTERVAL_S
+        self._events = EventLog.from_environment()
+        self._rollout_ledger = RolloutLedger(config.actor_rollout_ref.rollout.n)
+        self._rollout_metrics: dict[str, float] = {}
+
+    # ---- set-up
+
+    def _setup(self) -> None:
+        LLMServerManager.rollout_replica_class = RequestReplica  # "for recipe to change"
+        super()._setup()
+        ray.get(self._router.configure_rollouts.remote(self._router_settings(), self._routing_settings()))
+        logger.info("rlhfless: active: %s", self._settings.active())
+
+    @property
+    def _router(self) -> Any:
+        return self.llm_server_manager.global_load_balancer
+
+    def _router_settings(self) -> RouterSettings:
+        migration, rollout = self._settings.migration, self.config.actor_rollout_ref.rollout
+        return RouterSettings(
+            progress_interval_s=migration.progress_interval_s,
+            max_retries=migration.max_retries,
+            is_deterministic=rollout.get("full_determinism", False) and not self._settings.is_placement_fixed,
+        )
+
+    def _routing_settings(self) -> RoutingSettings:
+        model: HFModelConfig = omega_conf_to_dataclass(self.config.actor_rollout_ref.model)
+        settings = RoutingSettings.of_run(
+            self.config, self._settings, model.hf_config.to_dict(), ray.cluster_resources()
+        )
+        settings.pool(1)  # a model without a performance model is refused now
+        return settings
+
+    def get_llm_client(self) -> ElasticClient:
+        """Return the client that survives cuts and losses."""
+        client: ElasticClient = self.llm_server_manager.get_client(client_cls=ElasticClient)
+        return client
+
+    # ---- checkpoints
+
+    def _save_checkpoint(self) -> None:
+        folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LENGTHS_FILE).write_text(ray.get(self._router.lengths.remote()), encoding="utf-8")
+        super()._save_checkpoint()
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        trainer = self.config.trainer
+        folder = Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"
+        path = (Path(trainer.resume_from_path) if trainer.resume_mode == "resume_path" else folder) / LENGTHS_FILE
+        if self.global_steps and path.exists():
+            try:
+                ray.get(self._router.restore_lengths.remote(path.read_text(encoding="utf-8")))
+            except ray.exceptions.RayTaskError as error:
+                raise DataError(f"{path}: {error.cause}") from error
+
+    # ---- rollout
+
+    def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
+        """Run verl's step. Name the groups of a rollout that lost all: verl only says that it has none."""
+        try:
+            return super().step(metrics, timing_raw)
+        except RuntimeError:
+            self._rollout_ledger.check((), self.config.data.train_batch_size)
+            raise
+
+    def _submit_batch_to_rollout(self, batch: Any) -> int:
+        self._rollout_ledger.expect(batch)
+        return int(super()._submit_batch_to_rollout(batch))
+
+    def on_sample_end(self) -> None:
+        self._take_report()
+        super().on_sample_end()
+
+    def _take_report(self) -> None:
+        report: RolloutReport | None = ray.get(self._router.report.remote())
+        if report is None:
+            return
+        if report.failure:
+            raise ReplicaError(f"{report.failure}. Its samples are complete, but later steps would not be controlled.")
+        record = dataclasses.asdict(report)
+        self._events.write("rolled_out", **record)
+        self._rollout_metrics = {
+            f"rlhfless/{name}": value for name, value in record.items() if name not in ("step", "failure")
+        }
+
+    def _consume_sync_metrics(self) -> dict[str, Any]:
+        return {**super()._consume_sync_metrics(), **self._rollout_metrics}
+
+    def _balance_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        self._rollout_ledger.check(batch.keys, self.config.data.train_batch_size)
+        return super()._balance_batch(batch, *args, **kwargs)
+
+
+def _adapt_to_verl(config: DictConfig, settings: RlhflessConfig) -> None:
+    """Set the keys of verl that our router needs, so that the user sets none of them."""
+    rollout = config.actor_rollout_ref.rollout
+    with open_dict(config):
+        config.trainer.v1.trainer_mode = "sync"  # verl treats any other literal as asynchronous
+        OmegaConf.update(rollout, "router_config_path", str(_ROUTER_CONFIG), force_add=True)
+        if settings.prefix_dedup.training == "prefix_grouper":
+            config.actor_rollout_ref.actor.use_prefix_grouper = True
+        OmegaConf.update(rollout, "agent.agent_loop_manager_class", _STAGE_MANAGER, force_add=True)

@@ -1,0 +1,46 @@
+"""A server actor that has done its imports before it knows what it will serve; it serves one lease after the other.
+
+Most of a cold start is imports: of verl and vLLM in the actor, and again in EngineCore and each worker. They need no
+GPU, so they are done once and without a lease; what is left for the lease is the engine's own start. Between two
+leases no process of an engine exists: nothing is held on a device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from verl_rlhfless.live.server import ElasticServer
+from verl_rlhfless.processes import ProcessKey, descendants
+from verl_rlhfless_patches import vllm_fork_server
+
+_PRELOAD = "verl_rlhfless.live.engine_preload"
+
+
+class WarmServer(ElasticServer):
+    """An elastic server that is created without arguments; ``become`` makes it the server of one replica."""
+
+    def __init__(self) -> None:
+        vllm_fork_server.apply()
+        vllm_fork_server.start(_PRELOAD)
+
+    async def wait_until_warm(self) -> None:
+        """Return when the fork server has done its imports: it answers nothing before."""
+        await asyncio.to_thread(vllm_fork_server.wait_until_preloaded)
+
+    async def engine_processes(self) -> tuple[ProcessKey, ...]:
+        """Return the keys of the processes that run the engine; the fork server stays for the next one."""
+        spared = vllm_fork_server.helper_pids()
+        return tuple(key for key in descendants(os.getpid()) if key[0] not in spared)
+
+    async def become(self, environment: Mapping[str, str], arguments: Mapping[str, Any]) -> None:
+        """Take the role of one replica's server; the one before must have stopped its engine.
+
+        Args:
+            environment: Variables of this process and of the engine's processes.
+            arguments: What verl's server class takes.
+        """
+        os.environ.update(environment)
+        super().__init__(**arguments)
