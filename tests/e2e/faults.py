@@ -38,13 +38,15 @@ def _inject(trainer_module: ModuleType) -> None:
     def kill_an_engine(self: Any) -> None:
         on_sample_begin(self)
         if self.global_steps == _step("RLHFLESS_TEST_KILL_STEP"):
-            server = self._fleet.replicas[0].server_handle
-            threading.Thread(target=_kill_when_busy, args=(server,), daemon=True).start()
+            threading.Thread(target=_kill_when_busy, args=(self._fleet,), daemon=True).start()
 
     trainer._start_fleet, trainer.on_sample_begin = start_stale_fleet, kill_an_engine
 
 
-def _kill_when_busy(server: Any) -> None:
+def _kill_when_busy(fleet: Any) -> None:
+    while not fleet.replicas:
+        time.sleep(0.01)
+    server = fleet.replicas[0].server_handle
     while not ray.get(server.num_running.remote()):
         time.sleep(0.01)
     for pid, _ in ray.get(server.engine_processes.remote()):

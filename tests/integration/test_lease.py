@@ -103,13 +103,12 @@ def test_an_error_inside_the_block_releases_the_lease(ray_cluster: Cluster) -> N
     assert lease.released_s is not None
 
 
-def test_a_killed_holder_does_not_free_the_lease(ray_cluster: Cluster) -> None:
-    with Lease.acquire(request("orphan", 4), 30) as lease:
-        (holder,) = lease._holders
-        ray.kill(holder)
-        ray_cluster.wait_until(lambda: is_dead(holder), "the holder's end")
-        with pytest.raises(LeaseTimeoutError, match="rlhfless/replica/orphan"):
-            Lease.acquire(request("thief", 1), 1)
+def test_a_lease_holds_its_gpus_though_nothing_runs_in_it(ray_cluster: Cluster) -> None:
+    with (
+        Lease.acquire(request("alone", 4), 30),
+        pytest.raises(LeaseTimeoutError, match=r"held by: rlhfless/replica/alone \(4\)"),
+    ):
+        Lease.acquire(request("thief", 1), 1)
 
 
 @pytest.mark.parametrize("gpus_per_node", [(5,), (3, 2)])
@@ -139,16 +138,6 @@ def test_a_name_is_never_used_twice(ray_cluster: Cluster) -> None:
         Lease.acquire(request("once", 1), 30)
 
 
-def test_a_holder_process_imports_neither_torch_nor_verl(ray_cluster: Cluster) -> None:
-    def heavy_modules(_: object) -> list[str]:
-        import sys
-
-        return sorted({"torch", "verl", "vllm", "transformers"} & set(sys.modules))
-
-    with Lease.acquire(request("light", 1), 30) as lease:
-        assert ray.get(lease._holders[0].__ray_call__.remote(heavy_modules), timeout=60) == []
-
-
 def test_the_master_port_is_free_and_inside_the_asked_range(ray_cluster: Cluster) -> None:
     with Lease.acquire(request("port", 1), 30) as lease:
         address, port = lease.master_address((40_000, 40_100))
@@ -158,11 +147,3 @@ def test_the_master_port_is_free_and_inside_the_asked_range(ray_cluster: Cluster
 
 class Occupant:
     def ping(self) -> None: ...
-
-
-def is_dead(actor: ray.actor.ActorHandle) -> bool:
-    try:
-        ray.get(actor.__ray_ready__.remote(), timeout=10)
-    except ray.exceptions.RayActorError:
-        return True
-    return False

@@ -194,6 +194,11 @@ def test_the_record_has_the_published_format_and_is_json(tmp_path):
         "response_tokens": 50,
         "num_samples": 4,
         "num_replicas": 2,
+        "rollout_s": 4.0,
+        "prefill_tokens": 0,
+        "num_migrations": None,
+        "router_cpu_s": None,
+        "host_cpu_percent": 50.0,
     }
     assert all(guard["ok"] for guard in record["guards"]), record["guards"]
     assert all(set(guard) == {"name", "ok", "value", "limit"} for guard in record["guards"])

@@ -12,6 +12,8 @@ from verl_rlhfless.errors import ConfigError
 
 ELASTIC = {"pool": {"name": "elastic"}, "weights": {"name": "store"}, "planner": {"name": "fixed"}}
 
+PARTS = {"predictor": "history", "dispatcher": "length_bucket", "prefix_dedup": "on", "migration": "cut_and_migrate"}
+
 BAD = [
     # what is given, key of the error, part of the rule, part of what to do
     ("elastic", "rlhfless", "group of keys", "rlhfless=NAME"),
@@ -19,7 +21,7 @@ BAD = [
     ({"plannr": {}}, "rlhfless.plannr", "not a known key", "Did you mean rlhfless.planner?"),
     ({"pool": {"max_gpu": 4}}, "rlhfless.pool.max_gpu", "not a known key", "Did you mean rlhfless.pool.max_gpus?"),
     ({"pool": {"zzz": 4}}, "rlhfless.pool.zzz", "not a known key", "Known keys: name, max_gpus"),
-    ({"pool": {"name": "elastik"}}, "rlhfless.pool.name", "one of off, elastic", "Did you mean elastic?"),
+    ({"pool": {"name": "elastik"}}, "rlhfless.pool.name", "one of off, elastic, resident", "Did you mean elastic?"),
     ({"pool": {"name": None}}, "rlhfless.pool.name", "a string", "rlhfless.pool.name"),
     ({"pool": {"max_gpus": 0}}, "rlhfless.pool.max_gpus", ">= 1", "rlhfless.pool.max_gpus=1"),
     ({"pool": {"max_gpus": 2.5}}, "rlhfless.pool.max_gpus", "an integer", "rlhfless.pool.max_gpus"),
@@ -43,8 +45,21 @@ BAD = [
     ({"replay": {"trace": 7}}, "rlhfless.replay.trace", "a string", "rlhfless.replay.trace"),
     *[
         ({stage: {"name": "magic"}}, f"rlhfless.{stage}.name", "one of off", f"rlhfless.{stage}.name")
-        for stage in ("predictor", "dispatcher", "prefix_dedup", "migration", "fusion")
+        for stage in ("predictor", "prefix_dedup", "migration", "fusion")
     ],
+    ({"dispatcher": {"name": "length"}}, "rlhfless.dispatcher.name", "one of stock", "Did you mean length_bucket?"),
+    ({"dispatcher": {"seed": -1}}, "rlhfless.dispatcher.seed", "0 .. 2.14748e+09", "rlhfless.dispatcher.seed"),
+    ({"migration": {"tau": 1.5}}, "rlhfless.migration.tau", "0 .. 1", "=0.8"),
+    ({"migration": {"progress_interval_s": 0}}, "rlhfless.migration.progress_interval_s", "0.01 .. 60", "=0.5"),
+    ({"migration": {"max_retries": -1}}, "rlhfless.migration.max_retries", "0 .. 100", "=3"),
+    ({"migration": {"max_retries": 1.5}}, "rlhfless.migration.max_retries", "an integer", "an integer"),
+    ({"prefix_dedup": {"training": "on"}}, "rlhfless.prefix_dedup.training", "one of off, prefix_grouper", ""),
+    *[
+        ({part: {"name": name}}, f"rlhfless.{part}.name", "needs our router", "rlhfless/pool=resident")
+        for part, name in PARTS.items()
+    ],
+    ({**ELASTIC, "predictor": {"name": "oracle"}}, "rlhfless.predictor.name", "replayed trace", "replay.trace=FILE"),
+    ({**ELASTIC, "pool": {"name": "resident"}}, "rlhfless.weights.name", "verl's own replicas", "rlhfless/weights=off"),
     ({**ELASTIC, "weights": {}}, "rlhfless.weights.name", "only together", "+rlhfless=default"),
     ({"planner": {"name": "fixed"}}, "rlhfless.pool.name", "rlhfless.planner.name=fixed", "+rlhfless=off"),
 ]
@@ -104,6 +119,17 @@ def test_replay_and_instrument_count_as_active() -> None:
 
 def test_a_bare_yaml_off_means_off() -> None:
     assert parse_config({"fusion": {"name": False}}).fusion.name == "off"
+
+
+def test_a_bare_yaml_on_means_on() -> None:
+    assert parse_config({**ELASTIC, "prefix_dedup": {"name": True}}).prefix_dedup.name == "on"
+
+
+@pytest.mark.parametrize("pool", [ELASTIC, {"pool": {"name": "resident"}}], ids=["elastic", "resident"])
+def test_every_request_part_works_alone_and_with_the_others_on_either_pool(pool: dict[str, Any]) -> None:
+    for part, name in PARTS.items():
+        assert part in parse_config({**pool, part: {"name": name}}).active()
+    assert set(PARTS) <= set(parse_config({**pool, **{part: {"name": name} for part, name in PARTS.items()}}).active())
 
 
 def test_rules_hold_for_values_built_in_code_too() -> None:

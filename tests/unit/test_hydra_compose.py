@@ -11,6 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_rlhfless.config import RlhflessConfig, parse_config
 
+REQUESTS = {
+    "predictor": "history",
+    "dispatcher": "length_bucket",
+    "prefix_dedup": "on",
+    "migration": "cut_and_migrate",
+}
 CALLBACK = {"rlhfless": {"_target_": "verl_rlhfless.live.startup.StartupCheck"}}
 
 
@@ -33,7 +39,8 @@ def plain(config: DictConfig) -> dict[str, Any]:
 def test_default_switches_the_elastic_trainer_on(name: str) -> None:
     config = compose_ppo("+rlhfless=default", name=name)
     assert config.trainer.v1.trainer_mode == "rlhfless_sync"
-    assert read(config).active() == {"pool": "elastic", "weights": "store", "planner": "fixed"}
+    parts = {"pool": "elastic", "weights": "store", "planner": "fixed", **REQUESTS}
+    assert read(config).active() == parts
 
 
 def test_default_changes_only_the_mode_and_our_own_keys() -> None:
@@ -63,7 +70,8 @@ def test_the_start_up_check_is_the_only_change_of_hydras_node(choice: str) -> No
 
 def test_the_values_of_the_groups_are_those_of_the_schema() -> None:
     elastic = compose_ppo("+rlhfless=default").rlhfless
-    schema = parse_config({"pool": {"name": "elastic"}, "weights": {"name": "store"}, "planner": {"name": "fixed"}})
+    parts = {"pool": "elastic", "weights": "store", "planner": "fixed", **REQUESTS}
+    schema = parse_config({part: {"name": name} for part, name in parts.items()})
     assert read(compose_ppo("+rlhfless=default")) == schema
     for section, values in elastic.items():
         assert set(values) == set(type(getattr(schema, section)).__dataclass_fields__) - {"KEY"}, section
@@ -79,6 +87,33 @@ def test_every_part_can_be_switched_alone() -> None:
     assert config.rlhfless.planner.name == "fixed"
     assert config.rlhfless.pool.name == "off"
     assert config.rlhfless.replay.trace == "lengths.jsonl"
+
+
+def test_resident_keeps_verls_replicas_and_switches_the_request_parts_on() -> None:
+    config = compose_ppo("+rlhfless=resident")
+    assert config.trainer.v1.trainer_mode == "rlhfless_sync"
+    assert read(config).active() == {"pool": "resident", **REQUESTS}
+
+
+REQUEST_PARTS = [
+    f"{part}={name}"
+    for part, names in {
+        "predictor": "off history",
+        "dispatcher": "stock length_bucket random",
+        "prefix_dedup": "off on",
+        "migration": "off cut_and_migrate rlhfuse rlhfless",
+    }.items()
+    for name in names.split()
+]
+
+
+@pytest.mark.parametrize("choice", REQUEST_PARTS)
+def test_every_request_part_composes_and_has_all_its_keys(choice: str) -> None:
+    part, name = choice.split("=")
+    values = compose_ppo("+rlhfless=resident", f"rlhfless/{choice}").rlhfless
+    section = getattr(parse_config(OmegaConf.to_container(values)), part)
+    assert section.name == name
+    assert set(values[part]) == set(type(section).__dataclass_fields__) - {"KEY"}
 
 
 def test_a_later_override_of_the_trainer_mode_wins_in_hydra() -> None:

@@ -22,7 +22,7 @@ PATCHES = PACKAGE.parent / "patches" / "verl_rlhfless_patches"
 # A module may import modules of its own layer and of those before it.
 LAYERS = (
     ("types", "errors", "versions"),
-    ("config", "trace", "processes", "shared_memory"),
+    ("schema", "config", "trace", "processes", "shared_memory"),
     ("policy",),
     ("ports",),
     ("ledger",),
@@ -133,7 +133,7 @@ def test_what_is_imported_is_declared_or_comes_with_verl_and_vllm() -> None:
     [
         ("verl_rlhfless.live.plugin", "torch ray verl vllm hydra omegaconf numpy"),
         ("verl_rlhfless.live.vllm_plugin", "torch ray verl vllm hydra omegaconf numpy"),
-        ("verl_rlhfless.live.holder", "torch verl vllm hydra omegaconf"),
+        ("verl_rlhfless.live.leased_node", "torch verl vllm hydra omegaconf"),
         ("verl_rlhfless.cli", "torch ray verl vllm hydra"),
         ("hydra_plugins.rlhfless_searchpath", "torch ray verl vllm verl_rlhfless"),
     ],

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import pytest
 
 from verl_rlhfless.errors import LeaseReleaseError
-from verl_rlhfless.live import holder
 from verl_rlhfless.live import lease as lease_module
-from verl_rlhfless.live.holder import Holder, HolderReport
+from verl_rlhfless.live import leased_node
 from verl_rlhfless.live.lease import Lease, LeaseRequest
+from verl_rlhfless.types import LeasedNode
 
 
-def lease(*reports: HolderReport) -> Lease:
-    request = LeaseRequest("r0", "replica", tuple(len(report.device_ids) for report in reports))
-    return Lease(request, None, 10.0, {object(): report for report in reports})  # type: ignore[arg-type]
+def lease(*nodes: LeasedNode) -> Lease:
+    request = LeaseRequest("r0", "replica", tuple(len(node.device_ids) for node in nodes))
+    return Lease(request, None, 10.0, nodes)  # type: ignore[arg-type]
 
 
 def test_a_request_is_one_bundle_per_node_under_a_name_that_an_observer_can_parse() -> None:
@@ -34,40 +34,39 @@ def test_a_pinned_request_names_each_bundles_node() -> None:
 
 
 def test_nodes_are_sorted_by_address_as_verl_sorts_placement_groups() -> None:
-    got = lease(HolderReport("b", "10.0.0.20", ("3",)), HolderReport("a", "10.0.0.1", ("1", "0")))
+    got = lease(LeasedNode("b", "10.0.0.20", ("3",)), LeasedNode("a", "10.0.0.1", ("1", "0")))
     assert [node.ip for node in got.nodes] == ["10.0.0.1", "10.0.0.20"]
 
 
-def test_a_holder_reports_devices_in_the_order_of_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_reports_devices_in_the_order_of_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     context = SimpleNamespace(get_node_id=lambda: "a", get_accelerator_ids=lambda: {"GPU": ["10", "9", "2"]})
-    monkeypatch.setattr(holder.ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(holder.ray.util, "get_node_ip_address", lambda: "10.0.0.1")
-    assert Holder().report("GPU") == HolderReport("a", "10.0.0.1", ("2", "9", "10"))
+    monkeypatch.setattr(leased_node.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(leased_node.ray.util, "get_node_ip_address", lambda: "10.0.0.1")
+    assert leased_node.leased_node("GPU") == LeasedNode("a", "10.0.0.1", ("2", "9", "10"))
 
 
 def test_device_keys_compare_sets_per_node() -> None:
-    key = lease(HolderReport("a", "10.0.0.1", ("0", "1")), HolderReport("b", "10.0.0.2", ("2",))).device_key()
-    assert key == lease(HolderReport("b", "10.0.0.2", ("2",)), HolderReport("a", "10.0.0.1", ("1", "0"))).device_key()
-    assert key != lease(HolderReport("a", "10.0.0.1", ("0", "2")), HolderReport("b", "10.0.0.2", ("1",))).device_key()
-    assert key != lease(HolderReport("a", "10.0.0.1", ("0", "1", "2"))).device_key()
+    key = lease(LeasedNode("a", "10.0.0.1", ("0", "1")), LeasedNode("b", "10.0.0.2", ("2",))).device_key()
+    assert key == lease(LeasedNode("b", "10.0.0.2", ("2",)), LeasedNode("a", "10.0.0.1", ("1", "0"))).device_key()
+    assert key != lease(LeasedNode("a", "10.0.0.1", ("0", "2")), LeasedNode("b", "10.0.0.2", ("1",))).device_key()
+    assert key != lease(LeasedNode("a", "10.0.0.1", ("0", "1", "2"))).device_key()
 
 
 def test_two_bundles_on_one_node_are_one_set() -> None:
-    split = lease(HolderReport("a", "10.0.0.1", ("0", "1")), HolderReport("a", "10.0.0.1", ("2",)))
-    assert split.device_key() == lease(HolderReport("a", "10.0.0.1", ("2", "1", "0"))).device_key()
+    split = lease(LeasedNode("a", "10.0.0.1", ("0", "1")), LeasedNode("a", "10.0.0.1", ("2",)))
+    assert split.device_key() == lease(LeasedNode("a", "10.0.0.1", ("2", "1", "0"))).device_key()
 
 
 def test_a_port_in_use_is_passed_over_and_a_full_range_is_an_error() -> None:
     import socket
 
-    node = Holder()
     with socket.socket() as taken:
         taken.bind(("", 0))
         port = taken.getsockname()[1]
-        assert node.free_port((port, port + 50)) > port
+        assert leased_node.free_port((port, port + 50)) > port
         with pytest.raises(OSError, match="no free port"):
-            node.free_port((port, port + 1))
-    assert node.free_port() > 0
+            leased_node.free_port((port, port + 1))
+    assert leased_node.free_port() > 0
 
 
 @pytest.fixture
@@ -86,14 +85,14 @@ def states(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_release_waits_until_ray_confirms_it(states: list[str]) -> None:
     states.extend(["CREATED", "CREATED", "REMOVED"])
-    held = lease(HolderReport("a", "10.0.0.1", ("0",)))
+    held = lease(LeasedNode("a", "10.0.0.1", ("0",)))
     held.release(60)
     assert states == ["REMOVED"] and held.released_s is not None
 
 
 def test_a_release_that_ray_does_not_confirm_is_an_error_and_the_lease_still_counts(states: list[str]) -> None:
     states.append("CREATED")
-    held = lease(HolderReport("a", "10.0.0.1", ("0",)))
+    held = lease(LeasedNode("a", "10.0.0.1", ("0",)))
     with pytest.raises(LeaseReleaseError, match="lease rlhfless/replica/r0: still CREATED"):
         held.release(0)
     assert held.released_s is None

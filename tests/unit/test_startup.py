@@ -73,6 +73,42 @@ REFUSED = [
 ]
 
 
+ROLLOUT = "actor_rollout_ref.rollout"
+RESIDENT_REFUSED = [
+    (["trainer.v1.trainer_mode=sync"], ["trainer.v1.trainer_mode='sync'", "rlhfless.pool.name=resident"]),
+    (["trainer.use_v1=False"], ["trainer.use_v1=False", "v0"]),
+    ([f"{ROLLOUT}.name=sglang"], [f"{ROLLOUT}.name='sglang'", "vllm"]),
+    ([f"{ROLLOUT}.router_config_path=mine.yaml"], [f"{ROLLOUT}.router_config_path='mine.yaml'", "one of each"]),
+    (
+        [f"+{ROLLOUT}.agent.agent_loop_manager_class=my.Manager"],
+        [f"{ROLLOUT}.agent.agent_loop_manager_class='my.Manager'", "one of each"],
+    ),
+    ([f"{ROLLOUT}.full_determinism=True"], ["full_determinism=True", "rlhfless/dispatcher=stock"]),
+    (["rlhfless/weights=store"], ["rlhfless.weights.name='store'", "verl's own replicas"]),
+    (["rlhfless.prefix_dedup.training=prefix_grouper"], ["prefix_dedup.training='prefix_grouper'", "v1 trainer"]),
+    (["rlhfless/predictor=oracle"], ["rlhfless.predictor.name='oracle'", "rlhfless.replay.trace"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "parts"), RESIDENT_REFUSED, ids=lambda value: str(value)[:60])
+def test_a_resident_run_that_cannot_work_is_refused(recipe: Compose, overrides: list[str], parts: list[str]) -> None:
+    with pytest.raises(RlhflessError) as caught:
+        check_run(recipe("+rlhfless=resident", *overrides), {})
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_resident_run_says_what_is_active_and_needs_no_budget(recipe: Compose) -> None:
+    line = check_run(recipe("+rlhfless=resident", "actor_rollout_ref.model.lora_rank=8"), {})
+    parts = "pool=resident predictor=history dispatcher=length_bucket prefix_dedup=on migration=cut_and_migrate"
+    assert line.startswith(f"active: {parts} (verl 0.9.")
+
+
+def test_full_determinism_goes_with_a_placement_that_is_fixed(recipe: Compose) -> None:
+    fixed = ["rlhfless/dispatcher=stock", "rlhfless/migration=off", f"{ROLLOUT}.full_determinism=True"]
+    assert check_run(recipe("+rlhfless=resident", *fixed), {}).startswith("active:")
+
+
 @pytest.mark.parametrize(("overrides", "environ", "parts"), REFUSED, ids=lambda value: str(value)[:60])
 def test_refused_before_anything_starts(
     recipe: Compose, overrides: list[str], environ: Mapping[str, str], parts: list[str]
@@ -86,7 +122,8 @@ def test_refused_before_anything_starts(
 def test_an_elastic_run_says_what_is_active(recipe: Compose) -> None:
     overrides = ["rlhfless.planner.schedule=[1,2]", "rlhfless.pool.max_gpus=4", "+ray_kwargs.ray_init.num_gpus=4"]
     line = check_run(recipe("+rlhfless=default", *overrides), {"VERL_USE_EXTERNAL_PLUGINS": "other, rlhfless"})
-    assert line.startswith("active: pool=elastic weights=store planner=fixed schedule=[1, 2] (verl 0.9.")
+    assert line.startswith("active: pool=elastic weights=store planner=fixed predictor=history ")
+    assert "migration=cut_and_migrate schedule=[1, 2] (verl 0.9." in line
     for distribution in ("vllm", "ray", "hydra-core"):
         assert f"{distribution} {versions.installed_version(distribution)}" in line
 
@@ -102,8 +139,8 @@ def test_all_off_is_stock_and_needs_nothing_of_us(recipe: Compose, monkeypatch: 
     assert check_run(config, {"VERL_USE_EXTERNAL_PLUGINS": "none"}) == "all plugins are off: stock verl"
 
 
-def test_the_elastic_mode_without_an_elastic_pool_is_refused(recipe: Compose) -> None:
-    with pytest.raises(RlhflessError, match=r"trainer_mode='rlhfless_sync': needs an elastic pool"):
+def test_our_mode_without_a_pool_of_ours_is_refused(recipe: Compose) -> None:
+    with pytest.raises(RlhflessError, match=r"trainer_mode='rlhfless_sync': needs our rollout"):
         check_run(recipe("+rlhfless=off", "trainer.v1.trainer_mode=rlhfless_sync"), {})
 
 

@@ -193,6 +193,7 @@ def test_steps_must_increase(tmp_path: Path, second: int) -> None:
         ({"prefix_id": None}, "prefix_id=None: must be a string"),
         ({"turns": [[1]]}, "one entry for each of the 2 responses"),
         ({"turns": [[1], [-2]]}, "turns[1][0]=-2: must be an integer >= 0"),
+        ({"turns": [[1, 2], [99]]}, "turns[1]: add up to 99, must be response_tokens[1]=100"),
         ({"score_s": [1.0]}, "one entry for each of the 2 responses"),
         ({"score_s": -1}, "must be a number of seconds >= 0"),
         ({"min_start_s": float("nan")}, "must be a number of seconds >= 0"),

@@ -114,6 +114,22 @@ def test_a_plan_places_every_sample_once_inside_the_budget(
 
 
 @settings(deadline=None, max_examples=40)
+@given(batches(), st.integers(1, 3), st.integers(0, 6))
+def test_limits_on_replicas_and_deadlines_hold_or_are_refused(
+    case: tuple[Batch, np.ndarray],  # type: ignore[type-arg]
+    least: int,
+    more: int,
+) -> None:
+    batch, lengths = case
+    prior = predict(learn(LengthModel(), batch, lengths), batch)
+    plan = plan_fleet(POOL, batch, prior, Goal(min_replicas=least, max_replicas=least + more, payback=0.0))
+    assert plan.is_resident or least <= len(plan.fleet) <= least + more
+    deadline = 1.1 * plan.predicted_step_s
+    again = plan_fleet(POOL, batch, prior, Goal(max_step_s=deadline))
+    assert again.predicted_step_s <= deadline
+
+
+@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 2000), st.floats(10, 4000), st.integers(100, 20_000))
 def test_a_dearer_second_never_makes_the_future_longer_and_staying_is_never_better(
     count: int, context: float, cap: int

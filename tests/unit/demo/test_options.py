@@ -26,6 +26,18 @@ def test_bad_option(tmp_path: Path, options: dict[str, object], says: str) -> No
         DemoOptions(out=tmp_path, **options)  # type: ignore[arg-type]
 
 
+def test_a_replayed_trace_brings_its_own_problems(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--data=.*does not go with a replayed trace"):
+        DemoOptions(out=tmp_path, data=tmp_path / "d.jsonl", ablate=True)
+
+
+def test_ablation_runs_every_part_on_and_off(tmp_path: Path) -> None:
+    assert [arm.name for arm in DemoOptions(out=tmp_path).chosen_arms()] == ["stock", "elastic"]
+    names = [arm.name for arm in DemoOptions(out=tmp_path, arms=("stock", "resident"), ablate=True).chosen_arms()]
+    assert names[:3] == ["stock", "resident", "resident-router-only"]
+    assert set(names[3:]) == {f"resident-no-{part}" for part in ("dispatcher", "dedup", "migration")}
+
+
 def test_output_must_be_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):

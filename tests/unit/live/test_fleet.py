@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import queue
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +28,7 @@ class FakeReplica:
 
     start_fails: frozenset[int] = frozenset()
     release_fails: frozenset[int] = frozenset()
+    may_start: threading.Event | None = None
 
     def __init__(self, rank: int, rollout: Any, *_: Any) -> None:
         self.rank = rank
@@ -32,9 +37,14 @@ class FakeReplica:
         self.server_address, self.server_handle = f"host:{rank}", f"handle-{rank}"
         self.lease = SimpleNamespace(name=f"rlhfless/replica/r{rank}")
         self.state = SimpleNamespace(value="released")
-        self.is_released = False
+        self.is_released = self.is_dead = False
+
+    async def is_lost(self) -> bool:
+        return self.is_dead
 
     async def start(self, weights: WeightSource) -> Any:
+        if self.may_start is not None:
+            await asyncio.to_thread(self.may_start.wait, 10)
         if self.rank in self.start_fails:
             raise ReplicaError(f"engine {self.rank} broke")
         return SimpleNamespace(version=weights.version, checksum="c", seconds=0.0)
@@ -51,15 +61,49 @@ class FakeRouter:
 
     def __init__(self) -> None:
         self.servers: dict[str, Any] = {}
+        self.expected = self.given_up = 0
+        self.expect = SimpleNamespace(remote=self._expect)
+        self.give_up_expected = SimpleNamespace(remote=self._give_up)
         self.add_servers = SimpleNamespace(remote=self._add)
         self.remove_servers = SimpleNamespace(remote=self._remove)
+        self.wanted = SimpleNamespace(remote=self._wanted)
+        self.stop_wanting = SimpleNamespace(remote=lambda: self.wishes.put(None))
+        self.wishes: queue.Queue[int | None] = queue.Queue()
+
+    async def _wanted(self) -> int | None:
+        return await asyncio.to_thread(self.wishes.get)
+
+    def _expect(self, count: int) -> None:
+        self.expected = count
+
+    async def _give_up(self) -> None:
+        self.given_up += 1
 
     async def _add(self, servers: dict[str, Any]) -> None:
         self.servers.update(servers)
 
     async def _remove(self, addresses: list[str]) -> None:
         for address in addresses:
-            del self.servers[address]
+            self.servers.pop(address, None)
+
+
+class FakeWarmPool:
+    """Counts how often it was asked to fill up."""
+
+    def __init__(self) -> None:
+        self.num_fills = 0
+        self.is_closed = False
+
+    def fill(self) -> None:
+        self.num_fills += 1
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture
+def warm_servers() -> FakeWarmPool:
+    return FakeWarmPool()
 
 
 @pytest.fixture
@@ -68,45 +112,115 @@ def router() -> FakeRouter:
 
 
 @pytest.fixture
-def fleet(router: FakeRouter, monkeypatch: pytest.MonkeyPatch) -> Fleet:
+def fleet(router: FakeRouter, warm_servers: Any, monkeypatch: pytest.MonkeyPatch) -> Fleet:
+    monkeypatch.setattr(fleet_module.ray, "get", lambda value: value)
     monkeypatch.setattr(fleet_module, "ElasticReplica", type("Replica", (FakeReplica,), {}))
     run = OmegaConf.create({"actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 1}, "model": {}}})
-    return Fleet(run, parse_config(None), router, EventLog(None))
+    return Fleet(run, parse_config(None), router, EventLog(None), warm_servers)
+
+
+def started(fleet: Fleet, *decision: Any, tp: int = 1) -> None:
+    fleet.start(scheduled_fleet(*decision, tp=tp), _WEIGHTS)
+    fleet.wait_started()
 
 
 def test_replicas_serve_until_they_are_released(fleet: Fleet, router: FakeRouter) -> None:
-    fleet.start(scheduled_fleet(1, (2,), tp=2), _WEIGHTS)
-    assert fleet.num_gpus == 4
+    started(fleet, 1, (2,), tp=2)
+    assert fleet.max_gpus == 4 and router.expected == 2
     assert router.servers == {"host:0": "handle-0", "host:1": "handle-1"}
     replicas = list(fleet.replicas)
     fleet.release()
-    assert router.servers == {} and fleet.num_gpus == 0 and all(replica.is_released for replica in replicas)
+    assert router.servers == {} and all(replica.is_released for replica in replicas)
     fleet.release()  # nothing left to do
 
 
 def test_ranks_are_never_used_twice(fleet: Fleet, router: FakeRouter) -> None:
     for step in (1, 2):
-        fleet.start(scheduled_fleet(step, (1,), tp=1), _WEIGHTS)
+        started(fleet, step, (1,))
         assert list(router.servers) == [f"host:{step - 1}"]
         fleet.release()
 
 
 def test_step_goes_on_with_the_replicas_that_came_up(fleet: Fleet, router: FakeRouter) -> None:
     fleet_module.ElasticReplica.start_fails = frozenset({0})
-    fleet.start(scheduled_fleet(1, (2,), tp=1), _WEIGHTS)
+    started(fleet, 1, (2,))
     assert list(router.servers) == ["host:1"]
+    assert router.given_up == 1, "the router does not wait for the one that failed"
+
+
+def test_replicas_start_while_the_caller_submits_its_prompts(fleet: Fleet, router: FakeRouter) -> None:
+    fleet_module.ElasticReplica.may_start = threading.Event()
+    fleet.start(scheduled_fleet(1, (1,), tp=1), _WEIGHTS)
+    assert router.expected == 1 and not router.servers
+    fleet_module.ElasticReplica.may_start.set()
+    fleet.wait_started()
+    assert list(router.servers) == ["host:0"]
+
+
+def test_release_waits_for_a_replica_that_is_on_its_way(fleet: Fleet) -> None:
+    fleet_module.ElasticReplica.may_start = threading.Event()
+    fleet.start(scheduled_fleet(1, (1,), tp=1), _WEIGHTS)
+    threading.Timer(0.05, fleet_module.ElasticReplica.may_start.set).start()
+    fleet.release()
+    assert not fleet.replicas, "its lease is returned too"
 
 
 def test_no_replica_at_all_is_an_error_with_every_reason(fleet: Fleet) -> None:
     fleet_module.ElasticReplica.start_fails = frozenset({0, 1})
-    with pytest.raises(ReplicaError, match=r"step 1: no rollout replica came up.*engine 0 broke.*engine 1 broke"):
-        fleet.start(scheduled_fleet(1, (2,), tp=1), _WEIGHTS)
+    with pytest.raises(ReplicaError, match=r"no rollout replica came up.*engine 0 broke.*engine 1 broke"):
+        started(fleet, 1, (2,))
 
 
 def test_one_failed_release_does_not_keep_the_others(fleet: Fleet) -> None:
     fleet_module.ElasticReplica.release_fails = frozenset({0})
-    fleet.start(scheduled_fleet(1, (2,), tp=1), _WEIGHTS)
+    started(fleet, 1, (2,))
     replicas = list(fleet.replicas)
     with pytest.raises(ReplicaError, match="engine 0 survived"):
         fleet.release()
     assert all(replica.is_released for replica in replicas) and not fleet.replicas
+
+
+def test_servers_are_warmed_up_while_the_trainer_is_still_being_built(fleet: Fleet, warm_servers: FakeWarmPool) -> None:
+    assert warm_servers.num_fills == 1
+
+
+def test_servers_in_waiting_end_with_the_fleet_even_if_a_replica_does_not(
+    fleet: Fleet, warm_servers: FakeWarmPool
+) -> None:
+    fleet_module.ElasticReplica.release_fails = frozenset({0})
+    started(fleet, 1, (1,))
+    with pytest.raises(ReplicaError, match="engine 0 survived"):
+        fleet.close()
+    assert warm_servers.is_closed
+
+
+def test_a_lost_replica_gives_its_lease_back_before_the_one_that_replaces_it_starts(
+    fleet: Fleet, router: FakeRouter
+) -> None:
+    started(fleet, 1, (2,))
+    dead, healthy = fleet.replicas
+    dead.is_dead = True
+    router.wishes.put(1)
+    deadline = time.monotonic() + 10
+    while "host:2" not in router.servers:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert dead.is_released and not healthy.is_released
+    fleet.release()
+    assert healthy.is_released and not fleet.replicas
+
+
+def test_a_router_that_is_gone_during_the_start_is_an_error_and_no_endless_wait(
+    fleet: Fleet, router: FakeRouter
+) -> None:
+    async def is_gone() -> None:
+        raise fleet_module.ray.exceptions.RayActorError
+
+    router.give_up_expected = SimpleNamespace(remote=is_gone)
+    fleet_module.ElasticReplica.start_fails = frozenset({0})
+    fleet.start(scheduled_fleet(1, (2,), tp=1), _WEIGHTS)
+    assert fleet._starting is not None
+    with pytest.raises(fleet_module.ray.exceptions.RayActorError):
+        fleet._starting.result(timeout=10)
+    fleet.release()
+    assert not fleet.replicas

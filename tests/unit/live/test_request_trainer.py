@@ -1,0 +1,100 @@
+"""What the trainer keeps of a rollout: its figures, its length history in every checkpoint, and its failures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from omegaconf import OmegaConf
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+from verl_rlhfless.errors import DataError, ReplicaError
+from verl_rlhfless.live import request_trainer as module
+from verl_rlhfless.live.events import EventLog
+from verl_rlhfless.live.request_trainer import LENGTHS_FILE, RequestTrainer
+from verl_rlhfless.live.rollout import RolloutReport
+from verl_rlhfless.policy.predict import LengthModel
+
+REPORT = RolloutReport(3, 8, 5, 2, 0, 1.5, 0.01)
+
+
+class Router:
+    def __init__(self) -> None:
+        self.memory = LengthModel(level=4.0, effects={"p": 0.5}).to_json()
+        self.last: RolloutReport | None = REPORT
+        self.lengths = SimpleNamespace(remote=lambda: self.memory)
+        self.report = SimpleNamespace(remote=lambda: self.last)
+        self.restore_lengths = SimpleNamespace(remote=self._restore)
+
+    def _restore(self, text: str) -> None:
+        try:
+            self.memory = LengthModel.from_json(text).to_json()
+        except DataError as error:
+            raise ray.exceptions.RayTaskError("restore_lengths", str(error), error) from error
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RequestTrainer:
+    monkeypatch.setattr(module.ray, "get", lambda value: value)
+    monkeypatch.setattr(PPOTrainerSync, "_save_checkpoint", lambda self: None)
+    monkeypatch.setattr(PPOTrainerSync, "_load_checkpoint", lambda self: None)
+    made = RequestTrainer.__new__(RequestTrainer)
+    made.config = OmegaConf.create({"trainer": {"default_local_dir": str(tmp_path), "resume_mode": "auto"}})
+    made.llm_server_manager = SimpleNamespace(global_load_balancer=Router())
+    made.global_steps, made._rollout_metrics, made._events = 4, {}, EventLog(None)
+    return made
+
+
+def router(trainer: RequestTrainer) -> Router:
+    found: Any = trainer.llm_server_manager.global_load_balancer
+    assert isinstance(found, Router)
+    return found
+
+
+def test_the_length_history_is_in_the_checkpoint_and_comes_back(trainer: RequestTrainer, tmp_path: Path) -> None:
+    before = router(trainer).memory
+    trainer._save_checkpoint()
+    assert (tmp_path / "global_step_4" / LENGTHS_FILE).exists()
+    router(trainer).memory = ""
+    trainer._load_checkpoint()
+    assert router(trainer).memory == before
+
+
+def test_a_checkpoint_without_history_is_no_error(trainer: RequestTrainer) -> None:
+    before = router(trainer).memory
+    trainer._load_checkpoint()
+    assert router(trainer).memory == before
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"format": "other"}', "[]"])
+def test_a_corrupt_or_foreign_history_is_refused_by_name(trainer: RequestTrainer, tmp_path: Path, text: str) -> None:
+    (tmp_path / "global_step_4").mkdir()
+    (tmp_path / "global_step_4" / LENGTHS_FILE).write_text(text)
+    with pytest.raises(DataError, match=rf"global_step_4/{LENGTHS_FILE}: length history: .*Delete the state file"):
+        trainer._load_checkpoint()
+
+
+def test_another_folder_to_resume_from_has_its_own_history(trainer: RequestTrainer, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere" / "global_step_4"
+    other.mkdir(parents=True)
+    (other / LENGTHS_FILE).write_text(LengthModel(level=1.0).to_json())
+    trainer.config.trainer.resume_mode = "resume_path"
+    trainer.config.trainer.resume_from_path = str(other)
+    trainer._load_checkpoint()
+    assert LengthModel.from_json(router(trainer).memory).level == 1.0
+
+
+def test_the_figures_of_a_rollout_are_among_the_steps_metrics(trainer: RequestTrainer) -> None:
+    trainer._take_report()
+    metrics = trainer._consume_sync_metrics()
+    assert metrics["rlhfless/num_migrations"] == 2 and metrics["rlhfless/rollout_s"] == 1.5
+    assert "rlhfless/failure" not in metrics
+
+
+def test_a_rollout_without_decisions_to_its_end_stops_the_run(trainer: RequestTrainer) -> None:
+    router(trainer).last = RolloutReport(3, 8, 5, 2, 0, 1.5, 0.01, failure="the control loop of step 3 failed: x")
+    with pytest.raises(ReplicaError, match="control loop of step 3 failed: x"):
+        trainer._take_report()

@@ -1,0 +1,322 @@
+"""The control loop inside the router: every announced sample completes, whoever fails, and the trainer hears of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from verl_rlhfless.config import parse_config
+from verl_rlhfless.errors import ReplicaError
+from verl_rlhfless.live import rollout as rollout_module
+from verl_rlhfless.live.announcement import Announcement, Group
+from verl_rlhfless.live.pacing import PaceModel
+from verl_rlhfless.live.rollout import RolloutRouter
+from verl_rlhfless.live.routing import RoutingSettings
+from verl_rlhfless.live.tickets import Grant, Outcome, OutcomeKind, RouterSettings, SampleKey, SessionEnd, Ticket
+from verl_rlhfless.policy.perf import EngineLimits
+from verl_rlhfless.policy.routing import RoutingPolicy
+
+PARTS = {"predictor": "history", "dispatcher": "length_bucket", "prefix_dedup": "on", "migration": "cut_and_migrate"}
+WORKER = "w"
+
+
+@pytest.fixture(autouse=True)
+def no_preload(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout_module, "import_in_background", lambda module: None)
+
+
+class Server:
+    """A server handle that is told what to abort."""
+
+    def __init__(self) -> None:
+        self.aborted: list[str] = []
+
+    @property
+    def abort(self) -> Any:
+        return type("Method", (), {"remote": staticmethod(self.aborted.extend)})
+
+
+_POOLS: dict[str, dict[str, Any]] = {
+    "resident": {"pool": {"name": "resident"}},
+    "elastic": {"pool": {"name": "elastic"}, "weights": {"name": "store"}, "planner": {"name": "fixed"}},
+}
+
+
+def settings(pool: str, **parts: str) -> RoutingSettings:
+    chosen = {section: {"name": name} for section, name in {**PARTS, **parts}.items()}
+    config = parse_config({**_POOLS[pool], **chosen})
+    return RoutingSettings(config, 1, 4, EngineLimits(8, 8192), 100, {}, PaceModel(60.0, 2.0, 0.1), ())
+
+
+def announcement(step: int = 1, groups: int = 4, n: int = 2) -> Announcement:
+    return Announcement(step, tuple(Group(f"u{step}-{g}", f"p{g}", g, n, 50) for g in range(groups)), 100)
+
+
+class World:
+    """A router with fake servers, and one worker that serves its grants."""
+
+    def __init__(self, router: RolloutRouter) -> None:
+        self.router = router
+        self.where: dict[SampleKey, list[str]] = {}
+        self._tickets: dict[str, SampleKey] = {}
+
+    async def submit(self, announced: Announcement) -> list[Grant]:
+        tickets = []
+        for number, key in enumerate(announced.samples()):
+            ticket = Ticket(f"{announced.step}-{number}", WORKER, f"s{number}", key, 50)
+            self._tickets[ticket.id] = key
+            tickets.append(ticket)
+        return await self._grants(await self.router.send(WORKER, tickets))
+
+    async def finish(self, grants: list[Grant], kind: OutcomeKind = OutcomeKind.DONE, tokens: int = 10) -> list[Grant]:
+        messages: list[Any] = []
+        for grant in grants:
+            messages.append(Outcome(grant.ticket, grant.attempt, kind, tokens))
+            if kind is OutcomeKind.DONE:
+                messages.append(SessionEnd(self._tickets[grant.ticket]))
+        return await self._grants(await self.router.send(WORKER, messages))
+
+    async def more(self) -> list[Grant]:
+        return await self._grants(await self.router.grants(WORKER, 5.0))
+
+    async def _grants(self, batch: Any) -> list[Grant]:
+        for grant in batch.grants:
+            self.where.setdefault(self._tickets[grant.ticket], []).append(grant.server)
+        return list(batch.grants)
+
+
+def on_router(
+    test: Callable[[World], Coroutine[Any, Any, None]], servers: int = 2, pool: str = "resident", **parts: str
+) -> None:
+    async def run() -> None:
+        router = RolloutRouter({f"host:{n}": Server() for n in range(servers)})
+        await router.configure_rollouts(RouterSettings(stranded_timeout_s=0.5), settings(pool, **parts))
+        await test(World(router))
+
+    asyncio.run(run())
+
+
+def test_an_announced_rollout_is_served_and_reported() -> None:
+    async def check(world: World) -> None:
+        announced = announcement()
+        await world.router.announce(announced)
+        grants = await world.submit(announced)
+        assert len(grants) == 8
+        await world.finish(grants)
+        report = await world.router.report()
+        assert report is not None
+        assert (report.step, report.num_samples, report.num_migrations, report.failure) == (1, 8, 0, "")
+
+    on_router(check)
+
+
+def test_samples_of_a_group_share_a_replica_and_groups_spread() -> None:
+    async def check(world: World) -> None:
+        announced = announcement()
+        await world.router.announce(announced)
+        await world.submit(announced)
+        of_group = {
+            key.uid: {server for k, used in world.where.items() if k.uid == key.uid for server in used}
+            for key in world.where
+        }
+        assert all(len(used) == 1 for used in of_group.values())
+        assert len(set.union(*of_group.values())) == 2
+
+    on_router(check)
+
+
+def test_lengths_of_a_step_are_learnt_and_survive_a_checkpoint() -> None:
+    async def check(world: World) -> None:
+        announced = announcement()
+        await world.router.announce(announced)
+        await world.finish(await world.submit(announced), tokens=40)
+        await world.router.report()
+        text = await world.router.lengths()
+        assert "p0" in text
+        other = RolloutRouter({})
+        await other.restore_lengths(text)
+        assert await other.lengths() == text
+
+    on_router(check)
+
+
+def test_prompts_that_come_before_their_replicas_wait_for_them() -> None:
+    async def check(world: World) -> None:
+        announced = announcement()
+        await world.router.expect(2)
+        await world.router.announce(announced)
+        assert await world.submit(announced) == []
+        await world.router.add_servers({"host:a": Server()})
+        first = await world.more()
+        assert first and {grant.server for grant in first} == {"host:a"}
+        await world.router.add_servers({"host:b": Server()})
+        second = await world.more()
+        assert {grant.server for grant in second} == {"host:b"}
+        assert len(first) + len(second) == 8
+
+    on_router(check, servers=0)
+
+
+def test_looks_before_any_replica_is_up_decide_nothing() -> None:
+    async def check(world: World) -> None:
+        announced = announcement()
+        await world.router.expect(1)
+        await world.router.announce(announced)
+        await world.submit(announced)
+        world.router._look_now()
+        await asyncio.sleep(0.05)
+        await world.router.add_servers({"host:a": Server()})
+        await world.finish(await world.more())
+        report = await world.router.report()
+        assert report is not None and report.num_looks and not report.failure
+
+    on_router(check, servers=0)
+
+
+def test_a_replica_that_will_not_come_leaves_its_samples_to_the_others() -> None:
+    async def check(world: World) -> None:
+        announced = announcement()
+        await world.router.expect(2)
+        await world.router.announce(announced)
+        await world.submit(announced)
+        await world.router.add_servers({"host:a": Server()})
+        grants = await world.more()
+        await world.router.give_up_expected()
+        while len(grants) < 8:
+            grants += await world.more()
+        assert {grant.server for grant in grants} == {"host:a"}
+
+    on_router(check, servers=0)
+
+
+def test_samples_of_a_lost_replica_continue_on_another_at_once() -> None:
+    async def check(world: World) -> None:
+        announced = announcement()
+        await world.router.announce(announced)
+        grants = await world.submit(announced)
+        lost = [grant for grant in grants if grant.server == "host:0"]
+        await world.router.lose_servers(["host:0"], "killed")
+        again = await world.finish(lost, OutcomeKind.LOST)
+        while len(again) < len(lost):
+            again += await world.more()
+        assert {grant.server for grant in again} == {"host:1"}
+        await world.finish([*again, *(grant for grant in grants if grant.server == "host:1")])
+        report = await world.router.report()
+        assert report is not None and not report.failure
+
+    on_router(check)
+
+
+def test_the_only_replica_of_an_elastic_fleet_is_replaced() -> None:
+    async def check(world: World) -> None:
+        announced = announcement()
+        await world.router.announce(announced)
+        grants = await world.submit(announced)
+        await world.router.lose_servers(["host:0"], "killed")
+        assert await world.finish(grants, OutcomeKind.LOST) == []
+        assert await asyncio.wait_for(world.router.wanted(), 5) == 1
+        await world.router.add_servers({"host:new": Server()})
+        again = await world.more()
+        assert len(again) == len(grants) and {grant.server for grant in again} == {"host:new"}
+        await world.finish(again)
+        report = await world.router.report()
+        assert report is not None and not report.failure
+
+    on_router(check, servers=1, pool="elastic")
+
+
+def test_a_fleet_that_loses_one_replica_after_the_other_gives_up() -> None:
+    async def check(world: World) -> None:
+        announced = announcement()
+        await world.router.announce(announced)
+        await world.submit(announced)
+        await world.router.lose_servers(["host:0"], "killed")
+        for _ in range(world.router.settings.max_retries):
+            await asyncio.wait_for(world.router.wanted(), 5)
+            await world.router.give_up_expected()
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(world.router.wanted(), 0.2)
+
+    on_router(check, servers=1, pool="elastic")
+
+
+def test_requests_of_a_resident_fleet_that_is_gone_fail_within_a_bounded_wait() -> None:
+    async def check(world: World) -> None:
+        announced = announcement()
+        await world.router.announce(announced)
+        grants = await world.submit(announced)
+        await world.router.lose_servers(["host:0"], "killed")
+        await world.finish(grants, OutcomeKind.LOST)
+        refusals = []
+        while len(refusals) < len(grants):
+            refusals += (await world.router.grants(WORKER, 5.0)).refusals
+        assert all("host:0 lost: killed" in refusal.reason for refusal in refusals)
+
+    on_router(check, servers=1)
+
+
+def test_a_policy_that_fails_is_reported_and_every_sample_completes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("policy")
+
+    async def check(world: World) -> None:
+        announced = announcement()
+        await world.router.announce(announced)
+        grants = await world.submit(announced)
+        await asyncio.sleep(0.6)  # one look
+        await world.finish(grants)
+        report = await world.router.report()
+        assert report is not None and "step 1" in report.failure and "ZeroDivisionError" in report.failure
+
+    monkeypatch.setattr(RoutingPolicy, "react", fail)
+    on_router(check)
+
+
+def test_without_any_replica_the_step_is_refused() -> None:
+    async def check(world: World) -> None:
+        with pytest.raises(ReplicaError, match="step 1: no rollout replica is up"):
+            await world.router.announce(announcement())
+
+    on_router(check, servers=0)
+
+
+def test_further_prompts_of_a_step_are_served_without_a_plan() -> None:
+    async def check(world: World) -> None:
+        first, refill = announcement(1), announcement(2, groups=1)
+        await world.router.announce(first)
+        await world.router.announce(refill)
+        grants = [*await world.submit(first), *await world.submit(refill)]
+        assert len(grants) == 10
+        await world.finish(grants)
+        report = await world.router.report()
+        assert report is not None and report.num_samples == 8
+
+    on_router(check)
+
+
+def test_a_prompt_that_is_in_a_step_twice_is_two_groups() -> None:
+    group = Group("u0", "p", 0, 2, 50)
+    batch = Announcement(1, (group, Group("u1", "p", 0, 2, 50)), 100).batch()
+    assert batch.prompt_ids == ("p", "p+1") and batch.group_of.tolist() == [0, 0, 1, 1]
+
+
+def test_looks_do_not_run_hot_when_a_dry_replica_stays_dry() -> None:
+    async def check(world: World) -> None:
+        announced = announcement(groups=1, n=2)
+        await world.router.announce(announced)
+        grants = await world.submit(announced)
+        for _ in range(200):
+            world.router.pump()
+            await asyncio.sleep(0)
+        await world.finish(grants)
+        report = await world.router.report()
+        assert report is not None and report.num_looks < 5
+
+    on_router(check)
+
+
+def test_the_actor_of_the_plugin_seam_is_the_router() -> None:
+    assert rollout_module.RolloutRouterActor.__ray_metadata__.modified_class.__name__ == "RolloutRouter"

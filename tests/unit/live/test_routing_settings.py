@@ -1,0 +1,71 @@
+"""What a configuration means for the router: which policy, and what it believes of the replicas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.demo.test_workload import write_trace
+from verl_rlhfless.config import parse_config
+from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.live.announcement import Announcement, Group
+from verl_rlhfless.live.pacing import PaceModel
+from verl_rlhfless.live.routing import RoutingSettings
+from verl_rlhfless.policy.perf import EngineLimits
+
+STEP = Announcement(1, (Group("u0", "p0", 0, 2, 9), Group("u1", "p1", 1, 2, 9)), 100)
+DENSE = {
+    "num_attention_heads": 16, "hidden_size": 2048, "num_key_value_heads": 2, "num_hidden_layers": 36,
+    "intermediate_size": 11008, "vocab_size": 151936, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def settings(
+    pace: PaceModel | None = None, resources: tuple[str, ...] = (), model: Any = DENSE, **parts: dict[str, Any]
+) -> RoutingSettings:
+    config = parse_config({"pool": {"name": "resident"}, **parts})
+    return RoutingSettings(config, 2, 8, EngineLimits(64, 8192), 100, model, pace, resources)
+
+
+def test_the_arm_has_the_chosen_parts_and_the_fleet_that_is_there() -> None:
+    arm = settings(
+        dispatcher={"name": "random", "seed": 7},
+        migration={"name": "rlhfuse", "tau": 0.6},
+        prefix_dedup={"name": "on"},
+        predictor={"name": "history"},
+    ).arm(STEP, 3)
+    assert (arm.fleet, arm.dispatcher, arm.seed, arm.migration, arm.tau) == ((2, 2, 2), "random", 7, "rlhfuse", 0.6)
+    assert arm.keeps_groups and arm.learns and arm.is_resident and arm.truth is None
+
+
+def test_an_elastic_fleet_is_not_resident() -> None:
+    elastic = {"pool": {"name": "elastic"}, "weights": {"name": "store"}, "planner": {"name": "fixed"}}
+    assert not settings(**elastic).arm(STEP, 1).is_resident
+
+
+def test_the_oracle_reads_the_lengths_that_are_replayed(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "t.jsonl", {"a": [1000, 400], "b": [10, 20]})
+    oracle = settings(predictor={"name": "oracle"}, replay={"trace": str(trace), "scale": 0.1})
+    truth = oracle.arm(STEP, 1).truth
+    assert truth is not None and truth.tolist() == [100, 40, 1, 2]
+
+
+def test_a_paced_run_believes_what_is_declared_even_on_a_gpu() -> None:
+    pool = settings(PaceModel(60.0, tp_speedup={2: 2.0}), ("accelerator_type:H100",)).pool(4)
+    assert pool.perf[2].iteration_s(1, 10) == pytest.approx(0.030, rel=1e-3)
+    assert (pool.num_gpus, pool.gpus_per_node) == (8, 8)
+
+
+def test_a_gpu_is_known_by_its_name_and_the_models_shape() -> None:
+    perf = settings(resources=("accelerator_type:H100",), dispatcher={"name": "length_bucket"}).pool(4).perf[2]
+    assert perf.gpu.name == "H100" and perf.shape.hidden == 2048
+
+
+def test_a_model_without_a_price_is_refused_unless_nothing_asks_for_one() -> None:
+    experts = {**DENSE, "num_experts": 8}
+    resources = ("accelerator_type:H100",)
+    with pytest.raises(ConfigError, match=r"rlhfless\.dispatcher\.name='length_bucket'.*mixture.*dispatcher=stock"):
+        settings(None, resources, experts, dispatcher={"name": "length_bucket"}).pool(1)
+    assert settings(None, resources, experts).pool(1).perf[2]
