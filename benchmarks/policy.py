@@ -1,13 +1,12 @@
-"""Seconds and memory of the policies and of the simulator on one core, against their budgets.
+"""Milliseconds of the policies on one core, against their budgets.
 
-Usage: python benchmarks/policy.py --json OUT [--largest 16384]
+Usage: python -m benchmarks.policy --json OUT
 """
 
 from __future__ import annotations
 
 import json
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -20,15 +19,14 @@ import typer
 
 from verl_rlhfless.policy.dedup import dedup
 from verl_rlhfless.policy.migrate import consolidate
-from verl_rlhfless.policy.ours import Ours
 from verl_rlhfless.policy.plan import Goal, plan_fleet
 from verl_rlhfless.policy.predict import LengthModel, learn, predict, refine
 from verl_rlhfless.policy.shapes import MODELS
 from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, Batch, PoolSnapshot, ReplicaView, RolloutView
 from verl_rlhfless.policy.transitions import LeaseTimes
-from verl_rlhfless.sim.cell import Cell, make_pool
+from verl_rlhfless.sim.cell import make_pool
 from verl_rlhfless.sim.cluster import CLUSTERS
-from verl_rlhfless.sim.run import StepData
+from verl_rlhfless.sim.workload import StepData
 
 
 def step(groups: int, n: int, seed: int = 0) -> StepData:
@@ -92,34 +90,13 @@ def deduplicating() -> dict[str, float]:
     return median_ms(lambda: dedup([p for p in prompts for _ in range(4)]), 15)
 
 
-def simulated(groups: int, n: int, cluster: str) -> dict[str, float]:
-    """One simulated step of our arm, planning and looks included, after a step to learn from."""
-    first, second = step(groups, n), step(groups, n, 1)
-    data = (first, replace(second, batch=replace(second.batch, step=2)))
-    cell = Cell(data, CLUSTERS[cluster], MODELS["qwen2.5-7b"], LeaseTimes())
-    began = time.process_time()
-    record = cell.run(Ours())
-    taken = (time.process_time() - began) / len(data)
-    return {"s_per_step": round(taken, 3), "samples": groups * n, "simulated_step_s": round(record.steps[1].step_s, 1)}
-
-
-def main(out: Annotated[Path, typer.Option("--json")], largest: int = 16384) -> None:
-    """Measure everything once; the peak memory is that of this process."""
-    curve = []
-    for groups in (128, 256, 1024, 4096, 16384):
-        if groups <= largest:
-            curve.append({"groups": groups} | simulated(groups, 16, "h100-160"))
-            print(curve[-1], flush=True)
-            if groups == 1024:
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def main(out: Annotated[Path, typer.Option("--json")]) -> None:
+    """Measure everything once."""
     found = {
         "plan_1024x16_on_160": planning() | {"budget_ms": 30},
         "tick_128x8_on_16": tick(128, 8, "h100-16") | {"budget_ms": 10},
         "tick_1024x16_on_160": tick(1024, 16, "h100-160") | {"budget_ms": 10},
         "dedup_1024x1024": deduplicating() | {"budget_ms": 50},
-        "simulate_128x8_on_16": simulated(128, 8, "h100-16") | {"budget_s": 0.1},
-        "simulate_1024x16_on_160": {"peak_gib": round(peak, 2), "budget_s": 3, "budget_gib": 2} | curve[2],
-        "growth": curve,
         "host": f"{platform.machine()}, Python {platform.python_version()}, CPU time of one process",
     }
     out.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,0 +1,78 @@
+"""Seconds and memory of the simulator on one core against their budgets, and how they grow with the batch.
+
+Usage: python -m benchmarks.scaling --json OUT [--largest 16384]
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from benchmarks.policy import step
+from verl_rlhfless.policy.ours import Ours
+from verl_rlhfless.policy.shapes import MODELS
+from verl_rlhfless.policy.transitions import LeaseTimes
+from verl_rlhfless.sim.cell import Cell
+from verl_rlhfless.sim.cluster import CLUSTERS
+
+SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_REPEATS = 3
+
+
+def simulated(groups: int, n: int, cluster: str, repeats: int = _REPEATS) -> dict[str, float]:
+    """One step of our arm, planning and looks included, after a step to learn from: the least of some repeats."""
+    first, second = step(groups, n), step(groups, n, 1)
+    data = (first, replace(second, batch=replace(second.batch, step=2)))
+    cell = Cell(data, CLUSTERS[cluster], MODELS["qwen2.5-7b"], LeaseTimes())
+    taken = []
+    for _ in range(repeats):
+        began = time.process_time()
+        record = cell.run(Ours())
+        taken.append((time.process_time() - began) / len(data))
+    return {
+        "groups": groups,
+        "samples": groups * n,
+        "s_per_step": round(min(taken), 3),
+        "us_per_sample": round(1e6 * min(taken) / (groups * n), 1),
+        "num_preemptions": record.steps[1].num_preemptions,
+        "simulated_step_s": round(record.steps[1].step_s, 1),
+        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),  # of this and smaller sizes
+    }
+
+
+def exponent(curve: list[dict[str, float]]) -> float:
+    """Return ``a`` of the power law ``seconds ~ samples ** a`` that fits the curve."""
+    x, y = (np.log([point[key] for point in curve]) for key in ("samples", "s_per_step"))
+    return round(float(np.polyfit(x, y, 1)[0]), 2)
+
+
+def main(out: Annotated[Path, typer.Option("--json")], largest: int = SIZES[-1]) -> None:
+    """Measure the smallest first, so that the peak memory of each size is known."""
+    small = simulated(128, 8, "h100-16") | {"budget_s": 0.1}
+    curve = []
+    for groups in SIZES:
+        if groups <= largest:
+            curve.append(simulated(groups, 16, "h100-160", _REPEATS if groups <= 1024 else 1))
+            print(curve[-1], flush=True)
+    budgets = {"budget_s": 3, "budget_gib": 2}
+    found = {
+        "simulate_128x8_on_16": small,
+        "simulate_1024x16_on_160": next((dict(c) | budgets for c in curve if c["groups"] == 1024), None),
+        "growth_16_on_160": curve,
+        "growth_exponent": exponent(curve),
+        "host": f"{platform.machine()}, Python {platform.python_version()}, CPU time of one process",
+    }
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)
