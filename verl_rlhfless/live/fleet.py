@@ -73,7 +73,11 @@ class Fleet:
 
     async def _live(self, candidates: list[ElasticReplica], weights: WeightSource, started: Future[list[str]]) -> None:
         """Start the replicas, then replace lost ones for as long as the router asks."""
-        started.set_result(await self._start_all(candidates, weights))
+        try:
+            started.set_result(await self._start_all(candidates, weights))
+        except BaseException as error:  # noqa: BLE001  handed to the thread that waits for the start
+            started.set_exception(error)
+            return
         with contextlib.suppress(ray.exceptions.RayActorError):  # a router that is gone asks for nothing
             while (tp := await self._router.wanted.remote()) is not None:
                 await self._give_back_lost()
