@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -112,11 +114,16 @@ def router() -> FakeRouter:
 
 
 @pytest.fixture
-def fleet(router: FakeRouter, warm_servers: Any, monkeypatch: pytest.MonkeyPatch) -> Fleet:
+def fleet(router: FakeRouter, warm_servers: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+    """A fleet that ends with its test: its thread waits for wishes, and would keep the whole test run alive."""
     monkeypatch.setattr(fleet_module.ray, "get", lambda value: value)
     monkeypatch.setattr(fleet_module, "ElasticReplica", type("Replica", (FakeReplica,), {}))
     run = OmegaConf.create({"actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 1}, "model": {}}})
-    return Fleet(run, parse_config(None), router, EventLog(None), warm_servers)
+    fleet = Fleet(run, parse_config(None), router, EventLog(None), warm_servers)
+    yield fleet
+    with contextlib.suppress(ReplicaError):  # of a release that a test made fail
+        fleet.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("rlhfless-fleet")]
 
 
 def started(fleet: Fleet, *decision: Any, tp: int = 1) -> None:
