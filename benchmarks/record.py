@@ -1,4 +1,4 @@
-"""The one form of a benchmark's record: what was measured, by which command, on what."""
+"""The one form of a benchmark's record: what was measured or simulated, by which command, on what."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ _RESULTS = Path(__file__).parent / "results"
 
 
 def write_result(
-    name: str, results: dict[str, Any], *, command: str, num_gpus: int = 0, folder: Path | None = None
+    name: str,
+    results: dict[str, Any],
+    *,
+    command: str,
+    kind: str = "measured",
+    num_gpus: int = 0,
+    folder: Path | None = None,
 ) -> Path:
     """Write ``benchmarks/results/<name>.json`` in the format ``rlhfless-bench/1``, print it, and return its path."""
     record = {
         "format": "rlhfless-bench/1",
         "name": name,
-        "kind": "measured",
+        "kind": kind,
         "command": command,
         "commit": _commit(),
         "versions": versions(),

@@ -1,4 +1,4 @@
-"""The GPU kit on a CPU with a tiny model: a real run of each engine, and a step that is what a model really computes."""
+"""The GPU kit on a CPU with a tiny model: a real run of each engine, and a step that is what a model computes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 from benchmarks.gpu.device import CPU, Device
 from benchmarks.gpu.workload import CHECK, TINY, write_model
