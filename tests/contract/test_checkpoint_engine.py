@@ -1,4 +1,4 @@
-"""Weights go through verl's own worker calls, in order and under their version: verl's colocated engine and our store."""
+"""Weights go through verl's own worker calls, in order, under their version: verl's colocated engine and our store."""
 
 from __future__ import annotations
 

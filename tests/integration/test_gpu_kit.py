@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.gpu.device import CPU, Device
 from benchmarks.gpu.workload import CHECK, TINY, write_model
 from verl_rlhfless.policy.perf import EnginePerf
@@ -54,6 +56,18 @@ def test_transformers_is_measured_without_verl_ray_or_vllm(tmp_path: Path) -> No
     assert json.loads((tmp_path / "calibration_tiny_transformers.json").read_text())["gpu"] == "CPU"
     assert list(tmp_path.glob("gpu_*")) == [], "figures of a CPU are no result"
     assert not imported & {"verl", "ray", "vllm", "hydra", "omegaconf"}, "a bare GPU machine lacks them"
+
+
+@pytest.mark.slow
+def test_a_real_vllm_engine_is_measured_from_its_start_to_a_pull_of_weights(tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="needs vLLM")
+    printed, _ = check(tmp_path, "vllm")
+    parts = measured(tmp_path, "vllm")
+    assert "failed" not in printed
+    assert set(parts) == {"start", "decode", "prefill", "abort", "pull"}, "a CPU engine cannot sleep"
+    assert {row["what"] for row in parts["pull"]} == {"publish", "pull"}
+    (pull,) = (row for row in parts["pull"] if row["what"] == "pull")
+    assert TINY.weight_bytes < pull["num_bytes"] < 1.01 * TINY.weight_bytes, "norms and biases are not in the shape"
 
 
 def test_a_measured_step_attends_to_the_whole_context(tmp_path: Path) -> None:
