@@ -1,4 +1,4 @@
-"""The one form of a benchmark's record: what was measured, by which command, on what."""
+"""The one form of a benchmark's record: what was measured or simulated, by which command, on what."""
 
 from __future__ import annotations
 
@@ -12,19 +12,27 @@ from verl_rlhfless.report.environment import hardware, versions
 _RESULTS = Path(__file__).parent / "results"
 
 
-def write_result(name: str, results: dict[str, Any], *, command: str) -> Path:
+def write_result(
+    name: str,
+    results: dict[str, Any],
+    *,
+    command: str,
+    kind: str = "measured",
+    num_gpus: int = 0,
+    folder: Path | None = None,
+) -> Path:
     """Write ``benchmarks/results/<name>.json`` in the format ``rlhfless-bench/1``, print it, and return its path."""
     record = {
         "format": "rlhfless-bench/1",
         "name": name,
-        "kind": "measured",
+        "kind": kind,
         "command": command,
         "commit": _commit(),
         "versions": versions(),
-        "hardware": hardware(num_gpus=0),
+        "hardware": hardware(num_gpus),
         "results": results,
     }
-    path = _RESULTS / f"{name}.json"
+    path = (folder or _RESULTS) / f"{name}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(results, indent=2))
     print(f"wrote {path}")

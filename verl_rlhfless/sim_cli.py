@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from verl_rlhfless.errors import ConfigError, UnsupportedError
+from verl_rlhfless.errors import ConfigError, DataError, UnsupportedError
 
 if TYPE_CHECKING:
+    from verl_rlhfless.policy.perf import Efficiencies
     from verl_rlhfless.sim.cell import Cell
 
 trace_app = typer.Typer(no_args_is_help=True, help="Generate and inspect length traces.")
@@ -43,6 +44,9 @@ def simulate(
         str, typer.Option(help="What the trainer computes: grpo, ppo; -rm = with a reward model.")
     ] = "grpo",
     kv_transfer: Annotated[bool, typer.Option(help="Moved samples may bring their keys and values along.")] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Efficiencies measured on the cluster's GPU type (python -m benchmarks.gpu).")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write the record here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (.png) here; needs matplotlib.")] = None,
     show: Annotated[bool, typer.Option("--list", help="List clusters, models, recipes, arms and GPU types.")] = False,
@@ -74,14 +78,16 @@ def simulate(
     draw = None if plot is None else _plotter(plot)
     shapes = [load_model(name) for name in model.split(",")]
     clusters = [load_cluster(name) for name in cluster.split(",")]
+    efficiencies = _read_efficiencies(calibration, {one.gpu.name for one in clusters})
     goal, times = Goal(cost_weight=cost_weight), LeaseTimes(wake_s=wake_s, cold_start_s=cold_start_s)
     runs = []
     for path in traces:
         data = load_steps(path)
         for one, shape in product(clusters, shapes):
             one = replace(one, has_kv_transfer=one.has_kv_transfer or kv_transfer)
-            cell = Cell(data, one, shape, times, goal, parked_charge, seed, RECIPES[recipe])
+            cell = Cell(data, one, shape, times, goal, parked_charge, seed, RECIPES[recipe], efficiencies)
             labels = {"trace": str(path), "cluster": one.name, "model": shape.name, "seed": seed, "recipe": recipe}
+            labels |= {"calibration": None if calibration is None else str(calibration)}
             runs.append(_run(cell, sorted(names, key=list(ARMS).index), labels))
     if out is not None:
         out.write_text(json.dumps({"format": FORMAT, "runs": runs}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -113,6 +119,24 @@ def _known() -> str:
         ("GPU types", GPUS),
     ]
     return "\n".join(f"{name}: {', '.join(values)}" for name, values in rows)
+
+
+def _read_efficiencies(path: Path | None, gpus: set[str]) -> Efficiencies:
+    """Return the efficiencies of a calibration file, which holds for one type of GPU; the shipped ones without it."""
+    from verl_rlhfless.policy.calibrate import parse_calibration
+    from verl_rlhfless.policy.perf import Efficiencies
+
+    if path is None:
+        return Efficiencies()
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON: {error}. Write one: python -m benchmarks.gpu.") from error
+    measured = parse_calibration(values, str(path))
+    if gpus != {measured.gpu}:
+        rule = f"was measured on {measured.gpu}, the cluster has {', '.join(sorted(gpus))}"
+        raise ConfigError("--calibration", str(path), rule, "Measure on that type, or choose another cluster.")
+    return measured.efficiencies
 
 
 def _check_range(key: str, value: float, most: float) -> None:

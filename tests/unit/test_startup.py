@@ -56,6 +56,7 @@ REFUSED = [
     (["actor_rollout_ref.rollout.name=sglang"], {}, ["actor_rollout_ref.rollout.name='sglang'", "vllm"]),
     (["actor_rollout_ref.rollout.name=trtllm"], {}, ["actor_rollout_ref.rollout.name='trtllm'", "vllm"]),
     (["actor_rollout_ref.rollout.disaggregation.enabled=True"], {}, ["disaggregation.enabled=True", "not supported"]),
+    (["model_engine=veomni"], {}, ["actor_rollout_ref.actor.strategy='veomni'", "fsdp, fsdp2, megatron"]),
     (["actor_rollout_ref.rollout.data_parallel_size=2"], {}, ["data_parallel_size=2", "tensors only"]),
     (
         ["rlhfless.pool.max_gpus=4", "rlhfless.planner.schedule=[1,3]"],

@@ -27,6 +27,7 @@ PLUGIN_NAME = "rlhfless"
 
 _MODE_KEY = "trainer.v1.trainer_mode"
 _ROLLOUT = "actor_rollout_ref.rollout"
+_STRATEGIES = ("fsdp", "fsdp2", "megatron")
 _POLICY_KEY = "VERL_USE_EXTERNAL_PLUGINS"
 
 
@@ -143,8 +144,12 @@ def check_rollout(config: DictConfig, parsed: RlhflessConfig) -> None:
 
 
 def check_elastic(config: DictConfig) -> None:
-    """Refuse what a leased replica can't do: adapters that stay apart, other parallelism."""
+    """Refuse what a leased replica can't do: weights of an engine nobody tried, adapters apart, other parallelism."""
     check_adapters(config)
+    strategy = config.actor_rollout_ref.actor.strategy
+    if strategy not in _STRATEGIES:
+        rule = f"elastic replicas get their weights from {', '.join(_STRATEGIES)} only"
+        raise ConfigError("actor_rollout_ref.actor.strategy", strategy, rule, "Choose one, or use +rlhfless=resident.")
     for name in ("data_parallel_size", "pipeline_model_parallel_size"):
         value = config.actor_rollout_ref.rollout[name]
         if value != 1:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from verl_rlhfless.errors import DataError
-from verl_rlhfless.policy.perf import EnginePerf
+from verl_rlhfless.errors import ConfigError, DataError
+from verl_rlhfless.policy.gpus import GPUS
+from verl_rlhfless.policy.perf import Efficiencies, EnginePerf
 from verl_rlhfless.policy.snapshot import FloatArray
+
+FORMAT = "rlhfless-calibration/1"
+"""Of a calibration file, which ``benchmarks.gpu`` writes."""
 
 _ROUNDS = 60
 _STEP = 1e-5
 _FITTED = (("hbm", 1.0), ("prefill", 1.0), ("launch_s", 1.0), ("per_seq_s", 1e-2))
 """What is fitted, and its upper limit."""
+_READ = {**dict(_FITTED), "host": 1.0}
+"""What a calibration file may set, and its upper limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,14 @@ class Calibration:
     perf: EnginePerf
     mean_error: float
     max_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredEfficiencies:
+    """What a calibration file says: the type of GPU that was measured, and the efficiencies found on it."""
+
+    gpu: str
+    efficiencies: Efficiencies
 
 
 def calibrate(perf: EnginePerf, samples: Sequence[IterationSample]) -> Calibration:
@@ -69,6 +83,31 @@ def calibrate(perf: EnginePerf, samples: Sequence[IterationSample]) -> Calibrati
             damping *= 4
     errors = np.expm1(np.abs(residual))
     return Calibration(_with(perf, values), float(errors.mean()), float(errors.max()))
+
+
+def parse_calibration(values: object, name: str) -> MeasuredEfficiencies:
+    """Return what a parsed calibration file says; efficiencies that it does not mention keep their shipped value.
+
+    Args:
+        values: The parsed JSON object.
+        name: The prefix of keys in errors (the file's path).
+
+    Raises:
+        ConfigError: The format is another one, or an efficiency is unknown or out of range.
+    """
+    if not isinstance(values, Mapping) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, Mapping) else type(values).__name__
+        raise ConfigError(f"{name}: format", found, f"must be {FORMAT!r}", "Write one: python -m benchmarks.gpu.")
+    if values.get("gpu") not in GPUS:
+        raise ConfigError(f"{name}: gpu", values.get("gpu"), f"must be one of {', '.join(GPUS)}", "Measure on a GPU.")
+    read = values.get("efficiencies")
+    if not isinstance(read, Mapping) or not set(read) <= set(_READ):
+        raise ConfigError(f"{name}: efficiencies", read, f"must hold some of {', '.join(_READ)}", "Correct it.")
+    for key, value in read.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _READ[key]:
+            rule = f"must be a number above 0, at most {_READ[key]:g}"
+            raise ConfigError(f"{name}: efficiencies.{key}", value, rule, "Correct it.")
+    return MeasuredEfficiencies(values["gpu"], replace(Efficiencies(), **read))
 
 
 def _with(perf: EnginePerf, values: FloatArray) -> EnginePerf:

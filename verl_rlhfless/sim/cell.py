@@ -19,7 +19,7 @@ from verl_rlhfless.policy.baselines.rlhfuse import SHARES, Rlhfuse
 from verl_rlhfless.policy.baselines.seer import Seer
 from verl_rlhfless.policy.baselines.stock import StockSync
 from verl_rlhfless.policy.ours import Ours
-from verl_rlhfless.policy.perf import EnginePerf
+from verl_rlhfless.policy.perf import Efficiencies, EnginePerf
 from verl_rlhfless.policy.plan import Goal
 from verl_rlhfless.policy.routing import Routing
 from verl_rlhfless.policy.shapes import MODELS, ModelShape, parse_model_config
@@ -101,12 +101,15 @@ class Cell:
     parked_charge: float = 0.0
     seed: int = 0
     recipe: Recipe = field(default_factory=Recipe)
+    efficiencies: Efficiencies = field(default_factory=Efficiencies)
 
     @cached_property
     def pool(self) -> PoolSnapshot:
         """What may be leased."""
         longest = max(int(step.batch.prompt_tokens.max()) + step.batch.max_response_tokens for step in self.data)
-        return make_pool(self.cluster, self.shape, self.times, self.recipe, longest)
+        pool = make_pool(self.cluster, self.shape, self.times, self.recipe, longest)
+        perf = {tp: replace(one, efficiencies=self.efficiencies) for tp, one in pool.perf.items()}
+        return replace(pool, perf=perf, trainer=replace(pool.trainer, efficiencies=self.efficiencies))
 
     def run(self, arm: Arm) -> RunRecord:
         """Return the record of one arm over all steps."""

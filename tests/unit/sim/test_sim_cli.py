@@ -65,6 +65,24 @@ def test_a_recipe_with_models_of_its_own_and_transfers_reach_the_simulation(tmp_
     assert sum(s["prefill_tokens"] for s in steps["kv"]) < sum(s["prefill_tokens"] for s in steps["plain"])
 
 
+def test_measured_efficiencies_reach_the_simulation_and_only_that_of_their_gpu(tmp_path: Path) -> None:
+    path, file = trace(tmp_path), tmp_path / "calibration_h100.json"
+    args = ["simulate", str(path), "--model", "qwen2.5-3b", "--arms", "stock_sync"]
+    measured = {"format": "rlhfless-calibration/1", "gpu": "H100", "efficiencies": {"hbm": 0.4, "launch_s": 3e-3}}
+    file.write_text(json.dumps(measured))
+    steps = {}
+    for name, more in (("shipped", ()), ("measured", ("--calibration", str(file)))):
+        out = tmp_path / f"{name}.json"
+        run(*args, "--cluster", "h100-16", "--json", str(out), *more)
+        steps[name] = json.loads(out.read_text())["runs"][0]["arms"]["stock_sync"]["steps"]
+    assert steps["measured"][0]["gen_s"] > 1.5 * steps["shipped"][0]["gen_s"]
+    with pytest.raises(RlhflessError, match=r"--calibration=.*H100, the cluster has L40S"):
+        run(*args, "--cluster", "l40s-16", "--calibration", str(file))
+    file.write_text("{")
+    with pytest.raises(RlhflessError, match="cannot be read as JSON"):
+        run(*args, "--cluster", "h100-16", "--calibration", str(file))
+
+
 def test_the_same_seed_generates_the_same_bytes_and_stats_match_what_was_asked(tmp_path: Path) -> None:
     args = (
         "trace",

@@ -1,0 +1,72 @@
+"""The parts of verl's synchronous trainer that its own tests ask about, with ours in its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="verl's trainer imports vLLM's replica")
+
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+from verl_rlhfless.config import parse_config
+from verl_rlhfless.live import request_trainer
+from verl_rlhfless.live.request_trainer import RequestTrainer
+from verl_rlhfless.live.trainer import ElasticTrainerSync
+
+TRAINERS = {PPOTrainerSync: [], RequestTrainer: ["+rlhfless=resident"], ElasticTrainerSync: ["+rlhfless=default"]}
+
+
+@pytest.fixture(scope="module", params=TRAINERS, ids=lambda cls: cls.__name__)
+def trainer(request: pytest.FixtureRequest) -> Any:
+    """A trainer as far as its constructor's first lines: configuration and mode."""
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=["data.train_batch_size=64", *TRAINERS[request.param]])
+    if request.param is not PPOTrainerSync:
+        settings = parse_config(OmegaConf.to_container(config.rlhfless, resolve=True))
+        request_trainer._adapt_to_verl(config, settings)
+    trainer = request.param.__new__(request.param)
+    trainer.config, trainer.trainer_mode = config, config.trainer.v1.trainer_mode
+    return trainer
+
+
+def sampler(trainer: Any, **values: Any) -> Any:
+    """Return the sampler that the trainer builds with these settings of its configuration."""
+    config = trainer.config.copy()
+    for key, value in values.items():
+        OmegaConf.update(config, key.replace("__", "."), value)
+    other = type(trainer).__new__(type(trainer))
+    other.config, other.trainer_mode = config, trainer.trainer_mode
+    return other._build_replay_buffer()
+
+
+def test_the_sampler_is_the_synchronous_one(trainer: Any) -> None:
+    """verl gives every trainer of another name the asynchronous one, which trains on stale samples."""
+    built = sampler(trainer)
+    assert type(built) is ReplayBuffer
+    assert (built.filter_groups_metric, built.gen_batch_size) == (None, 64)
+
+
+def test_dynamic_sampling_reaches_the_sampler(trainer: Any) -> None:
+    built = sampler(
+        trainer,
+        algorithm__filter_groups__enable=True,
+        algorithm__filter_groups__metric="acc",
+        algorithm__filter_groups__max_inflight_gen_batches=3,
+    )
+    assert (built.filter_groups_metric, built.max_inflight_gen_batches, built.gen_batch_size) == ("acc", 3, 1)
+    assert built.refill_fn.__name__ == "_add_prompts_to_generate"
+
+
+def test_failed_groups_are_refilled_one_by_one_where_that_is_asked(trainer: Any) -> None:
+    built = sampler(trainer, trainer__v1__sampler__sync_refill_failed_groups=True)
+    assert (built.sync_refill_failed_groups, built.gen_batch_size) == (True, 1)
+
+
+def test_filtering_without_a_metric_is_refused(trainer: Any) -> None:
+    with pytest.raises(ValueError, match="metric must be set"):
+        sampler(trainer, algorithm__filter_groups__enable=True, algorithm__filter_groups__metric=None)
