@@ -9,7 +9,7 @@ import numpy as np
 
 from verl_rlhfless.policy.arm import Outcome
 from verl_rlhfless.policy.fuse import fuse_gpus
-from verl_rlhfless.policy.migrate import Change, consolidate
+from verl_rlhfless.policy.migrate import RULES, Change, consolidate, cut_by_rule
 from verl_rlhfless.policy.plan import Goal, plan_fleet, static_step_s
 from verl_rlhfless.policy.predict import LengthModel, Prediction, exact, learn, predict, refine
 from verl_rlhfless.policy.snapshot import FINISHED, Batch, PoolSnapshot, Reaction, RolloutPlan, RolloutView
@@ -48,10 +48,19 @@ class Memory:
 
 @dataclass(frozen=True)
 class Ours:
-    """The elastic arm. ``can_fuse`` ``False`` is the ablation without fusion."""
+    """The elastic arm.
+
+    Attributes:
+        goal: What to optimise.
+        can_fuse: ``False`` is the ablation without fusion.
+        migration: ``cut_and_migrate`` (priced, ours), ``rlhfless`` or ``rlhfuse`` (the papers' rules), or ``off``.
+        tau: Share of finished samples at which the papers' rules cut.
+    """
 
     goal: Goal = field(default_factory=Goal)
     can_fuse: bool = True
+    migration: str = "cut_and_migrate"
+    tau: float = 0.8
     name: str = "ours"
 
     def predict(self, memory: Memory, batch: Batch) -> Prediction:
@@ -115,7 +124,10 @@ class OursPolicy:
 
     def _change(self, view: RolloutView, plan: RolloutPlan) -> Change:
         change = consolidate(view, self.refine(view), plan.price, (self.arm.goal.hysteresis, len(plan.fleet)))
-        return Change(change.remaining_s) if plan.is_resident else change
+        if self.arm.migration == "cut_and_migrate" and not plan.is_resident:
+            return change
+        moves = cut_by_rule(view, self.arm.migration, self.arm.tau) if self.arm.migration in RULES else ()
+        return Change(change.remaining_s, (), moves, f"{self.arm.migration}'s rule" if moves else "")
 
 
 def _learn_caution(caution: float, outcome: Outcome, static_s: float) -> float:
