@@ -12,7 +12,7 @@ from verl_rlhfless.policy.fuse import fuse_gpus
 from verl_rlhfless.policy.migrate import RULES, Change, consolidate, cut_by_rule
 from verl_rlhfless.policy.plan import Goal, plan_fleet, static_step_s
 from verl_rlhfless.policy.predict import LengthModel, Prediction, exact, learn, predict, refine
-from verl_rlhfless.policy.snapshot import FINISHED, Batch, PoolSnapshot, Reaction, RolloutPlan, RolloutView
+from verl_rlhfless.policy.snapshot import FINISHED, Batch, IntArray, PoolSnapshot, Reaction, RolloutPlan, RolloutView
 
 _LOOKS = 7
 """Looks per predicted remaining time; a look costs about as much as a decode iteration of a small model."""
@@ -22,6 +22,9 @@ _REPAY = 0.5
 
 _CAUTION_RATE = 0.3
 """Weight of the latest step: one step's luck with its longest response must not decide."""
+
+_FEW = 64.0
+"""Samples below which a prediction is so weak that leaving the static fleet must promise much more."""
 
 _GROWTH = 0.2
 """Longest pause as a share of the rollout so far: an early prediction of what remains may be far too long."""
@@ -34,16 +37,18 @@ class Memory:
     Attributes:
         lengths: The length model.
         pool: What may be leased.
-        first_fleet: The fleet that was started first.
+        first_sizes: Tensor-parallel sizes of the engines that were started first.
         caution: Factor by which elastic steps were longer than predicted, compared with static ones.
-        saved_s: Seconds by which the steps so far were shorter than the best static fleet's would have been.
+        saved_s: Seconds by which the elastic steps so far were shorter than static ones would have been.
+        static_factor: Seconds of a resident step over what the model says of it; ``None`` = there was none yet.
     """
 
     lengths: LengthModel
     pool: PoolSnapshot
-    first_fleet: tuple[int, ...] = ()
+    first_sizes: tuple[int, ...] = ()
     caution: float = 1.0
     saved_s: float = 0.0
+    static_factor: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,20 +72,27 @@ class Ours:
         """Return the prediction of a step."""
         return predict(memory.lengths, batch)
 
+    def doubt(self, memory: Memory) -> float:
+        """Return how many times a gain must be worth its transition, given what the prediction rests on."""
+        return 1 + _FEW / memory.lengths.num_samples
+
     def begin(self, pool: PoolSnapshot, first: Batch) -> Memory:
-        """Return an empty memory and the fleet planned from the cap alone."""
+        """Return an empty memory, and the engine sizes of fleets planned from the cap alone."""
         memory = Memory(LengthModel(), pool)
         warm = replace(pool, warm=dict.fromkeys(pool.perf, pool.num_gpus))
-        plan = plan_fleet(warm, first, self.predict(memory, first), self.goal)
-        return replace(memory, first_fleet=plan.fleet)
+        prior = self.predict(memory, first)
+        guesses = (prior, exact(_draw(prior)))  # what is wanted now, and once lengths are better known
+        fleets = [plan_fleet(warm, first, guess, self.goal).fleet for guess in guesses]
+        return replace(memory, first_sizes=tuple(sorted({tp for fleet in fleets for tp in fleet})))
 
     def layout(self, memory: Memory, pool: PoolSnapshot) -> Mapping[int, int]:
-        """Return one full engine set for each tensor-parallel size of the first plan."""
-        return {tp: pool.trainer.num_gpus // tp for tp in set(memory.first_fleet)}
+        """Return one full engine set for each tensor-parallel size of the first plans."""
+        return {tp: pool.trainer.num_gpus // tp for tp in memory.first_sizes}
 
     def plan(self, memory: Memory, pool: PoolSnapshot, batch: Batch) -> RolloutPlan:
         """Return the fleet for the predicted lengths."""
-        goal = replace(self.goal, slack_s=_REPAY * memory.saved_s, caution=memory.caution)
+        payback = self.goal.payback * self.doubt(memory)
+        goal = replace(self.goal, slack_s=_REPAY * memory.saved_s, caution=memory.caution, payback=payback)
         plan = plan_fleet(pool, batch, self.predict(memory, batch), goal, can_fuse=self.can_fuse)
         return replace(plan, first_look_s=1.0, rebinds_turns=True)
 
@@ -91,12 +103,23 @@ class Ours:
     def learn(self, memory: Memory, outcome: Outcome) -> Memory:
         """Return the memory with the step's lengths."""
         static_s = static_step_s(memory.pool, outcome.batch, exact(outcome.lengths))
-        return replace(
+        learnt = replace(
             memory,
             lengths=learn(memory.lengths, outcome.batch, outcome.lengths),
             caution=_learn_caution(memory.caution, outcome, static_s),
-            saved_s=memory.saved_s + static_s - outcome.step_s,
         )
+        if outcome.plan is not None and outcome.plan.is_resident:
+            return replace(learnt, static_factor=_learn_static(memory.static_factor, outcome.step_s / static_s))
+        usual_s = static_s * (memory.static_factor or 1.0)
+        return replace(learnt, saved_s=memory.saved_s + usual_s - outcome.step_s)
+
+
+def _draw(prior: Prediction) -> IntArray:
+    """Return lengths that a prediction would give, [B] int64, spread evenly over its distribution."""
+    count = len(prior.mu)
+    shares = (np.random.default_rng(0).permutation(count) + 0.5) / count
+    error = np.array([prior.errors.quantile(share) for share in shares.tolist()])
+    return np.clip(np.exp(prior.mu + error * prior.sigma), 1, prior.cap - 1).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -137,3 +160,7 @@ def _learn_caution(caution: float, outcome: Outcome, static_s: float) -> float:
         return caution
     seen = (outcome.step_s / static_s) / (plan.predicted_step_s / caution / plan.static_step_s)
     return float(np.clip((1 - _CAUTION_RATE) * caution + _CAUTION_RATE * seen, 1.0, 1.5))
+
+
+def _learn_static(factor: float | None, seen: float) -> float:
+    return seen if factor is None else (1 - _CAUTION_RATE) * factor + _CAUTION_RATE * seen

@@ -55,12 +55,12 @@ class Residuals:
 
     def beyond(self, z: FloatArray) -> FloatArray:
         """Return the probability of an error larger than ``z``, any shape."""
-        at = _index(z)
-        return self._curve.take(at)
+        return self._curve.take(_index(z))
 
     def mean_beyond(self, z: FloatArray) -> FloatArray:
         """Return the mean of the errors that are larger than ``z``, any shape."""
-        return np.maximum(self._beyond.take(_index(z)), z)
+        mean: FloatArray = np.maximum(self._beyond.take(_index(z)), z)
+        return mean
 
     def quantile(self, share: float) -> float:
         """Return the error that a ``share`` of all stays below."""
