@@ -12,7 +12,7 @@ from verl_rlhfless.policy.fuse import fuse_gpus
 from verl_rlhfless.policy.migrate import RULES, Change, consolidate, cut_by_rule
 from verl_rlhfless.policy.plan import Goal, plan_fleet, static_step_s
 from verl_rlhfless.policy.predict import LengthModel, Prediction, exact, learn, predict, refine
-from verl_rlhfless.policy.snapshot import FINISHED, Batch, IntArray, PoolSnapshot, Reaction, RolloutPlan, RolloutView
+from verl_rlhfless.policy.snapshot import FINISHED, Batch, PoolSnapshot, Reaction, RolloutPlan, RolloutView
 
 _LOOKS = 7
 """Looks per predicted remaining time; a look costs about as much as a decode iteration of a small model."""
@@ -77,16 +77,14 @@ class Ours:
         return 1 + _FEW / memory.lengths.num_samples
 
     def begin(self, pool: PoolSnapshot, first: Batch) -> Memory:
-        """Return an empty memory, and the engine sizes of fleets planned from the cap alone."""
+        """Return an empty memory and the engine sizes of the fleet planned from the cap alone."""
         memory = Memory(LengthModel(), pool)
         warm = replace(pool, warm=dict.fromkeys(pool.perf, pool.num_gpus))
-        prior = self.predict(memory, first)
-        guesses = (prior, exact(_draw(prior)))  # what is wanted now, and once lengths are better known
-        fleets = [plan_fleet(warm, first, guess, self.goal).fleet for guess in guesses]
-        return replace(memory, first_sizes=tuple(sorted({tp for fleet in fleets for tp in fleet})))
+        fleet = plan_fleet(warm, first, self.predict(memory, first), self.goal).fleet
+        return replace(memory, first_sizes=tuple(sorted(set(fleet))))
 
     def layout(self, memory: Memory, pool: PoolSnapshot) -> Mapping[int, int]:
-        """Return one full engine set for each tensor-parallel size of the first plans."""
+        """Return one full engine set for each tensor-parallel size of the first plan."""
         return {tp: pool.trainer.num_gpus // tp for tp in memory.first_sizes}
 
     def plan(self, memory: Memory, pool: PoolSnapshot, batch: Batch) -> RolloutPlan:
@@ -112,14 +110,6 @@ class Ours:
             return replace(learnt, static_factor=_learn_static(memory.static_factor, outcome.step_s / static_s))
         usual_s = static_s * (memory.static_factor or 1.0)
         return replace(learnt, saved_s=memory.saved_s + usual_s - outcome.step_s)
-
-
-def _draw(prior: Prediction) -> IntArray:
-    """Return lengths that a prediction would give, [B] int64, spread evenly over its distribution."""
-    count = len(prior.mu)
-    shares = (np.random.default_rng(0).permutation(count) + 0.5) / count
-    error = np.array([prior.errors.quantile(share) for share in shares.tolist()])
-    return np.clip(np.exp(prior.mu + error * prior.sigma), 1, prior.cap - 1).astype(np.int64)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,10 @@ def _choose(candidates: list[Candidate], static: tuple[Reference, float], goal: 
     best = min((c for c in allowed if objective(c) <= least * (1 + _TIE)), key=lambda c: (c.step_s, c.gpu_s))
     gain = (objective(resident) - objective(best)) * ref.gpu_s / max(goal.cost_weight, 1e-6)
     if best is not resident and resident in allowed and gain < goal.payback * transition_gpu_s:
-        return resident, f"a gain worth {gain:.0f} GPU s does not repay a transition of {transition_gpu_s:.0f}"
+        return (
+            resident,
+            f"a gain worth {gain:.0f} GPU s does not repay {goal.payback:.1f} x {transition_gpu_s:.0f} of transition",
+        )
     why = "no elastic fleet is better" if best.is_resident else f"objective {objective(best):.2f} against 1.00"
     return best, why
 

@@ -30,6 +30,8 @@ PRIOR_SHARE_OF_CAP = 1 / 10
 
 _EWMA_LEVEL, _EWMA_PROMPT = 0.7, 0.5
 _MOST_SAMPLES = 512
+"""Most samples of earlier steps that count beside a new step's: spreads and tails follow a model that changes."""
+
 _EM_ROUNDS = 3
 _TREND_KEPT, _TREND_RATE = 0.8, 0.5
 _TAIL_MARGIN = 1.25
@@ -43,11 +45,13 @@ class LengthModel:
 
     Attributes:
         level: Mean log length of the latest steps; ``None`` before the first.
+        trend: Expected change of it from step to step.
         slope: Change of log length per log prompt token.
         log_prompt: Mean log prompt tokens to which ``level`` belongs.
         between / within: Standard deviation of prompt effects, and of samples inside a group.
         recall: Share of a remembered prompt effect that comes back.
-        survival: Of standardised errors (``residuals``).
+        survival: Curve of the standardised errors (``residuals``).
+        num_samples: How many samples the spreads and the curve rest on.
         longest: Longest response of the latest steps, from at least 256 samples; 0 = not known.
         effects: Prompt id -> effect (EWMA over visits).
     """
@@ -218,25 +222,19 @@ def learn(model: LengthModel, batch: Batch, lengths: IntArray) -> LengthModel:
     )
     variance = float(np.var(group_mean)) - within**2 * float(np.mean(1.0 / size)) if groups > 1 else model.between**2
     between = math.sqrt(max(variance, 0.01))
-    is_first = model.level is None
-    rate = 1.0 if is_first else _EWMA_LEVEL
     known = min(model.num_samples, _MOST_SAMPLES)
     spread_rate = batch.num_samples / (batch.num_samples + known)
-    observed = float(log_length.mean())
-    level, trend = observed, 0.0
-    if model.level is not None:
-        expected = model.level + model.trend
-        level = _mix(expected, observed, rate)
-        trend = _TREND_KEPT * (model.trend + _TREND_RATE * spread_rate * (observed - expected))
+    level, trend = _level_and_trend(model, float(log_length.mean()), spread_rate)
     group_prompt = np.bincount(batch.group_of, weights=log_prompt, minlength=groups) / size
     slope = _mix(model.slope, _slope(group_prompt, group_mean, between), spread_rate)
     base = float(log_length.mean()) + slope * (group_prompt - float(log_prompt.mean()))
     seen = group_mean - base
     recall = _mix(model.recall, _recall(model, batch.prompt_ids, seen), spread_rate)
-    guess = predict(model, batch)
-    error = (log_length - guess.mu) / guess.sigma
-    if is_first:
+    if model.level is None:
         error = (log_length - base[batch.group_of]) / math.hypot(between, within)
+    else:
+        guess = predict(model, batch)
+        error = (log_length - guess.mu) / guess.sigma
     is_clipped = lengths >= batch.max_response_tokens
     effects = dict(model.effects)
     for prompt, value in zip(batch.prompt_ids, seen.tolist(), strict=True):
@@ -254,6 +252,15 @@ def learn(model: LengthModel, batch: Batch, lengths: IntArray) -> LengthModel:
         effects=effects,
         num_samples=known + batch.num_samples,
     )
+
+
+def _level_and_trend(model: LengthModel, observed: float, spread_rate: float) -> tuple[float, float]:
+    """Return level and trend after a step with mean log length ``observed`` (Holt's damped trend)."""
+    if model.level is None:
+        return observed, 0.0
+    expected = model.level + model.trend
+    trend = _TREND_KEPT * (model.trend + _TREND_RATE * spread_rate * (observed - expected))
+    return _mix(expected, observed, _EWMA_LEVEL), trend
 
 
 def _mix(old: float, new: float, rate: float) -> float:
