@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from verl_rlhfless.policy.affinity import PrefixBook
 from verl_rlhfless.policy.perf import EnginePerf
 from verl_rlhfless.policy.predict import Prediction
 from verl_rlhfless.policy.snapshot import FloatArray, IntArray
@@ -119,10 +120,13 @@ class Workload:
         """Return [R] expected seconds until each replica is done."""
         return self._seconds(slice(None), (self.alive, self.log_none, self.reads), self.prefill)
 
-    def end_with_s(self, unit: Unit) -> FloatArray:
-        """Return [R] expected seconds until each replica is done if it alone took ``unit`` as well."""
+    def end_with_s(self, unit: Unit, known_tokens: FloatArray | float = 0.0) -> FloatArray:
+        """Return [R] expected seconds until each replica is done if it alone took ``unit`` as well.
+
+        Of its prefill each replica has ``known_tokens`` already.
+        """
         curves = (self.alive + unit.alive, self.log_none + unit.log_none, self.reads + unit.reads)
-        return self._seconds(slice(None), curves, self.prefill + unit.prefill)
+        return self._seconds(slice(None), curves, self.prefill + unit.prefill - known_tokens)
 
     def end_after_move_s(
         self, source: int, target: int, units: Sequence[Unit], prefill: FloatArray
@@ -157,16 +161,27 @@ def _log_none(alive: FloatArray) -> FloatArray:
     return log_none
 
 
-def assign(work: Workload, units: Sequence[Unit], width: FloatArray) -> list[int]:
+def assign(work: Workload, units: Sequence[Unit], width: FloatArray, book: PrefixBook | None = None) -> list[int]:
     """Return the replica of each unit; ``work`` takes them.
 
     What lasts longest goes first, each to the replica that is done first with it.
+
+    Args:
+        work: What the replicas have already.
+        units: What to place.
+        width: [K] tokens between two depths.
+        book: Which prompts replicas have; ``None`` when groups share nothing.
     """
     lasts = [float(-np.expm1(unit.log_none) @ width) for unit in units]
     replica_of = [0] * len(units)
     for i in sorted(range(len(units)), key=lambda i: (-lasts[i], int(units[i].samples[0]))):
-        replica_of[i] = int(np.argmin(work.end_with_s(units[i])))
-        work.add(replica_of[i], units[i])
+        unit = units[i]
+        first = int(unit.samples[0])
+        known = np.zeros(work.num_replicas) if book is None else book.known_tokens(first)
+        replica = replica_of[i] = int(np.argmin(work.end_with_s(unit, known)))
+        work.add(replica, replace(unit, prefill=unit.prefill - float(known[replica])))
+        if book is not None:
+            book.add(first, replica)
     return replica_of
 
 

@@ -53,14 +53,19 @@ def balanced_groups(batch: Batch, load: FloatArray, capacity: Sequence[float]) -
     ends = np.cumsum(share)
     heap = [(0.0, replica) for replica in range(len(capacity))]
     limit = group_load.sum() / sum(capacity)
-    for group in np.lexsort((np.arange(num_groups), -group_load)).tolist():
-        samples = members[ends[group] - share[group] : ends[group]]
-        slowest = limit * max(capacity)
-        pieces = max(1, min(len(samples), int(np.ceil(group_load[group] / slowest)) if slowest > 0 else 1))
-        for piece in np.array_split(samples, pieces) if pieces > 1 else (samples,):
+    slowest = limit * max(capacity)
+    pieces = np.minimum(np.ceil(group_load / slowest), share).astype(np.int64) if slowest > 0 else np.ones_like(share)
+    order = np.lexsort((np.arange(num_groups), -group_load))
+    for group, end, size, heavy in zip(
+        order.tolist(), ends[order].tolist(), share[order].tolist(), pieces[order].tolist(), strict=True
+    ):
+        samples = members[end - size : end]
+        parts = [samples] if heavy <= 1 else np.array_split(samples, heavy)
+        for part in parts:
             used, replica = heapq.heappop(heap)
-            replica_of[piece] = replica
-            heapq.heappush(heap, (used + float(load[piece].sum()) / capacity[replica], replica))
+            replica_of[part] = replica
+            added = float(load[part].sum() if heavy > 1 else group_load[group])
+            heapq.heappush(heap, (used + added / capacity[replica], replica))
     return replica_of
 
 

@@ -13,6 +13,7 @@ hysteresis.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from verl_rlhfless.policy.dispatch import spread
 from verl_rlhfless.policy.predict import Prediction
 from verl_rlhfless.policy.snapshot import FINISHED, GONE, READY, STARTING, FloatArray, IntArray, Move, RolloutView
 from verl_rlhfless.policy.stages import Frontier, Lane, Options, depth_edges, frontier, options_for, shrinking
+
+RULES = ("rlhfless", "rlhfuse")
+"""Names of the papers' own rules, which move samples and start nothing."""
 
 _LANE_SAMPLES = 1024
 
@@ -68,7 +72,8 @@ def consolidate(view: RolloutView, prediction: Prediction, price: float, limits:
     is_starting = any(r.state == STARTING for r in view.replicas)
     if fresh and not is_starting:
         return _hand_over(view, prediction, crews, fresh)
-    options = options_for(view.pool, tuple((crew.tp, len(crew.replicas)) for crew in crews))
+    now = tuple((crew.tp, len(crew.replicas)) for crew in crews)
+    options = options_for(view.pool, now, tuple(sorted({tp for tp, _ in now})) if len(crews) > 1 else None)
     prices = np.array([_SLACK_PRICE, 1.0] if len(crews) > 1 else [1.0]) * price
     lanes = [_lane(view, prediction, crew.samples) for crew in crews]
     if len(crews) > 1:
@@ -128,7 +133,7 @@ def _lane(view: RolloutView, prediction: Prediction, samples: IntArray) -> Lane:
     edges = depth_edges(max(1, int(prediction.cap - reached.min())))
     middle = (edges[:-1] + edges[1:]) / 2
     mu, sigma = prediction.mu[samples], prediction.sigma[samples]
-    part = Prediction(mu, sigma, prediction.low, prediction.high, prediction.cap)
+    part = Prediction(mu, sigma, prediction.cap, prediction.errors)
     now = np.maximum(part.alive_at(np.minimum(reached, prediction.cap - 1)[:, None]), 1e-12)
     alive = (part.alive_at(reached[:, None] + middle) / now).sum(axis=0)
     context = float((reached + view.batch.prompt_tokens[samples]).mean())
@@ -147,20 +152,18 @@ def _merge(
     costs = [float(f.gpu_s[-1, m]) for f, m in zip(futures, at, strict=True)]
     apart = prices[-1] * max(ends) + sum(costs)
     best: tuple[float, int, int, float] | None = None
-    for i, source in enumerate(crews):
-        for j, target in enumerate(crews):
-            if i == j or source.tp > target.tp:
-                continue  # never onto slower replicas
-            together = _lane(view, prediction, np.concatenate((source.samples, target.samples)))
-            both = shrinking(view.pool, options, (together,), prices)[0]
-            moved_s = _moved_s(view, source.samples, target)
-            end = float(both.time_s[-1, at[j]]) + moved_s
-            others = [e for k, e in enumerate(ends) if k not in (i, j)]
-            cost = float(both.gpu_s[-1, at[j]]) + moved_s * target.tp * len(target.replicas)
-            cost += sum(c for k, c in enumerate(costs) if k not in (i, j))
-            worth = prices[-1] * max([end, *others]) + cost
-            if worth < apart * (1 - _MERGE_GAIN) and (best is None or worth < best[0]):
-                best = (worth, i, j, end)
+    pairs = [(i, j) for i, j in permutations(range(len(crews)), 2) if crews[i].tp <= crews[j].tp]  # never onto slower
+    lanes = [_lane(view, prediction, np.concatenate((crews[i].samples, crews[j].samples))) for i, j in pairs]
+    for (i, j), both in zip(pairs, shrinking(view.pool, options, lanes, prices) if lanes else (), strict=True):
+        target = crews[j]
+        moved_s = _moved_s(view, crews[i].samples, target)
+        end = float(both.time_s[-1, at[j]]) + moved_s
+        others = [e for k, e in enumerate(ends) if k not in (i, j)]
+        cost = float(both.gpu_s[-1, at[j]]) + moved_s * target.tp * len(target.replicas)
+        cost += sum(c for k, c in enumerate(costs) if k not in (i, j))
+        worth = prices[-1] * max([end, *others]) + cost
+        if worth < apart * (1 - _MERGE_GAIN) and (best is None or worth < best[0]):
+            best = (worth, i, j, end)
     if best is None:
         return None
     _, i, j, end = best
@@ -209,6 +212,13 @@ def _onto(view: RolloutView, prediction: Prediction, samples: IntArray, targets:
     ids = view.alive
     load = [float(left[ids[view.replica_of[ids] == target]].sum()) for target in targets]
     return spread(samples, targets, load, left)
+
+
+def cut_by_rule(view: RolloutView, rule: str, tau: float) -> tuple[Move, ...]:
+    """Return the moves of a paper's rule by name (one of ``RULES``) at the share ``tau`` of finished samples."""
+    if rule == "rlhfless":
+        return local_cut(view, tau)
+    return global_cut(view, round((1 - tau) * view.batch.num_samples), max(1, len(view.replicas) // 2))
 
 
 def local_cut(view: RolloutView, tau: float) -> tuple[Move, ...]:

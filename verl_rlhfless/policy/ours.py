@@ -9,7 +9,7 @@ import numpy as np
 
 from verl_rlhfless.policy.arm import Outcome
 from verl_rlhfless.policy.fuse import fuse_gpus
-from verl_rlhfless.policy.migrate import Change, consolidate
+from verl_rlhfless.policy.migrate import RULES, Change, consolidate, cut_by_rule
 from verl_rlhfless.policy.plan import Goal, plan_fleet, static_step_s
 from verl_rlhfless.policy.predict import LengthModel, Prediction, exact, learn, predict, refine
 from verl_rlhfless.policy.snapshot import FINISHED, Batch, PoolSnapshot, Reaction, RolloutPlan, RolloutView
@@ -23,6 +23,9 @@ _REPAY = 0.5
 _CAUTION_RATE = 0.3
 """Weight of the latest step: one step's luck with its longest response must not decide."""
 
+_FEW = 64.0
+"""Samples below which a prediction is so weak that leaving the static fleet must promise much more."""
+
 _GROWTH = 0.2
 """Longest pause as a share of the rollout so far: an early prediction of what remains may be far too long."""
 
@@ -34,44 +37,60 @@ class Memory:
     Attributes:
         lengths: The length model.
         pool: What may be leased.
-        first_fleet: The fleet that was started first.
+        first_sizes: Tensor-parallel sizes of the engines that were started first.
         caution: Factor by which elastic steps were longer than predicted, compared with static ones.
-        saved_s: Seconds by which the steps so far were shorter than the best static fleet's would have been.
+        saved_s: Seconds by which the elastic steps so far were shorter than static ones would have been.
+        static_factor: Seconds of a resident step over what the model says of it; ``None`` = there was none yet.
     """
 
     lengths: LengthModel
     pool: PoolSnapshot
-    first_fleet: tuple[int, ...] = ()
+    first_sizes: tuple[int, ...] = ()
     caution: float = 1.0
     saved_s: float = 0.0
+    static_factor: float | None = None
 
 
 @dataclass(frozen=True)
 class Ours:
-    """The elastic arm. ``can_fuse`` ``False`` is the ablation without fusion."""
+    """The elastic arm.
+
+    Attributes:
+        goal: What to optimise.
+        can_fuse: ``False`` is the ablation without fusion.
+        migration: ``cut_and_migrate`` (priced, ours), ``rlhfless`` or ``rlhfuse`` (the papers' rules), or ``off``.
+        tau: Share of finished samples at which the papers' rules cut.
+    """
 
     goal: Goal = field(default_factory=Goal)
     can_fuse: bool = True
+    migration: str = "cut_and_migrate"
+    tau: float = 0.8
     name: str = "ours"
 
     def predict(self, memory: Memory, batch: Batch) -> Prediction:
         """Return the prediction of a step."""
         return predict(memory.lengths, batch)
 
+    def doubt(self, memory: Memory) -> float:
+        """Return how many times a gain must be worth its transition, given what the prediction rests on."""
+        return 1 + _FEW / memory.lengths.num_samples
+
     def begin(self, pool: PoolSnapshot, first: Batch) -> Memory:
-        """Return an empty memory and the fleet planned from the cap alone."""
+        """Return an empty memory and the engine sizes of the fleet planned from the cap alone."""
         memory = Memory(LengthModel(), pool)
         warm = replace(pool, warm=dict.fromkeys(pool.perf, pool.num_gpus))
-        plan = plan_fleet(warm, first, self.predict(memory, first), self.goal)
-        return replace(memory, first_fleet=plan.fleet)
+        fleet = plan_fleet(warm, first, self.predict(memory, first), self.goal).fleet
+        return replace(memory, first_sizes=tuple(sorted(set(fleet))))
 
     def layout(self, memory: Memory, pool: PoolSnapshot) -> Mapping[int, int]:
         """Return one full engine set for each tensor-parallel size of the first plan."""
-        return {tp: pool.trainer.num_gpus // tp for tp in set(memory.first_fleet)}
+        return {tp: pool.trainer.num_gpus // tp for tp in memory.first_sizes}
 
     def plan(self, memory: Memory, pool: PoolSnapshot, batch: Batch) -> RolloutPlan:
         """Return the fleet for the predicted lengths."""
-        goal = replace(self.goal, slack_s=_REPAY * memory.saved_s, caution=memory.caution)
+        payback = self.goal.payback * self.doubt(memory)
+        goal = replace(self.goal, slack_s=_REPAY * memory.saved_s, caution=memory.caution, payback=payback)
         plan = plan_fleet(pool, batch, self.predict(memory, batch), goal, can_fuse=self.can_fuse)
         return replace(plan, first_look_s=1.0, rebinds_turns=True)
 
@@ -82,12 +101,15 @@ class Ours:
     def learn(self, memory: Memory, outcome: Outcome) -> Memory:
         """Return the memory with the step's lengths."""
         static_s = static_step_s(memory.pool, outcome.batch, exact(outcome.lengths))
-        return replace(
+        learnt = replace(
             memory,
             lengths=learn(memory.lengths, outcome.batch, outcome.lengths),
             caution=_learn_caution(memory.caution, outcome, static_s),
-            saved_s=memory.saved_s + static_s - outcome.step_s,
         )
+        if outcome.plan is not None and outcome.plan.is_resident:
+            return replace(learnt, static_factor=_learn_static(memory.static_factor, outcome.step_s / static_s))
+        usual_s = static_s * (memory.static_factor or 1.0)
+        return replace(learnt, saved_s=memory.saved_s + usual_s - outcome.step_s)
 
 
 @dataclass(frozen=True)
@@ -115,7 +137,10 @@ class OursPolicy:
 
     def _change(self, view: RolloutView, plan: RolloutPlan) -> Change:
         change = consolidate(view, self.refine(view), plan.price, (self.arm.goal.hysteresis, len(plan.fleet)))
-        return Change(change.remaining_s) if plan.is_resident else change
+        if self.arm.migration == "cut_and_migrate" and not plan.is_resident:
+            return change
+        moves = cut_by_rule(view, self.arm.migration, self.arm.tau) if self.arm.migration in RULES else ()
+        return Change(change.remaining_s, (), moves, f"{self.arm.migration}'s rule" if moves else "")
 
 
 def _learn_caution(caution: float, outcome: Outcome, static_s: float) -> float:
@@ -125,3 +150,7 @@ def _learn_caution(caution: float, outcome: Outcome, static_s: float) -> float:
         return caution
     seen = (outcome.step_s / static_s) / (plan.predicted_step_s / caution / plan.static_step_s)
     return float(np.clip((1 - _CAUTION_RATE) * caution + _CAUTION_RATE * seen, 1.0, 1.5))
+
+
+def _learn_static(factor: float | None, seen: float) -> float:
+    return seen if factor is None else (1 - _CAUTION_RATE) * factor + _CAUTION_RATE * seen

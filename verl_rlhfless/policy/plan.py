@@ -11,14 +11,17 @@ decision has a reason.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
-from verl_rlhfless.policy.dispatch import balanced_groups, least_requests, longest_first
+from verl_rlhfless.policy.affinity import affine_groups
+from verl_rlhfless.policy.dispatch import least_requests, longest_first
 from verl_rlhfless.policy.fleets import Candidate, LaneFleet, elastic_fleets
 from verl_rlhfless.policy.goal import Goal, infeasible
 from verl_rlhfless.policy.predict import Prediction
-from verl_rlhfless.policy.snapshot import Batch, IntArray, PoolSnapshot, RolloutPlan
+from verl_rlhfless.policy.snapshot import Batch, FloatArray, IntArray, PoolSnapshot, RolloutPlan
 from verl_rlhfless.policy.stages import Options, options_for
 from verl_rlhfless.policy.step_costs import Reference, StepCosts
 from verl_rlhfless.policy.units import Units
@@ -43,7 +46,7 @@ def time_price(pool: PoolSnapshot, goal: Goal) -> float:
 
 def static_step_s(pool: PoolSnapshot, batch: Batch, prior: Prediction) -> float:
     """Return the predicted seconds of a step of the best uniform static fleet."""
-    costs = StepCosts.of(pool, Units.build(batch, prior), (batch, prior), can_fuse=False)
+    costs = StepCosts.of(pool, Units.build(batch, prior), can_fuse=False)
     return costs.static_reference(_options(pool)).step_s
 
 
@@ -57,7 +60,7 @@ def plan_fleet(
     """
     options = _options(pool)
     units = Units.build(batch, prior)
-    costs = StepCosts.of(pool, units, (batch, prior), can_fuse=can_fuse)
+    costs = StepCosts.of(pool, units, can_fuse=can_fuse)
     ref, price = costs.static_reference(options), time_price(pool, goal)
     static = LaneFleet(len(units.order), ref.tp, pool.trainer.num_gpus // ref.tp)
     resident = Candidate((static,), ref.step_s, ref.gpu_s, is_resident=True)
@@ -69,7 +72,7 @@ def plan_fleet(
         reason = f"elastic: {why}, {1 - chosen.gpu_s / ref.gpu_s:.0%} less GPU time than static TP{ref.tp}"
     return RolloutPlan(
         fleet=chosen.fleet,
-        replica_of=_place(batch, prior, chosen, units),
+        replica_of=_place(pool, batch, chosen, units),
         order=longest_first(np.arange(batch.num_samples), prior.mu),
         is_resident=chosen.is_resident,
         is_static=chosen.is_resident,
@@ -107,29 +110,48 @@ def _choose(candidates: list[Candidate], static: tuple[Reference, float], goal: 
     best = min((c for c in allowed if objective(c) <= least * (1 + _TIE)), key=lambda c: (c.step_s, c.gpu_s))
     gain = (objective(resident) - objective(best)) * ref.gpu_s / max(goal.cost_weight, 1e-6)
     if best is not resident and resident in allowed and gain < goal.payback * transition_gpu_s:
-        return resident, f"a gain worth {gain:.0f} GPU s does not repay a transition of {transition_gpu_s:.0f}"
+        return (
+            resident,
+            f"a gain worth {gain:.0f} GPU s does not repay {goal.payback:.1f} x {transition_gpu_s:.0f} of transition",
+        )
     why = "no elastic fleet is better" if best.is_resident else f"objective {objective(best):.2f} against 1.00"
     return best, why
 
 
-def _place(batch: Batch, prior: Prediction, chosen: Candidate, units: Units) -> IntArray:
+def _place(pool: PoolSnapshot, batch: Batch, chosen: Candidate, units: Units) -> IntArray:
     """Return the replica of each sample: groups stay together, lanes apart, load evened out inside a lane."""
     count = len(chosen.fleet)
     if batch.num_samples <= count:
         return least_requests(batch, count)
-    load = prior.mean()
+    load = units.mean[units.unit_of]
     rank = np.empty(len(units.order), dtype=np.int64)
     rank[units.order] = np.arange(len(units.order))
     replica_of = np.empty(batch.num_samples, dtype=np.int64)
     replica = unit = 0
     for lane in chosen.lanes:
         mask = (rank[units.unit_of] >= unit) & (rank[units.unit_of] < unit + lane.num_units)
-        replica_of[mask] = replica + balanced_groups(_subset(batch, mask), load[mask], [1.0] * lane.count)
+        part = _subset(batch, mask)
+        worth = _prefill_load(pool, lane, part, load[mask])
+        replica_of[mask] = replica + affine_groups(part, load[mask], lane.count, worth)
         replica, unit = replica + lane.count, unit + lane.num_units
     return replica_of
+
+
+def _prefill_load(pool: PoolSnapshot, lane: LaneFleet, batch: Batch, load: FloatArray) -> float:
+    """Return how many tokens decode on one of a lane's replicas in the time that it needs for one prompt token."""
+    perf, running = pool.perf[lane.tp], np.array(batch.num_samples / lane.count)
+    context = np.array(float((batch.prompt_tokens + load / 2).mean()))
+    return perf.prefill_s_per_token * float(running / perf.fluid_iteration_s(running, context))
 
 
 def _subset(batch: Batch, mask: NDArray[np.bool_]) -> Batch:
     names, group_of = np.unique(batch.group_of[mask], return_inverse=True)
     ids = tuple(batch.prompt_ids[g] for g in names.tolist())
-    return Batch(batch.step, ids, group_of.astype(np.int64), batch.prompt_tokens[mask], batch.max_response_tokens)
+    prefixes = tuple(batch.prefixes[g] for g in names.tolist()) if batch.prefixes else ()
+    return replace(
+        batch,
+        prompt_ids=ids,
+        group_of=group_of.astype(np.int64),
+        prompt_tokens=batch.prompt_tokens[mask],
+        prefixes=prefixes,
+    )

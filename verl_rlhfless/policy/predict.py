@@ -21,17 +21,22 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 
 from verl_rlhfless.errors import DataError
+from verl_rlhfless.policy.residuals import NORMAL, Residuals, learn_residuals, residuals_of
 from verl_rlhfless.policy.snapshot import Batch, FloatArray, IntArray
 
-FORMAT = "rlhfless-lengths/1"
+FORMAT = "rlhfless-lengths/2"
 PRIOR_SHARE_OF_CAP = 1 / 10
 """Median response on the very first step, as a share of the longest allowed one: the only guess that is not learnt."""
 
-_EWMA_LEVEL, _EWMA_SPREAD, _EWMA_PROMPT = 0.7, 0.5, 0.5
+_EWMA_LEVEL, _EWMA_PROMPT = 0.7, 0.5
+_MOST_SAMPLES = 512
+"""Most samples of earlier steps that count beside a new step's: spreads and tails follow a model that changes."""
+
 _EM_ROUNDS = 3
-_Z80 = 1.2816
+_TREND_KEPT, _TREND_RATE = 0.8, 0.5
 _TAIL_MARGIN = 1.25
 _TAIL_SAMPLES = 256
+_NORMAL = residuals_of(NORMAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +45,26 @@ class LengthModel:
 
     Attributes:
         level: Mean log length of the latest steps; ``None`` before the first.
+        trend: Expected change of it from step to step.
         slope: Change of log length per log prompt token.
         log_prompt: Mean log prompt tokens to which ``level`` belongs.
         between / within: Standard deviation of prompt effects, and of samples inside a group.
         recall: Share of a remembered prompt effect that comes back.
-        low / high: Standardised errors at 10 % and 90 %.
+        survival: Curve of the standardised errors (``residuals``).
+        num_samples: How many samples the spreads and the curve rest on.
         longest: Longest response of the latest steps, from at least 256 samples; 0 = not known.
         effects: Prompt id -> effect (EWMA over visits).
     """
 
     level: float | None = None
+    trend: float = 0.0
     slope: float = 0.0
     log_prompt: float = 0.0
     between: float = 0.6
     within: float = 0.9
     recall: float = 0.7
-    low: float = -_Z80
-    high: float = _Z80
+    survival: tuple[float, ...] = NORMAL
+    num_samples: float = 16.0
     longest: float = 0.0
     effects: Mapping[str, float] = field(default_factory=dict)
 
@@ -77,8 +85,11 @@ class LengthModel:
                 raise ValueError(f"format must be {FORMAT!r}")
             effects = {str(key): _finite(value) for key, value in values.pop("effects").items()}
             level = values.pop("level")
+            survival = tuple(_finite(value) for value in values.pop("survival"))
+            if len(survival) != len(NORMAL):
+                raise ValueError(f"survival must have {len(NORMAL)} values")
             scalars = {key: _finite(value) for key, value in values.items()}
-            return cls(level=None if level is None else _finite(level), effects=effects, **scalars)
+            return cls(level=None if level is None else _finite(level), survival=survival, effects=effects, **scalars)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"length history: {error}. Delete the state file to start without history.") from error
 
@@ -91,57 +102,41 @@ def _finite(value: object) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Log-normal lengths, censored at ``cap``: ``mu`` and ``sigma`` are [B] float64 of the log.
-
-    Samples beyond ``reached`` only.
-    """
+    """Lengths up to ``cap``: their log is ``mu + sigma * error``, both [B] float64, with the errors' distribution."""
 
     mu: FloatArray
     sigma: FloatArray
-    low: float
-    high: float
     cap: int
+    errors: Residuals = _NORMAL
 
     def quantiles(self) -> FloatArray:
         """Return [B, 3] float64: p10, p50, p90 tokens."""
-        z = np.array([self.low, 0.0, self.high])
+        z = np.array([self.errors.quantile(share) for share in (0.1, 0.5, 0.9)])
         tokens: FloatArray = np.clip(np.exp(self.mu[:, None] + z * self.sigma[:, None]), 1.0, self.cap)
         return tokens
 
     def mean(self, reached: IntArray | None = None) -> FloatArray:
         """Return [B] float64 expected tokens, given that a sample is longer than ``reached``."""
-        quantile = np.exp(np.minimum(self.mu + self.sigma**2 / 2, math.log(self.cap)))
+        log_tokens = self.mu[:, None] + self.errors.nodes * self.sigma[:, None]
+        mean: FloatArray = np.exp(np.minimum(log_tokens, math.log(self.cap))).mean(axis=1)
         if reached is None:
-            return np.asarray(quantile, dtype=np.float64)
+            return mean
         z = (np.log(np.maximum(reached, 1)) - self.mu) / self.sigma
-        beyond = np.exp(self.mu + self.sigma * (z + 1.0 / (np.maximum(z, 0.0) + 1.0)))
-        tokens: FloatArray = np.minimum(np.maximum(np.maximum(quantile, beyond), reached + 1), self.cap)
+        beyond = np.exp(self.mu + self.sigma * self.errors.mean_beyond(z))
+        tokens: FloatArray = np.minimum(np.maximum(np.maximum(mean, beyond), reached + 1), self.cap)
         return tokens
 
     def alive_at(self, depth: FloatArray) -> FloatArray:
         """Return [B, K] float64: probability that a sample is longer than each depth (tokens)."""
         z = (np.log(np.maximum(depth, 1e-9)) - self.mu[:, None]) / self.sigma[:, None]
-        alive: FloatArray = np.where(depth < self.cap, _upper_tail(z), 0.0)
+        alive: FloatArray = np.where(depth < self.cap, self.errors.beyond(z), 0.0)
         return alive
-
-
-def _upper_tail(z: FloatArray) -> FloatArray:
-    """Return 1 - Phi(z), to 2e-4 (Page's logistic approximation)."""
-    bounded = np.clip(z, -8.0, 8.0)
-    return 1.0 / (1.0 + np.exp(bounded * (1.5976 + 0.070565 * bounded * bounded)))
-
-
-def _hazard(z: FloatArray) -> FloatArray:
-    """Return Mills' ratio, the mean of a standard normal beyond ``z``, in the form that is safe for large ``z``."""
-    near = np.clip(z, -8.0, 4.0)
-    hazard = np.exp(-near * near / 2) / (2.5066 * _upper_tail(near))
-    return np.where(z > 4, z + 1 / np.maximum(z, 1), hazard)
 
 
 def exact(lengths: IntArray) -> Prediction:
     """Return the prediction of samples whose lengths, [B] int64, are known."""
     mu = np.log(np.maximum(lengths, 1) + 0.5)
-    return Prediction(mu, np.full(len(lengths), 0.01), -1.0, 1.0, int(lengths.max()) + 1)
+    return Prediction(mu, np.full(len(lengths), 0.01), int(lengths.max()) + 1)
 
 
 def predict(model: LengthModel, batch: Batch) -> Prediction:
@@ -150,13 +145,13 @@ def predict(model: LengthModel, batch: Batch) -> Prediction:
     if model.level is None:
         mu = np.full(batch.num_samples, math.log(max(1.0, batch.max_response_tokens * PRIOR_SHARE_OF_CAP)))
     else:
-        mu = model.level + model.slope * (log_prompt - model.log_prompt)
+        mu = model.level + model.trend + model.slope * (log_prompt - model.log_prompt)
     known = np.array([prompt in model.effects for prompt in batch.prompt_ids])
     effect = np.array([model.effects.get(p, 0.0) for p in batch.prompt_ids])
     mu = mu + model.recall * effect[batch.group_of]
     left = np.where(known, 1.0 - min(model.recall, 0.95) ** 2, 1.0)[batch.group_of]
     sigma = np.sqrt(model.within**2 + model.between**2 * left)
-    return Prediction(mu, sigma, model.low, model.high, _reach(model, batch.max_response_tokens, 0))
+    return Prediction(mu, sigma, _reach(model, batch.max_response_tokens, 0), residuals_of(model.survival))
 
 
 def _reach(model: LengthModel, cap: int, seen: int) -> int:
@@ -194,20 +189,23 @@ def refine(
     rows = np.flatnonzero(is_open)
     group_of, mu, sigma, seen = batch.group_of[rows], prior.mu[rows], prior.sigma[rows], seen[rows]
     is_capped = is_finished[rows] > 0
-    shift, effect = 0.0, np.zeros(groups)
-    reliability = model.between**2 / (model.between**2 + model.within**2 / np.maximum(size, 1))
+    others = np.maximum(size - 1, 0)[group_of]  # what a sample has itself says nothing more about what it has left
+    reliability = model.between**2 / (model.between**2 + model.within**2 / np.maximum(others, 1))
+    shift, effect = 0.0, np.zeros(len(rows))
     for _ in range(_EM_ROUNDS):
-        expected = mu + shift + effect[group_of]
-        imputed = expected + sigma * _hazard((seen - expected) / sigma)
+        expected = mu + shift + effect
+        imputed = expected + sigma * prior.errors.mean_beyond((seen - expected) / sigma)
         residual = np.where(is_capped, np.maximum(seen, imputed), imputed) - mu
         residual_sum = known_sum + np.bincount(group_of, weights=residual, minlength=groups)
         shift = float(residual_sum.sum() / (batch.num_samples + 4.0))
-        effect = reliability * (residual_sum - shift * size) / np.maximum(size, 1)
+        effect = reliability * (residual_sum[group_of] - residual - shift * others) / np.maximum(others, 1)
+    shifted = prior.mu + shift
+    shifted[rows] += effect
     finished = np.bincount(batch.group_of, weights=is_finished, minlength=groups)
     between = model.between**2 / (1 + finished * model.between**2 / model.within**2)
     sigma = np.minimum(prior.sigma, np.sqrt(model.within**2 + between[batch.group_of]))
     cap = _reach(model, batch.max_response_tokens, int(generated.max()))
-    return replace(prior, mu=prior.mu + shift + effect[batch.group_of], sigma=sigma, cap=max(prior.cap, cap))
+    return replace(prior, mu=shifted, sigma=sigma, cap=max(prior.cap, cap))
 
 
 def learn(model: LengthModel, batch: Batch, lengths: IntArray) -> LengthModel:
@@ -224,33 +222,45 @@ def learn(model: LengthModel, batch: Batch, lengths: IntArray) -> LengthModel:
     )
     variance = float(np.var(group_mean)) - within**2 * float(np.mean(1.0 / size)) if groups > 1 else model.between**2
     between = math.sqrt(max(variance, 0.01))
-    is_first = model.level is None
-    rate = 1.0 if is_first else _EWMA_LEVEL
-    spread_rate = batch.num_samples / (batch.num_samples + 16) if is_first else _EWMA_SPREAD
-    level = float(log_length.mean()) if model.level is None else _mix(model.level, float(log_length.mean()), rate)
+    known = min(model.num_samples, _MOST_SAMPLES)
+    spread_rate = batch.num_samples / (batch.num_samples + known)
+    level, trend = _level_and_trend(model, float(log_length.mean()), spread_rate)
     group_prompt = np.bincount(batch.group_of, weights=log_prompt, minlength=groups) / size
     slope = _mix(model.slope, _slope(group_prompt, group_mean, between), spread_rate)
     base = float(log_length.mean()) + slope * (group_prompt - float(log_prompt.mean()))
     seen = group_mean - base
-    recall = _mix(model.recall, _recall(model, batch.prompt_ids, seen), _EWMA_SPREAD)
-    error = (log_length - predict(model, batch).mu) / predict(model, batch).sigma
-    low, high = (float(v) for v in np.quantile(error, (0.1, 0.9)))
-    rate_z = 0.0 if is_first else _EWMA_SPREAD
+    recall = _mix(model.recall, _recall(model, batch.prompt_ids, seen), spread_rate)
+    if model.level is None:
+        error = (log_length - base[batch.group_of]) / math.hypot(between, within)
+    else:
+        guess = predict(model, batch)
+        error = (log_length - guess.mu) / guess.sigma
+    is_clipped = lengths >= batch.max_response_tokens
     effects = dict(model.effects)
     for prompt, value in zip(batch.prompt_ids, seen.tolist(), strict=True):
         effects[prompt] = _mix(effects[prompt], value, _EWMA_PROMPT) if prompt in effects else value
     return LengthModel(
         level=level,
+        trend=trend,
         slope=slope,
         log_prompt=float(log_prompt.mean()),
         between=_mix(model.between, between, spread_rate),
         within=max(0.05, _mix(model.within, within, spread_rate)),
         recall=recall,
-        low=min(-0.3, _mix(model.low, low, rate_z)),
-        high=max(0.3, _mix(model.high, high, rate_z)),
+        survival=learn_residuals(model.survival, error, is_clipped, spread_rate),
         longest=max(0.8 * model.longest, float(lengths.max())) if batch.num_samples >= _TAIL_SAMPLES else 0.0,
         effects=effects,
+        num_samples=known + batch.num_samples,
     )
+
+
+def _level_and_trend(model: LengthModel, observed: float, spread_rate: float) -> tuple[float, float]:
+    """Return level and trend after a step with mean log length ``observed`` (Holt's damped trend)."""
+    if model.level is None:
+        return observed, 0.0
+    expected = model.level + model.trend
+    trend = _TREND_KEPT * (model.trend + _TREND_RATE * spread_rate * (observed - expected))
+    return _mix(expected, observed, _EWMA_LEVEL), trend
 
 
 def _mix(old: float, new: float, rate: float) -> float:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from verl_rlhfless.policy.affinity import PrefixBook
 from verl_rlhfless.policy.arm import Outcome, Policy
 from verl_rlhfless.policy.balance import Outlook, Unit, Workload, assign, best_move
 from verl_rlhfless.policy.dispatch import least_requests, longest_first
-from verl_rlhfless.policy.migrate import global_cut, local_cut
+from verl_rlhfless.policy.migrate import RULES, cut_by_rule
 from verl_rlhfless.policy.predict import LengthModel, Prediction, learn, predict, refine
 from verl_rlhfless.policy.snapshot import (
     FINISHED,
@@ -76,7 +77,7 @@ class Routing:
         """Return the prediction before the step's first token."""
         if self.truth is not None:
             exact = np.full(batch.num_samples, _EXACT)
-            return Prediction(np.log(self.truth + 0.5), exact, -1.0, 1.0, batch.max_response_tokens + 1)
+            return Prediction(np.log(self.truth + 0.5), exact, batch.max_response_tokens + 1)
         return predict(memory, batch)
 
     def refine(self, memory: LengthModel, view: RolloutView) -> Prediction:
@@ -151,11 +152,8 @@ class RoutingPolicy:
         return Reaction(view.now_s + pause_s, moves=moves, reason=reason if moves else "")
 
     def _migrate(self, view: RolloutView) -> tuple[Move, ...]:
-        if self.arm.migration == "rlhfless":
-            return local_cut(view, self.arm.tau)
-        if self.arm.migration == "rlhfuse":
-            threshold = round((1 - self.arm.tau) * view.batch.num_samples)
-            return global_cut(view, threshold, max(1, len(view.replicas) // 2))
+        if self.arm.migration in RULES:
+            return cut_by_rule(view, self.arm.migration, self.arm.tau)
         return self._even_out(view, RUNNING) if self.arm.migration == "cut_and_migrate" else ()
 
     def _even_out(self, view: RolloutView, state: int) -> tuple[Move, ...]:
@@ -230,7 +228,8 @@ def place(batch: Batch, samples: IntArray, onto: tuple[Workload, Outlook], keeps
     for pieces in _SPLITS if keeps_groups else _SPLITS[-1:]:
         units = _units(batch, samples, outlook, pieces)
         trial = work.copy()
-        chosen = assign(trial, units, outlook.width)
+        book = PrefixBook(batch, work.num_replicas) if batch.prefixes and keeps_groups else None
+        chosen = assign(trial, units, outlook.width, book)
         end_s = float(trial.end_s().max())
         if best is None or end_s < best[0] * (1 - _LEAST_GAIN):
             position = np.empty(batch.num_samples, dtype=np.int64)

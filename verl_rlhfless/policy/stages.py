@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ class Options:
     tp: NDArray[np.int64]
     count: NDArray[np.int64]
 
-    @property
+    @cached_property
     def gpus(self) -> NDArray[np.int64]:
         """GPUs of each option, [M]."""
         return self.tp * self.count
@@ -48,6 +48,20 @@ class Options:
     def by_size(self, value: Callable[[int], float]) -> FloatArray:
         """Return [M] from what a tensor-parallel size alone decides."""
         return np.repeat([value(tp) for tp, _ in self.sizes], [part.stop - part.start for _, part in self.sizes])
+
+    @cached_property
+    def blocks(self) -> tuple[Options, ...]:
+        """The options of each size."""
+        return tuple(Options(self.tp[part], self.count[part]) for _, part in self.sizes)
+
+    @cached_property
+    def changes(self) -> tuple[FloatArray, IntArray]:
+        """Of a change from option i to j, [M, M]: the share of samples that is cut, and GPUs with fresh replicas."""
+        is_same_tp = self.tp[:, None] == self.tp
+        ratio = self.count[:, None] / self.count
+        cut = 1 - np.where(is_same_tp, np.minimum(1.0 / ratio, ratio), 0.0)
+        fresh: IntArray = np.where(is_same_tp, np.maximum(0, self.gpus - self.gpus[:, None]), self.gpus)
+        return cut, fresh
 
     def index(self, tp: int, count: int) -> int:
         """Return the position of one option."""
@@ -86,14 +100,22 @@ class Frontier:
     gain: FloatArray
 
 
-def options_for(pool: PoolSnapshot, extra: tuple[tuple[int, int], ...] = ()) -> Options:
+def options_for(
+    pool: PoolSnapshot, extra: tuple[tuple[int, int], ...] = (), sizes: tuple[int, ...] | None = None
+) -> Options:
     """Return the options of a pool.
 
-    Every legal size with 1, 2, 3, 4, 6, 8, 12, 16 ... replicas, the whole budget, and ``extra``.
+    Every one of ``sizes`` (``None`` = every legal one) with 1, 2, 3, 4, 6, 8, 12, 16 ... replicas, the whole budget,
+    and ``extra``.
     """
+    return _options(pool.num_gpus, tuple(pool.perf) if sizes is None else sizes, extra)
+
+
+@lru_cache(maxsize=256)
+def _options(num_gpus: int, sizes: tuple[int, ...], extra: tuple[tuple[int, int], ...]) -> Options:
     pairs = set(extra)
-    for tp in pool.perf:
-        most = pool.num_gpus // tp
+    for tp in sizes:
+        most = num_gpus // tp
         counts = {most} | {c << e for c in (2, 3) for e in range(12) if c << e <= most}
         pairs |= {(tp, count) for count in counts | {1} if count >= 1}
     ordered = sorted(pairs)
@@ -114,7 +136,7 @@ def frontier(pool: PoolSnapshot, options: Options, lane: Lane, prices: FloatArra
         lane: The population.
         prices: [P] GPU-seconds that one second is worth.
     """
-    return _frontiers(pool, options, (lane,), prices, (np.arange(len(options.tp)),))[0]
+    return _frontiers(pool, options, (lane,), prices, ((slice(None), options),), can_start=True)[0]
 
 
 def shrinking(pool: PoolSnapshot, options: Options, lanes: Sequence[Lane], prices: FloatArray) -> list[Frontier]:
@@ -122,8 +144,8 @@ def shrinking(pool: PoolSnapshot, options: Options, lanes: Sequence[Lane], price
 
     Arguments as in ``frontier``.
     """
-    sizes = [np.flatnonzero(options.tp == tp) for tp in np.unique(options.tp)]
-    return _frontiers(pool, options, lanes, prices, tuple(sizes))
+    parts = tuple((part, block) for (_, part), block in zip(options.sizes, options.blocks, strict=True))
+    return _frontiers(pool, options, lanes, prices, parts, can_start=False)
 
 
 def _frontiers(
@@ -131,23 +153,24 @@ def _frontiers(
     options: Options,
     lanes: Sequence[Lane],
     prices: FloatArray,
-    blocks: tuple[IntArray, ...],
+    blocks: tuple[tuple[slice, Options], ...],
+    *,
+    can_start: bool,
 ) -> list[Frontier]:
-    """Return the futures of each lane; changes stay inside a block of options, and only one block can start engines."""
+    """Return the futures of each lane; changes stay inside a block of options."""
     shape = (len(lanes), len(prices), len(options.tp))
     time_s, gpu_s, gain = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     first = np.zeros(shape, dtype=np.int64)
     stage_s = np.stack([_stage_times(pool, options, lane) for lane in lanes])
     alive = np.stack([lane.alive for lane in lanes])
     context = np.array([lane.context for lane in lanes])
-    for block in blocks:
-        part = Options(options.tp[block], options.count[block])
-        moves = _Moves.build(pool, part, max(float(context.mean()), 1.0), can_start=len(blocks) == 1)
-        depth = np.stack([np.concatenate(([0.0], (lane.edges[:-1] + lane.edges[1:])[:-1] / 2)) for lane in lanes])
-        moved = alive * (context[:, None] + depth) * -np.expm1(-alive)
-        best = _viterbi(stage_s[:, :, block], (alive, moved), moves, prices)
-        time_s[:, :, block], gpu_s[:, :, block], gain[:, :, block] = best[0], best[1], best[3]
-        first[:, :, block] = block[best[2]]
+    depth = np.stack([np.concatenate(([0.0], (lane.edges[:-1] + lane.edges[1:])[:-1] / 2)) for lane in lanes])
+    moved = alive * (context[:, None] + depth) * -np.expm1(-alive)
+    for part, block in blocks:
+        moves = _Moves.build(pool, block, max(float(context.mean()), 1.0), can_start=can_start)
+        best = _viterbi(stage_s[:, :, part], (alive, moved), moves, prices)
+        time_s[:, :, part], gpu_s[:, :, part], gain[:, :, part] = best[0], best[1], best[3]
+        first[:, :, part] = (part.start or 0) + best[2]
     start_s = np.array([lane.prefill_tokens for lane in lanes])[:, None, None] * _prefill(pool, options) / options.count
     time_s, gpu_s = time_s + start_s, gpu_s + start_s * options.gpus
     return [Frontier(*row) for row in zip(time_s, gpu_s, first, gain, strict=True)]
@@ -232,12 +255,9 @@ class _Moves:
     @classmethod
     def build(cls, pool: PoolSnapshot, options: Options, context: float, *, can_start: bool) -> _Moves:
         times, gpus = pool.trainer.times, options.gpus
-        is_same_tp = options.tp[:, None] == options.tp[None, :]
-        ratio = options.count[:, None] / options.count[None, :]
-        kept = np.where(is_same_tp, np.minimum(1.0 / ratio, ratio), 0.0)
+        cut, fresh = options.changes
         move = options.by_size(lambda tp: pool.perf[tp].move_s(context, pool.has_kv_transfer) / context)
-        s_per_token = (1 - kept) * move[None, :] / options.count[None, :]
-        fresh = np.where(is_same_tp, np.maximum(0, gpus[None, :] - gpus[:, None]), gpus[None, :])
+        s_per_token = cut * (move / options.count)
         load = options.by_size(lambda tp: pool.perf[tp].load_s)
         warm = options.by_size(lambda tp: pool.warm.get(tp, 0))
         start = np.where(fresh <= warm[None, :], times.wake_s, times.cold_start_s) + load[None, :]

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from verl_rlhfless.policy.fuse import fits
-from verl_rlhfless.policy.predict import Prediction
-from verl_rlhfless.policy.snapshot import Batch, FloatArray, PoolSnapshot
+from verl_rlhfless.policy.snapshot import FloatArray, PoolSnapshot
 from verl_rlhfless.policy.stages import Options, stay
 from verl_rlhfless.policy.units import Units
 
@@ -38,10 +37,10 @@ class StepCosts:
     can_fuse: bool
 
     @classmethod
-    def of(cls, pool: PoolSnapshot, units: Units, request: tuple[Batch, Prediction], *, can_fuse: bool) -> StepCosts:
+    def of(cls, pool: PoolSnapshot, units: Units, *, can_fuse: bool) -> StepCosts:
         """Return the costs of a batch with predicted lengths."""
-        batch, prior = request
-        return cls(pool, units, float(batch.prompt_tokens.sum() + prior.mean().sum()), can_fuse and fits(pool))
+        tokens = float(((units.prompt + units.mean) * units.size).sum())
+        return cls(pool, units, tokens, can_fuse and fits(pool))
 
     @property
     def _context(self) -> float:

@@ -23,6 +23,7 @@ class Units:
         order: [U] unit ids, longest predicted first.
         edges: [K+1] depths in tokens.
         alive: [U, K] expected samples alive in the middle of each interval.
+        mean: [U] expected tokens of one sample.
     """
 
     size: IntArray
@@ -32,6 +33,7 @@ class Units:
     order: IntArray
     edges: FloatArray
     alive: FloatArray
+    mean: FloatArray
 
     @classmethod
     def build(cls, batch: Batch, prior: Prediction) -> Units:
@@ -44,9 +46,10 @@ class Units:
             unit_of = group
         order = np.lexsort((first, -(prior.mu[first] + prior.sigma[first])))
         edges = depth_edges(prior.cap)
-        alive = replace(prior, mu=prior.mu[first], sigma=prior.sigma[first]).alive_at((edges[1:] + edges[:-1]) / 2)
+        each = replace(prior, mu=prior.mu[first], sigma=prior.sigma[first])
+        alive = each.alive_at((edges[1:] + edges[:-1]) / 2)
         prompt = batch.prompt_tokens[first].astype(float)
-        return cls(size, prompt, batch.group_of[first], unit_of, order, edges, alive * size[:, None])
+        return cls(size, prompt, batch.group_of[first], unit_of, order, edges, alive * size[:, None], each.mean())
 
     def lane(self, rows: IntArray) -> Lane:
         """Return the population of some units; a prompt is prefilled once."""

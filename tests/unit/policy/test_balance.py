@@ -13,7 +13,7 @@ from verl_rlhfless.policy.predict import Prediction
 def outlook(*left: int, generated: int = 0, prompt: int = 0) -> Outlook:
     """Return the outlook on samples whose remaining tokens are known."""
     total = np.array(left) + generated
-    prediction = Prediction(np.log(total), np.full(len(left), 0.001), -1.0, 1.0, int(total.max()) + 1)
+    prediction = Prediction(np.log(total), np.full(len(left), 0.001), int(total.max()) + 1)
     return Outlook.build(prediction, np.full(len(left), generated), np.full(len(left), prompt))
 
 
@@ -82,7 +82,7 @@ def test_there_is_nothing_to_gain(held: tuple[list[int], ...]) -> None:
 
 
 def test_of_unknown_lengths_the_larger_batch_is_the_later_one() -> None:
-    prediction = Prediction(np.full(12, np.log(50)), np.full(12, 1.0), -1.3, 1.3, 400)
+    prediction = Prediction(np.full(12, np.log(50)), np.full(12, 1.0), 400)
     view = Outlook.build(prediction, np.zeros(12, dtype=np.int64), np.zeros(12, dtype=np.int64))
     end_s = workload(view, list(range(10)), [10, 11]).end_s()
     assert end_s[0] > 1.3 * end_s[1]

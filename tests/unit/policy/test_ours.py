@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from tests.unit.sim.cases import cell, steps
 from verl_rlhfless.policy.arm import Outcome
-from verl_rlhfless.policy.ours import Memory, Ours
+from verl_rlhfless.policy.ours import Memory, Ours, OursPolicy
+from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, ReplicaView, RolloutPlan, RolloutView
 
 DATA = steps(1, 64, 8, mean=2000.0, cap=16384)
 ARM = Ours()
@@ -33,3 +36,29 @@ def test_a_resident_step_says_nothing_about_elastic_ones() -> None:
 
 def test_seconds_saved_and_lost_are_kept() -> None:
     assert after(0.8).saved_s > 0 > after(1.2).saved_s
+
+
+def late_view(arm: Ours) -> tuple[OursPolicy, RolloutView, RolloutPlan]:
+    """Return an elastic rollout of which replica 0 has finished nearly everything."""
+    one, batch = cell(DATA), DATA[0].batch
+    fleet = (1, 1, 1, 1)
+    plan = RolloutPlan(fleet, np.arange(512) % 4, np.arange(512), False, False, price=16.0)
+    state = np.where((plan.replica_of == 0) & (np.arange(512) >= 8), FINISHED, RUNNING).astype(np.int8)
+    held = np.bincount(plan.replica_of[state == RUNNING], minlength=4).tolist()
+    replicas = tuple(ReplicaView(r, 1, READY, 0, held[r], 600 * held[r]) for r in range(4))
+    view = RolloutView(9.0, batch, one.pool, np.full(512, 500), state, plan.replica_of, replicas, 12, 0, 0)
+    return arm.policy(arm.begin(one.pool, batch)), view, plan
+
+
+def test_the_migration_rule_is_chosen_by_name() -> None:
+    def moved(migration: str, tau: float = 0.8) -> set[int]:
+        policy, view, plan = late_view(Ours(migration=migration, tau=tau))
+        reaction = policy.react(view, plan)
+        assert migration == "cut_and_migrate" or not reaction.starts
+        return {int(sample) for move in reaction.moves for sample in move.samples}
+
+    assert moved("rlhfless") == {0, 4}  # what is left on the replica that is past tau
+    assert moved("rlhfless", tau=0.999) == set()
+    assert moved("rlhfuse") == set()  # too many are left of all
+    assert moved("rlhfuse", tau=0.1) > {0, 4}
+    assert moved("off") == set()

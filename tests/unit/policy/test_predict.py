@@ -63,6 +63,15 @@ def test_the_level_follows_drift() -> None:
     assert predict(model, batch(60, 8)).quantiles()[0, 1] > 650
 
 
+@pytest.mark.parametrize("growth", [1.3, 0.75])
+def test_a_steady_drift_is_expected_to_go_on(growth: float) -> None:
+    model, mean = LengthModel(), 2000.0
+    for step in range(1, 8):
+        model = learn(model, batch(60, 8, step), draw(batch(60, 8), np.zeros(60), mean, 0.4, step))
+        mean *= growth
+    assert predict(model, batch(60, 8)).quantiles()[0, 1] == pytest.approx(mean, rel=0.2)
+
+
 def test_finished_siblings_pull_the_prediction_of_the_rest() -> None:
     model = learn(
         LengthModel(), batch(60, 8), draw(batch(60, 8), np.random.default_rng(3).normal(0, 0.8, 60), 500, 0.3, 0)
@@ -104,7 +113,7 @@ def test_a_truncated_or_poisoned_state_is_refused() -> None:
     for bad in (
         text[:-20],
         text.replace('"within": ', '"within": "x", "y": '),
-        text.replace('"high": ', '"high": NaN, "h": '),
+        text.replace('"recall": ', '"recall": NaN, "r": '),
     ):
         with pytest.raises(DataError):
             LengthModel.from_json(bad)

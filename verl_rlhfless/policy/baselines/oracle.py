@@ -21,6 +21,10 @@ class Oracle(Ours):
         """Return the true lengths."""
         return exact(self.lengths[batch.step])
 
+    def doubt(self, memory: Memory) -> float:
+        """Return 1: nothing is uncertain."""
+        return 1.0
+
     def policy(self, memory: Memory) -> OraclePolicy:
         """Return the decisions during the rollout."""
         return OraclePolicy(self, memory)
