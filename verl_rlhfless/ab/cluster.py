@@ -1,4 +1,4 @@
-"""A private Ray cluster for one arm, and the certainty that nothing of it outlives the arm."""
+"""Where an arm runs: a private Ray cluster of which nothing outlives the arm, or the cluster that is there."""
 
 from __future__ import annotations
 
@@ -12,13 +12,24 @@ from dataclasses import dataclass
 
 import psutil
 
+from verl_rlhfless.errors import ConfigError, RlhflessError
 from verl_rlhfless.processes import end_processes, process_key
 from verl_rlhfless.shared_memory import mapped_segments, queue_segments, unlink_segments
 
 _RUN_VARIABLE = "RLHFLESS_RUN_ID"
-_OBJECT_STORE_BYTES = 500_000_000
-_NUM_CPUS = 64  # logical: verl reserves CPUs per GPU bundle, and this host only pretends to have GPUs
 _RAY_ENVIRONMENT = {"RAY_worker_maximum_startup_concurrency": "8"}  # Ray warns when 4x as many start at once
+
+
+@dataclass(frozen=True, slots=True)
+class HostSize:
+    """What a private cluster takes of the host; ``None`` = what Ray finds there."""
+
+    num_cpus: int | None = None
+    object_store_bytes: int | None = None
+
+
+CPU_HOST = HostSize(num_cpus=64, object_store_bytes=500_000_000)
+"""A small host that only pretends to have GPUs: verl reserves logical CPUs for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,29 +38,31 @@ class Cluster:
 
     Attributes:
         address: GCS address for ``RAY_ADDRESS``.
-        run_id: Mark in the environment of every process that the cluster started.
-        environment: What those processes inherited, the mark included.
-        segments_before: Shared-memory segments of vLLM that were there before the cluster.
+        run_id: Mark in the environment of every process of the arm.
+        environment: What those processes inherit, the mark included.
+        segments_before: Shared-memory segments of vLLM that were there before the arm.
+        overrides: What the recipe needs beside, for the processes to inherit it.
     """
 
     address: str
     run_id: str
     environment: Mapping[str, str]
     segments_before: frozenset[str]
+    overrides: tuple[str, ...] = ()
 
     def child_environment(self) -> dict[str, str]:
         """Return the environment of a driver that runs on this cluster."""
         return {**os.environ, **self.environment, "RAY_ADDRESS": self.address}
 
     def leftovers(self) -> list[str]:
-        """Return what is still there of engines: processes, and shared-memory segments that nobody maps, each named."""
+        """Return what is still on this host of engines: processes, and shared memory that nobody maps, each named."""
         marked = [process for process in _marked_processes(self.run_id) if _is_engine(process)]
         segments = _unmapped_segments() - self.segments_before
         return [f"process {process.pid} ({_command(process)[:80]})" for process in marked] + sorted(segments)
 
 
 @contextlib.contextmanager
-def private_cluster(num_gpus: int, environment: Mapping[str, str]) -> Iterator[Cluster]:
+def private_cluster(num_gpus: int, environment: Mapping[str, str], size: HostSize = CPU_HOST) -> Iterator[Cluster]:
     """Start Ray with ``num_gpus`` declared GPUs; its processes inherit ``environment`` and end on exit."""
     import ray
 
@@ -62,8 +75,8 @@ def private_cluster(num_gpus: int, environment: Mapping[str, str]) -> Iterator[C
             context = ray.init(
                 "local",  # never join a cluster that happens to run on this host
                 num_gpus=num_gpus,
-                num_cpus=_NUM_CPUS,
-                object_store_memory=_OBJECT_STORE_BYTES,
+                num_cpus=size.num_cpus,
+                object_store_memory=size.object_store_bytes,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
@@ -75,6 +88,50 @@ def private_cluster(num_gpus: int, environment: Mapping[str, str]) -> Iterator[C
         _end_marked_processes(run_id)
         unlink_segments(_unmapped_segments() - segments_before)
         shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def running_cluster(address: str, num_gpus: int, environment: Mapping[str, str]) -> Iterator[Cluster]:
+    """Connect to the cluster at ``address``, whose processes for the arm get ``environment`` through the job.
+
+    Raises:
+        RlhflessError: Nothing answers there, or fewer than ``num_gpus`` GPUs are free.
+    """
+    import ray
+
+    run_id = uuid.uuid4().hex
+    marked = {**environment, _RUN_VARIABLE: run_id}
+    segments_before = frozenset(queue_segments())
+    try:
+        context = ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RlhflessError(f"RAY_ADDRESS={address}: {' '.join(str(error).split())}. Start the cluster.") from error
+    try:
+        free = int(ray.available_resources().get("GPU", 0))
+        if free < num_gpus:
+            raise RlhflessError(
+                f"RAY_ADDRESS={address}: the recipe needs {num_gpus} GPUs and {free} are free. Wait, or use fewer."
+            )
+        overrides = tuple(_inherited(name, value) for name, value in marked.items())
+        yield Cluster(context.address_info["gcs_address"], run_id, marked, segments_before, overrides)
+    finally:
+        ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """Check that ``RAY_ADDRESS`` is one that the observer can read the lease table at.
+
+    Raises:
+        ConfigError: It is an address of Ray's client.
+    """
+    if address.startswith("ray://"):
+        rule = "is the address of a Ray client, which does not show who leases what"
+        raise ConfigError("RAY_ADDRESS", address, rule, "Run on a node of the cluster, with RAY_ADDRESS=auto.")
+
+
+def _inherited(name: str, value: str) -> str:
+    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'++ray_kwargs.ray_init.runtime_env.env_vars.{name}="{quoted}"'
 
 
 @contextlib.contextmanager
