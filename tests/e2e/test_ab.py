@@ -41,7 +41,8 @@ def _trace(path: Path) -> list[list[list[int]]]:
     ]
     header = {
         "format": "rlhfless-trace/1", "name": "t", "unit": "tokens", "n": recipe.SAMPLES_PER_PROMPT,
-        "max_response_tokens": recipe.MAX_RESPONSE_TOKENS, "kind": "composed", "source": "s", "licence": "l", "note": "",
+        "max_response_tokens": recipe.MAX_RESPONSE_TOKENS, "kind": "composed",
+        "source": "s", "licence": "l", "note": "",
     }  # fmt: skip
     steps = [
         {"step": i + 1, "epoch": 1, "groups": [

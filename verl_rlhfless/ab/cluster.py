@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from verl_rlhfless.ab.command import hydra_quoted
 from verl_rlhfless.errors import ConfigError, RlhflessError
 from verl_rlhfless.processes import end_processes, process_key
 from verl_rlhfless.shared_memory import mapped_segments, queue_segments, unlink_segments
@@ -130,8 +131,7 @@ def check_address(address: str) -> None:
 
 
 def _inherited(name: str, value: str) -> str:
-    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'++ray_kwargs.ray_init.runtime_env.env_vars.{name}="{quoted}"'
+    return f"++ray_kwargs.ray_init.runtime_env.env_vars.{name}={hydra_quoted(value)}"
 
 
 @contextlib.contextmanager

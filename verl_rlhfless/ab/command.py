@@ -63,6 +63,15 @@ def shell_environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]
     return {**environ, "PATH": os.pathsep.join([scripts, environ.get("PATH", os.defpath)])}
 
 
+def hydra_quoted(value: object) -> str:
+    """Return a value that Hydra takes as this text; commas, blanks and brackets would mean something else.
+
+    In its quotes a backslash is one, unless it comes before a quote.
+    """
+    text = re.sub(r'(\\*)("|$)', lambda end: end[1] * 2 + ('\\"' if end[2] else ""), str(value))
+    return f'"{text}"'
+
+
 def parse_recipe(text: str, folder: Path) -> Recipe:
     """Return the recipe that ``text`` is: ``[A=1 ...] python -m verl.trainer.main_ppo ...``, or a script.
 

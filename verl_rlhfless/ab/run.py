@@ -13,7 +13,7 @@ from pathlib import Path
 
 from verl_rlhfless.ab.arms import Arm, build_arms, parse_names
 from verl_rlhfless.ab.cluster import CPU_HOST, Cluster, HostSize, check_address, private_cluster, running_cluster
-from verl_rlhfless.ab.command import Recipe, parse_recipe, shell_environment
+from verl_rlhfless.ab.command import Recipe, hydra_quoted, parse_recipe, shell_environment
 from verl_rlhfless.ab.compare import Comparison, arm_names, compare, is_sound
 from verl_rlhfless.ab.kept import CHECKPOINT_FOLDER, HYDRA_FOLDER, Kept
 from verl_rlhfless.ab.probe import RecipeFacts, probe
@@ -178,17 +178,11 @@ def common_overrides(facts: RecipeFacts, options: AbOptions, folder: Path) -> li
         f"trainer.total_training_steps={options.steps}",
         f"trainer.total_epochs={max(facts.epochs, options.steps)}",  # an epoch has at least one step
         'trainer.logger=["console","file"]',
-        f"trainer.rollout_data_dir={quoted(folder / ROLLOUT_FOLDER)}",
-        f"trainer.default_local_dir={quoted(folder / CHECKPOINT_FOLDER)}",
-        f"hydra.run.dir={quoted(folder / HYDRA_FOLDER)}",
+        f"trainer.rollout_data_dir={hydra_quoted(folder / ROLLOUT_FOLDER)}",
+        f"trainer.default_local_dir={hydra_quoted(folder / CHECKPOINT_FOLDER)}",
+        f"hydra.run.dir={hydra_quoted(folder / HYDRA_FOLDER)}",
         *(f"ray_kwargs.ray_init.{name}=null" for name in facts.ray_limits),  # the cluster runs already
     ]
     if options.trace is not None:
-        overrides += [f"rlhfless.replay.trace={quoted(options.trace.resolve())}", "data.shuffle=False"]
+        overrides += [f"rlhfless.replay.trace={hydra_quoted(options.trace.resolve())}", "data.shuffle=False"]
     return overrides
-
-
-def quoted(path: Path) -> str:
-    """Return a path as a Hydra value: commas, blanks and brackets would mean something else."""
-    text = str(path).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{text}"'

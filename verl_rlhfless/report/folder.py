@@ -1,4 +1,4 @@
-"""``report.md`` and its picture, from the folder of a comparison or of one observed run."""
+"""``report.md`` and its pictures, from the folder of a comparison or of one observed run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from verl_rlhfless.report.timeline import Timeline, build_timeline
 
 RECORD_FILE = "ab.json"
 REPORT_FILE = "report.md"
-FIGURE_FILE = "timeline.png"
+WHOLE_FILE = "timeline.png"
+STEPS_FILE = "timeline-steps.png"
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``report.md`` and ``timeline.png`` into ``folder`` and return the path of the former.
+    """Write ``report.md`` and the pictures that it shows into ``folder`` and return the path of the report.
 
     Args:
         folder: What ``rlhfless ab`` or ``rlhfless demo`` wrote, or one observed run.
@@ -37,12 +38,23 @@ def write_report(folder: Path) -> Path:
         observed = read_observed(run)
         timelines[name] = build_timeline(observed)
         planned[name] = predictions(observed, {step.step: step.figures for step in build_arm(run).steps})
-    drawn = {name: timeline for name, timeline in timelines.items() if timeline.leases}
-    if drawn:
-        draw_timelines(drawn, folder / FIGURE_FILE)
     report = folder / REPORT_FILE
-    report.write_text(markdown(record, planned, FIGURE_FILE if drawn else None), encoding="utf-8")
+    report.write_text(markdown(record, planned, _draw(timelines, folder)), encoding="utf-8")
     return report
+
+
+def _draw(timelines: Mapping[str, Timeline], folder: Path) -> dict[str, str]:
+    """Draw what there is and return the pictures' names by title."""
+    leased = {name: timeline for name, timeline in timelines.items() if timeline.leases}
+    trained = {name: timeline for name, timeline in leased.items() if timeline.steps}
+    figures = {}
+    if leased:
+        draw_timelines(leased, folder / WHOLE_FILE)
+        figures["Every lease of the whole run"] = WHOLE_FILE
+    if trained:
+        draw_timelines(trained, folder / STEPS_FILE, steps_only=True)
+        figures["Every lease of the training steps"] = STEPS_FILE
+    return figures
 
 
 def _read(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Path]]:

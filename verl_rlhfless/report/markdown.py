@@ -31,13 +31,13 @@ _COMPARED = ("step_s", "gpu_s_allocated", "gpu_s_busy", "gpu_s_idle", "gpu_s_sta
 _WARM_UP = 1
 
 
-def markdown(record: Mapping[str, Any], planned: Mapping[str, Sequence[Prediction]], figure: str | None) -> str:
+def markdown(record: Mapping[str, Any], planned: Mapping[str, Sequence[Prediction]], figures: Mapping[str, str]) -> str:
     """Return the report.
 
     Args:
         record: An ``rlhfless-ab/1`` record.
         planned: What was predicted and measured, by arm.
-        figure: Path of the timeline, relative to the report; ``None`` = there is none.
+        figures: Paths of pictures, relative to the report, by title.
     """
     arms = record["arms"]
     parts = ["# Comparison of arms" if len(arms) != 1 else f"# Run {next(iter(arms))}", *_setting(record)]
@@ -46,8 +46,8 @@ def markdown(record: Mapping[str, Any], planned: Mapping[str, Sequence[Predictio
         parts += ["## Whole run", _totals(arms), _LEGEND, *_ratios(arms)]
     if any(map(is_asynchronous, arms.values())):
         parts.append(r"\* asynchronous: trains on samples of older weights, which is another algorithm.")
-    if figure is not None:
-        parts += ["## Who leased what", f"![Timeline of every lease]({figure})"]
+    if figures:
+        parts += ["## Who leased what", *(f"{title}:\n\n![{title}]({path})" for title, path in figures.items())]
     if arms:
         parts += ["## Steps", _steps(arms)]
     if any(planned.values()):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.observed_run import elastic_run, stock_run
+from tests.unit.observed_run import RunFolder, elastic_run, stock_run
 from verl_rlhfless.ab.arms import Arm
 from verl_rlhfless.ab.compare import Comparison, build_record
 from verl_rlhfless.ab.training import ArmOutcome
@@ -48,8 +48,9 @@ def test_the_report_holds_totals_steps_guards_failures_and_the_picture(compared:
     assert row(text, "max_gpus/elastic")[1:] == ["4", "4", "ok"]
     assert "**resident failed:** verl ended with exit code 1: no memory" in text
     assert "bash run.sh" in text and "b=2" in text
-    assert "![Timeline of every lease](timeline.png)" in text
-    assert (compared / "timeline.png").read_bytes().startswith(PNG)
+    for picture in ("timeline.png", "timeline-steps.png"):
+        assert f"]({picture})" in text
+        assert (compared / picture).read_bytes().startswith(PNG)
 
 
 def test_arms_are_compared_by_their_steps_after_the_first(compared: Path) -> None:
@@ -71,6 +72,12 @@ def test_without_predictions_guards_or_a_comparison_one_run_has_a_report_too(tmp
     assert text.startswith(f"# Run {tmp_path.name}")
     assert "Predicted" not in text and "Guards" not in text and "divided" not in text
     assert (tmp_path / "timeline.png").exists()
+
+
+def test_a_run_that_never_trained_has_the_picture_of_its_leases_alone(tmp_path: Path) -> None:
+    RunFolder(tmp_path).lease("pool", 2, 0.0, 30.0).host(0.0, 30.0)
+    text = write_report(tmp_path).read_text()
+    assert "(timeline.png)" in text and "timeline-steps.png" not in text
 
 
 def test_an_asynchronous_arm_is_marked(compared: Path) -> None:
