@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from verl_rlhfless.processes import end_processes, process_key
 from verl_rlhfless.shared_memory import mapped_segments, queue_segments, unlink_segments
 
 _RUN_VARIABLE = "RLHFLESS_RUN_ID"
+_IDLE_TIMEOUT_S = 30.0
+_POLL_S = 0.2
 _RAY_ENVIRONMENT = {"RAY_worker_maximum_startup_concurrency": "8"}  # Ray warns when 4x as many start at once
 
 
@@ -95,8 +98,10 @@ def private_cluster(num_gpus: int, environment: Mapping[str, str], size: HostSiz
 def running_cluster(address: str, num_gpus: int, environment: Mapping[str, str]) -> Iterator[Cluster]:
     """Connect to the cluster at ``address``, whose processes for the arm get ``environment`` through the job.
 
+    The observer cannot tell jobs apart: it counts every lease that it sees, so the cluster must be the arm's alone.
+
     Raises:
-        RlhflessError: Nothing answers there, or fewer than ``num_gpus`` GPUs are free.
+        RlhflessError: Nothing answers there, it has fewer than ``num_gpus`` GPUs, or others use some of them.
     """
     import ray
 
@@ -108,15 +113,28 @@ def running_cluster(address: str, num_gpus: int, environment: Mapping[str, str])
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RlhflessError(f"RAY_ADDRESS={address}: {' '.join(str(error).split())}. Start the cluster.") from error
     try:
-        free = int(ray.available_resources().get("GPU", 0))
-        if free < num_gpus:
-            raise RlhflessError(
-                f"RAY_ADDRESS={address}: the recipe needs {num_gpus} GPUs and {free} are free. Wait, or use fewer."
-            )
+        _wait_until_idle(address, num_gpus)
         overrides = tuple(_inherited(name, value) for name, value in marked.items())
         yield Cluster(context.address_info["gcs_address"], run_id, marked, segments_before, overrides)
     finally:
         ray.shutdown()
+
+
+def _wait_until_idle(address: str, num_gpus: int) -> None:
+    """Wait until all GPUs are free: those of the arm before are so a moment after its end."""
+    import ray
+
+    has = int(ray.cluster_resources().get("GPU", 0))
+    if has < num_gpus:
+        raise RlhflessError(f"RAY_ADDRESS={address}: the recipe needs {num_gpus} GPUs and the cluster has {has}.")
+    give_up_s = time.monotonic() + _IDLE_TIMEOUT_S
+    while (free := int(ray.available_resources().get("GPU", 0))) < has:
+        if time.monotonic() > give_up_s:
+            raise RlhflessError(
+                f"RAY_ADDRESS={address}: {has - free} of {has} GPUs are used by others, whose leases would be counted. "
+                "Wait for them, or use another cluster."
+            )
+        time.sleep(_POLL_S)
 
 
 def check_address(address: str) -> None:

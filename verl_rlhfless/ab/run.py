@@ -105,6 +105,7 @@ def prepare(options: AbOptions, environ: Mapping[str, str] = os.environ) -> Plan
     common = {"text": recipe.text, "digest": recipe.digest()}
     kept = Kept(out, common, versions())
     kept.check()
+    print("reading the recipe as verl does (some 20 s of imports)", flush=True)
     facts = probe(recipe)
     _check_host(facts, address)
     arms = build_arms(names, facts, options.trainer_gpus, options.plugin_overrides)
