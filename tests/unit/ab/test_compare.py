@@ -114,12 +114,11 @@ def is_running(pid: int) -> bool:
 
 
 def test_the_end_of_a_command_is_the_end_of_what_it_started(tmp_path: Path) -> None:
-    program = (
-        "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        "print(child.pid, flush=True)\n"
-        "time.sleep(60)\n"
+    deaf = (
+        "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(os.getpid(), flush=True); "
+        "time.sleep(60)"
     )
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {deaf!r}])"
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
