@@ -125,12 +125,13 @@ def _tell_new_steps(metrics: Path, done: int, started: float, say: Say) -> int:
         if not line.endswith("\n"):
             break
         done += 1
-        data = json.loads(line)["data"]
+        record = json.loads(line)
+        data = record["data"]
         if "timing_s/step" in data:  # a validation before the first step has a line of its own
             reward = data.get("critic/score/mean")
             told = "" if reward is None else f" (reward {reward:.3f})"
             say(
-                f"step {data['training/global_step']} took {data['timing_s/step']:.1f} s{told}, "
+                f"step {record['step']} took {data['timing_s/step']:.1f} s{told}, "
                 f"{time.monotonic() - started:.0f} s since the start"
             )
     return done

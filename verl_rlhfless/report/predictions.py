@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from verl_rlhfless.report.observed import Observed
 from verl_rlhfless.report.record import Figures
@@ -35,14 +36,22 @@ class Prediction:
 
 
 def predictions(observed: Observed, steps: Mapping[int, Figures]) -> list[Prediction]:
-    """Return every number that a ``planned`` event of a step predicts; the last event of a step counts."""
+    """Return every number that a ``planned`` event of a step predicts; the last event of a step counts.
+
+    A prediction is a field ``predicted_<figure>`` of the event, or ``<figure>`` in its ``forecast``.
+    """
     planned = {event["step"]: event for event in observed.events if event["event"] == "planned" and "step" in event}
     return [
         Prediction(step, figure, float(value), _measured(figure, steps.get(step)))
         for step, event in sorted(planned.items())
-        for figure, value in ((k.removeprefix(_PREFIX), v) for k, v in event.items() if k.startswith(_PREFIX))
+        for figure, value in _forecast(event).items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     ]
+
+
+def _forecast(event: Mapping[str, Any]) -> dict[str, Any]:
+    prefixed = {name.removeprefix(_PREFIX): value for name, value in event.items() if name.startswith(_PREFIX)}
+    return {**(event.get("forecast") or {}), **prefixed}
 
 
 def _measured(figure: str, figures: Figures | None) -> float | None:

@@ -60,11 +60,13 @@ def test_arms_are_compared_by_their_steps_after_the_first(compared: Path) -> Non
 
 
 def test_what_was_planned_stands_beside_what_was_measured(compared: Path) -> None:
-    planned = {"event": "planned", "t": 121.0, "step": 2, "reason": "tail", "predicted_step_s": 8.0, "predicted_new": 3}
+    planned = {"event": "planned", "t": 121.0, "step": 2, "reason": "tail", "predicted_step_s": 8.0}
+    planned["forecast"] = {"rollout_s": 5.0, "static_step_s": 3.0}
     (compared / "elastic" / "events-2.jsonl").write_text(json.dumps(planned) + "\n")
     text = write_report(compared).read_text()
     assert row(text, "elastic", "2", "step_s") == ["elastic", "2", "step_s", "8.0", "10.0", "-20 %"]
-    assert row(text, "elastic", "2", "new") == ["elastic", "2", "new", "3.0", "-", "-"]
+    assert row(text, "elastic", "2", "rollout_s") == ["elastic", "2", "rollout_s", "5.0", "5.5", "-9 %"]
+    assert row(text, "elastic", "2", "static_step_s")[3:] == ["3.0", "-", "-"]
 
 
 def test_without_predictions_guards_or_a_comparison_one_run_has_a_report_too(tmp_path: Path) -> None:
