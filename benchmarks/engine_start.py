@@ -18,8 +18,8 @@ from typing import Any
 import ray
 
 from benchmarks.record import write_result
+from verl_rlhfless.ab.cluster import private_cluster
 from verl_rlhfless.demo.assets import arithmetic_problems, build_assets
-from verl_rlhfless.demo.cluster import private_cluster
 from verl_rlhfless.demo.recipe import CPU_ENVIRONMENT, common_overrides
 
 _ROUNDS = 3

@@ -30,8 +30,8 @@ import ray
 from benchmarks.controlled_router import new_router
 from benchmarks.engines import Engines, warm_actor
 from benchmarks.record import write_result
+from verl_rlhfless.ab.cluster import private_cluster
 from verl_rlhfless.config import WeightsConfig
-from verl_rlhfless.demo.cluster import private_cluster
 from verl_rlhfless.demo.recipe import CPU_ENVIRONMENT
 from verl_rlhfless.live.client import ElasticClient, serving
 from verl_rlhfless.live.tickets import RouterSettings, SampleKey

@@ -23,7 +23,7 @@ import ray
 from benchmarks.controlled_router import new_router
 from benchmarks.engines import Engines
 from benchmarks.record import write_result
-from verl_rlhfless.demo.cluster import private_cluster
+from verl_rlhfless.ab.cluster import private_cluster
 from verl_rlhfless.demo.recipe import CPU_ENVIRONMENT
 from verl_rlhfless.live.streams import EngineStreams
 from verl_rlhfless.live.warm_server import WarmServer

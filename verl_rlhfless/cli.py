@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 
 from verl_rlhfless import __version__
+from verl_rlhfless.ab_cli import register as register_comparison
 from verl_rlhfless.errors import RlhflessError
 from verl_rlhfless.sim_cli import register as register_simulator
+from verl_rlhfless.sim_cli import trace_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Elastic, serverless RLHF on verl.")
 
@@ -57,6 +59,7 @@ def demo(
     raise typer.Exit(run_demo(options))
 
 
+register_comparison(app, trace_app)
 register_simulator(app)
 
 

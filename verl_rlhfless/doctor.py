@@ -171,7 +171,7 @@ def check_shared_memory(free_bytes: int) -> Finding:
 
 def diagnose(environ: Mapping[str, str]) -> list[Finding]:
     """Return the findings of all checks; a check that can't run is a failure of its own."""
-    num_gpus = _count_gpus()
+    num_gpus = count_gpus()
     memory = psutil.virtual_memory()
     checks: dict[str, Callable[[], Finding]] = {
         **{item.distribution: partial(check_version, item) for item in REQUIREMENTS},
@@ -206,7 +206,7 @@ def render(findings: list[Finding], console: Console) -> None:
 
 def run() -> int:
     """Check this machine, print the findings and return the exit code: 1 if any check fails."""
-    if not _count_gpus():
+    if not count_gpus():
         os.environ.setdefault("VERL_PLATFORM", "cpu")  # what a run here sets; verl reads it when it is imported
     with _silence():
         findings = diagnose(os.environ)
@@ -221,7 +221,8 @@ def _run_check(name: str, check: Callable[[], Finding]) -> Finding:
         return Finding(name, "fail", f"{type(error).__name__}: {error}", _REINSTALL)
 
 
-def _count_gpus() -> int:
+def count_gpus() -> int:
+    """Return how many GPUs torch sees on this host."""
     if importlib.util.find_spec("torch") is None:
         return 0
     import torch

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from verl_rlhfless.policy.perf import Efficiencies
     from verl_rlhfless.sim.cell import Cell
 
-trace_app = typer.Typer(no_args_is_help=True, help="Generate and inspect length traces.")
+trace_app = typer.Typer(no_args_is_help=True, help="Generate, record and inspect length traces.")
 
 
 def register(app: typer.Typer) -> None:

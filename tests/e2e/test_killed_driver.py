@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import ray
 
+from verl_rlhfless.ab.cluster import private_cluster
 from verl_rlhfless.demo import recipe
 from verl_rlhfless.demo.assets import Assets
-from verl_rlhfless.demo.cluster import private_cluster
 from verl_rlhfless.demo.run import DemoOptions, arm_command, arm_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

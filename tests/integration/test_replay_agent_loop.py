@@ -17,7 +17,8 @@ from verl.workers.rollout.replica import TokenOutput  # noqa: E402
 
 from verl_rlhfless.demo.assets import arithmetic_problems, build_assets  # noqa: E402
 from verl_rlhfless.errors import ConfigError  # noqa: E402
-from verl_rlhfless_patches import verl_agent_loop_replay  # noqa: E402
+from verl_rlhfless.live.sample_log import read_samples  # noqa: E402
+from verl_rlhfless_patches import verl_agent_loop_record, verl_agent_loop_replay  # noqa: E402
 
 MAX_RESPONSE_TOKENS = 20
 SAMPLING = {"temperature": 1.0, "top_p": 1.0}
@@ -142,3 +143,31 @@ def test_the_replay_loop_without_a_trace_is_stock(build: Callable[..., Any]) -> 
 def test_a_shuffled_run_does_not_start(build: Callable[..., Any], trace: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.shuffle=True"):
         build("+rlhfless=off", f"rlhfless.replay.trace={trace}", "data.shuffle=True")
+
+
+def test_what_the_trace_forced_is_what_the_observer_is_told(
+    build: Callable[..., Any], trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = agent_loop.AgentLoopWorker
+    monkeypatch.setenv("RLHFLESS_OBSERVER_DIR", str(tmp_path))
+    monkeypatch.setattr(worker, "__init__", worker.__init__)  # which the patch replaces, for this test only
+    monkeypatch.setattr(worker, "_agent_loop_postprocess", _stock_postprocess(worker._agent_loop_postprocess))
+    try:
+        verl_agent_loop_record._patch(agent_loop)
+        recording = build("+rlhfless=off", f"rlhfless.replay.trace={trace}")
+        outputs = run(recording, (1, 0), (1, 1), (0, 0))
+        run(recording, (0, 1), validate=True)
+    finally:
+        del worker._rlhfless_samples
+
+    samples = {(sample.row, sample.session): sample for sample in read_samples(tmp_path)}
+    assert {place: sample.response_tokens for place, sample in samples.items()} == {(1, 0): 9, (1, 1): 11, (0, 0): 7}
+    assert {sample.prompt_tokens for sample in samples.values()} == {len(outputs[0].prompt_ids)}
+    assert len({sample.prompt for sample in samples.values()}) == 1
+
+
+def _stock_postprocess(give_back: Any) -> Any:
+    async def postprocess(self: Any, output: Any, validate: bool, **kwargs: Any) -> Any:
+        return await give_back(self, output, validate, **kwargs)
+
+    return postprocess

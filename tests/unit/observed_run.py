@@ -32,13 +32,28 @@ class RunFolder:
         data |= {
             "critic/score/mean": step / 10,
             "training/rollout_probs_diff_max": 1e-8 * step,
+            "training/rollout_probs_diff_mean": 1e-9 * step,
             "response_length/mean": 12.5,
         }
         self.append("metrics.jsonl", {"step": step, "data": data})
         return self.append("steps.jsonl", {"step": step, "t": logged_s})
 
     def samples(self, step: int, *keys: str) -> RunFolder:
-        return self.append(f"rollouts/{step}.jsonl", *({"uid": key, "step": step} for key in keys))
+        return self.append(f"rollouts/{step}.jsonl", *({"uid": key, "step": step, "score": 1.0} for key in keys))
+
+    def lengths(
+        self, step: int, rows: dict[int, list[int]], bounds: tuple[int, int, bool] = (64, 2, False)
+    ) -> RunFolder:
+        """Samples of a step: the response tokens of each row's sessions; a row's prompt is always the same."""
+        if not (self.path / "samples-1-a.jsonl").exists():
+            self.append(
+                "samples-1-a.jsonl", dict(zip(("max_response_tokens", "n", "is_replayed"), bounds, strict=True))
+            )
+        for row, tokens in rows.items():
+            for session, count in enumerate(tokens):
+                sample = {"step": step, "uid": f"u{step}-{row}", "prompt": f"p{row}", "row": row, "session": session}
+                self.append("samples-1-a.jsonl", {**sample, "prompt_tokens": 9, "turns": [count]})
+        return self
 
     def engine(self, pid: int, lease: str | None, rank: int | None, *records: tuple, tp: int = 1) -> RunFolder:
         header = {"event": "engine", "pid": pid, "lease": lease, "replica_rank": rank, "tp": tp, "t": records[0][0]}

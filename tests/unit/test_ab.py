@@ -191,6 +191,7 @@ def test_the_record_has_the_published_format_and_is_json(tmp_path):
         "max_gpus": 4,
         "reward_mean": 0.1,
         "rollout_probs_diff_max": 1e-8,
+        "rollout_probs_diff_mean": 1e-9,
         "response_tokens": 50,
         "num_samples": 4,
         "num_replicas": 2,
@@ -202,3 +203,19 @@ def test_the_record_has_the_published_format_and_is_json(tmp_path):
     }
     assert all(guard["ok"] for guard in record["guards"]), record["guards"]
     assert all(set(guard) == {"name", "ok", "value", "limit"} for guard in record["guards"])
+
+
+def test_rewards_and_lengths_are_known_by_prompt_group(tmp_path):
+    run = RunFolder(tmp_path).lease("pool", 1, 0.0, 100.0).host(0.0, 100.0)
+    run.step(1, 60.0, step=20)
+    for uid, score in [("g1_0_0", 0.0), ("g1_1_0", 1.0), ("g2_0_0", 1.0), ("g2_1_0", 1.0), ("pad_0_0", 9.0)]:
+        run.append("rollouts/1.jsonl", {"uid": uid, "step": 1, "score": score})
+    run.lengths(1, {0: [10, 20], 1: [40, 50]})
+    arm = build_arm(run.path)
+    assert (arm.reward.mean, arm.reward.std_error, arm.reward.num_groups) == (0.75, 0.25, 2)
+    assert (arm.response_tokens.mean, arm.response_tokens.std_error) == (30.0, 15.0)
+
+
+def test_without_their_records_lengths_are_not_known(tmp_path):
+    run = stock_run(tmp_path)
+    assert build_arm(run.path).response_tokens is None

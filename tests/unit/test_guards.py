@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from verl_rlhfless.report.guards import GuardLimits, judge
-from verl_rlhfless.report.record import ArmRecord, Figures, Pull, StepRecord
+from verl_rlhfless.report.record import ArmRecord, Figures, Pull, Spread, StepRecord
 from verl_rlhfless.types import GpuSeconds, LeaseSpan
 
 LIMITS = GuardLimits(num_steps=2, num_samples=32, max_gpus=4, pulling_arms=("elastic",))
@@ -15,6 +15,7 @@ FIGURES = Figures(
     gpu_s_parked=0.0,
     reward_mean=0.1,
     rollout_probs_diff_max=1e-8,
+    rollout_probs_diff_mean=1e-9,
     response_tokens=100,
     num_samples=32,
     num_replicas=2,
@@ -109,3 +110,50 @@ def test_an_arm_that_promises_nothing_is_not_judged_by_what_it_left_behind():
 def test_a_lease_that_outlives_the_run_is_left_behind():
     held = LeaseSpan("rlhfless/replica/r7", "replica", 1, 10.0, 10.0, None)
     assert failed(replace(GOOD, leases=(*GOOD.leases, held))) == {"left_behind/elastic": 1}
+
+
+LIKE = replace(GOOD, reward=Spread(0.5, 0.01, 64), response_tokens=Spread(60.0, 1.0, 64))
+ROUNDED = replace(LIMITS, probs_diff=None, reference="stock", pulling_arms=())
+
+
+def learning_failures(elastic, limits=ROUNDED, stock=LIKE):
+    return {guard.name for guard in judge({"stock": stock, "elastic": elastic}, limits, {}) if not guard.ok}
+
+
+def test_an_arm_that_learns_like_the_reference_passes():
+    assert learning_failures(replace(LIKE, reward=Spread(0.53, 0.01, 64))) == set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "guard"),
+    [
+        ({"reward": Spread(0.57, 0.01, 64)}, "reward_shift"),
+        ({"response_tokens": Spread(52.0, 1.0, 64)}, "length_shift"),
+        ({"reward": None}, "reward_shift"),
+        ({"response_tokens": None}, "length_shift"),
+    ],
+)
+def test_another_reward_or_other_lengths_than_the_reference_fail(changes, guard):
+    assert learning_failures(replace(LIKE, **changes)) == {f"{guard}/elastic"}
+
+
+def test_equal_lengths_without_any_spread_are_no_shift_and_different_ones_are():
+    forced = replace(LIKE, response_tokens=Spread(60.0, 0.0, 64))
+    assert learning_failures(forced, stock=forced) == set()
+    other = replace(LIKE, response_tokens=Spread(61.0, 0.0, 64))
+    assert learning_failures(other, stock=forced) == {"length_shift/elastic"}
+
+
+def test_where_rounding_differs_the_mean_difference_is_held_against_the_reference():
+    stale = replace(LIKE, steps=(GOOD.steps[0], StepRecord(2, replace(FIGURES, rollout_probs_diff_mean=2.5e-9))))
+    assert learning_failures(stale) == {"rollout_probs_diff_mean/elastic"}
+    rounded = replace(LIKE, steps=(GOOD.steps[0], StepRecord(2, replace(FIGURES, rollout_probs_diff_max=0.3))))
+    assert learning_failures(rounded) == set()
+
+
+def test_an_asynchronous_arm_is_another_algorithm_whose_learning_is_not_judged():
+    other = replace(LIKE, reward=Spread(0.9, 0.01, 64), steps=with_step_2(rollout_probs_diff_max=0.3).steps)
+    limits = replace(LIMITS, reference="stock", pulling_arms=(), asynchronous_arms=("elastic",))
+    assert learning_failures(other, limits) == set()
+    names = {guard.name for guard in judge({"elastic": other}, limits, {})}
+    assert "num_samples/elastic" in names and "rollout_probs_diff_max/elastic" not in names

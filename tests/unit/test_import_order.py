@@ -29,7 +29,7 @@ LAYERS = (
     ("control",),
     ("sim", "live"),
     ("report",),
-    ("demo", "doctor", "sim_cli", "cli"),
+    ("ab", "demo", "doctor", "ab_cli", "sim_cli", "cli"),
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 SEPARATE = ({"sim", "live"},)

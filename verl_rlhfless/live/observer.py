@@ -37,7 +37,15 @@ HOST_FILE = "host.jsonl"
 METRICS_FILE = "metrics.jsonl"
 """verl's file logger: ``VERL_FILE_LOGGER_PATH`` of the observed run must be this file in the observed folder."""
 
-_RECORDS_OF_A_RUN = (LEASES_FILE, STEPS_FILE, HOST_FILE, METRICS_FILE, "engine-*.jsonl", "events-*.jsonl")
+_RECORDS_OF_A_RUN = (
+    LEASES_FILE,
+    STEPS_FILE,
+    HOST_FILE,
+    METRICS_FILE,
+    "engine-*.jsonl",
+    "events-*.jsonl",
+    "samples-*.jsonl",
+)
 _ROLE = re.compile(r"rlhfless/(trainer|replica)/")
 _CPU_SHARE = (
     0.02  # most of one core that polling may take: the table keeps removed groups, so a long run polls less often

@@ -25,6 +25,12 @@ def _install_replay(_: ModuleType) -> None:
     verl_agent_loop_replay.apply()
 
 
+def _install_sample_log(_: ModuleType) -> None:
+    from verl_rlhfless_patches import verl_agent_loop_record
+
+    verl_agent_loop_record.apply()
+
+
 def register() -> None:
     """Register the platform at once and everything else when verl imports the module that it extends."""
     if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
@@ -39,6 +45,8 @@ def register() -> None:
         verl_training_pace.apply(PaceModel.parse(pace))
     wrapt.register_post_import_hook(_register_trainer, "verl.trainer.ppo.v1")
     wrapt.register_post_import_hook(_install_replay, "verl.experimental.agent_loop.agent_loop")
+    if os.environ.get("RLHFLESS_OBSERVER_DIR"):
+        wrapt.register_post_import_hook(_install_sample_log, "verl.experimental.agent_loop.agent_loop")
 
 
 try:

@@ -6,6 +6,7 @@ Units are in the names: ``_s`` seconds, ``gpu_s_*`` GPU-seconds. What is not kno
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from verl_rlhfless.ledger import account, whole_run
 from verl_rlhfless.report.environment import hardware, versions
 from verl_rlhfless.report.guards import GuardLimits, judge
 from verl_rlhfless.report.observed import Observed, read_observed
-from verl_rlhfless.report.record import ArmRecord, Figures, HostUse, Pull, StepRecord
+from verl_rlhfless.report.record import ArmRecord, Figures, HostUse, Pull, Spread, StepRecord
 from verl_rlhfless.report.requests import request_use
 from verl_rlhfless.report.timeline import StepTime, Timeline, build_timeline
 from verl_rlhfless.types import LeaseSpan
@@ -27,7 +28,7 @@ FORMAT = "rlhfless-ab/1"
 
 def build_ab(
     arms: Mapping[str, Path],
-    seed: int,
+    seed: int | None,
     num_gpus: int,
     limits: GuardLimits,
     left_behind: Mapping[str, Sequence[Any] | None],
@@ -36,7 +37,7 @@ def build_ab(
 
     Args:
         arms: The observed folder of each arm.
-        seed: Seed of all arms.
+        seed: Seed of all arms; ``None`` = they have none.
         num_gpus: GPUs that the cluster declared.
         limits: What the arms are held to.
         left_behind: What was found after each arm; see :func:`~verl_rlhfless.report.guards.judge`.
@@ -45,12 +46,16 @@ def build_ab(
         DataError: A record of an arm is missing or malformed; the message holds the path.
     """
     records = {name: build_arm(folder) for name, folder in arms.items()}
+    rows = {
+        name: record.as_json() | {"is_asynchronous": name in limits.asynchronous_arms}
+        for name, record in records.items()
+    }
     return {
         "format": FORMAT,
         "versions": versions(),
         "hardware": hardware(num_gpus),
         "seed": seed,
-        "arms": {name: record.as_json() for name, record in records.items()},
+        "arms": rows,
         "guards": [asdict(guard) for guard in judge(records, limits, left_behind)],
     }
 
@@ -76,6 +81,8 @@ def build_arm(folder: Path) -> ArmRecord:
         leases=timeline.leases,
         pulls=tuple(_pulls(observed, timeline)),
         host=_host_use(observed),
+        reward=_spread([score for samples in observed.samples.values() for score in samples.scores]),
+        response_tokens=_spread(observed.lengths),
     )
 
 
@@ -91,6 +98,7 @@ def _step_figures(observed: Observed, timeline: Timeline, step: int, time: StepT
         gpu_s_parked=_parked(timeline.leases, time.window.end_s) if time else None,
         reward_mean=metrics.get("critic/score/mean"),
         rollout_probs_diff_max=metrics.get("training/rollout_probs_diff_max"),
+        rollout_probs_diff_mean=metrics.get("training/rollout_probs_diff_mean"),
         # verl's mean is over the real rows, as a float32: exact up to 2**24 tokens
         response_tokens=None if samples is None or mean_tokens is None else round(mean_tokens * samples.num_rows),
         num_samples=None if samples is None else samples.num_samples,
@@ -108,6 +116,7 @@ def _total_figures(steps: Sequence[Figures], observed: Observed, timeline: Timel
         gpu_s_parked=_parked(timeline.leases, training_end_s),
         reward_mean=_mean([figures.reward_mean for figures in steps]),
         rollout_probs_diff_max=max(_known([figures.rollout_probs_diff_max for figures in steps]), default=None),
+        rollout_probs_diff_mean=max(_known([figures.rollout_probs_diff_mean for figures in steps]), default=None),
         response_tokens=_sum([figures.response_tokens for figures in steps]),
         num_samples=_sum([figures.num_samples for figures in steps]),
         num_replicas=_num_replicas(observed, timeline.leases, None),
@@ -128,6 +137,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _sum(values: Sequence[int | None]) -> int | None:
     known = [value for value in values if value is not None]
     return sum(known) if known and len(known) == len(values) else None
+
+
+def _spread(groups: Sequence[float]) -> Spread | None:
+    if len(groups) < 2:
+        return None
+    return Spread(statistics.fmean(groups), statistics.stdev(groups) / math.sqrt(len(groups)), len(groups))
 
 
 def _parked(leases: Sequence[LeaseSpan], until_s: float) -> float | None:

@@ -10,10 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from verl_rlhfless.report.record import ArmRecord
+from verl_rlhfless.report.record import ArmRecord, Spread
 
 MAX_PROBS_DIFF = 1e-6
 """In fp32 on a CPU, engine and trainer differ by about 1e-8 with the same weights, and by 1e-3 with older ones."""
+
+MAX_MEAN_PROBS_DIFF = 2.0
+"""Times the reference's mean difference. Rounding is the same in all arms; weights one version old show far above."""
+MAX_SHIFT = 4.0
+"""Standard errors: one of 10,000 sound comparisons is farther apart."""
 
 _LEDGER_ERROR = 1e-9  # relative; the ledger's sums round, nothing else may differ
 
@@ -27,14 +32,19 @@ class GuardLimits:
         num_samples: Prompts x n: samples of a step.
         max_gpus: The budget.
         pulling_arms: Arms whose replicas pull their weights from the store.
-        probs_diff: Upper bound of ``rollout_probs_diff_max``.
+        probs_diff: Upper bound of ``rollout_probs_diff_max``; ``None`` where engine and trainer round differently, so
+            that only the mean can be held against the reference's.
+        asynchronous_arms: Arms that train on older samples by design: their learning is not judged.
+        reference: The arm that the others' learning is compared with; ``None`` = none ran.
     """
 
     num_steps: int
     num_samples: int
     max_gpus: int
     pulling_arms: tuple[str, ...] = ()
-    probs_diff: float = MAX_PROBS_DIFF
+    probs_diff: float | None = MAX_PROBS_DIFF
+    asynchronous_arms: tuple[str, ...] = ()
+    reference: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +70,10 @@ def judge(
     """
     guards = []
     for name, arm in arms.items():
-        guards += [
-            _num_steps(name, arm, limits),
-            _probs_diff(name, arm, limits),
-            _num_samples(name, arm, limits),
-            _max_gpus(name, arm, limits),
-            _ledger_adds_up(name, arm),
-        ]
+        guards.append(_num_steps(name, arm, limits))
+        if name not in limits.asynchronous_arms:
+            guards += _learning(name, arm, limits, arms)
+        guards += [_num_samples(name, arm, limits), _max_gpus(name, arm, limits), _ledger_adds_up(name, arm)]
         if name in left_behind:
             guards.append(_left_behind(name, arm, left_behind[name]))
         if name in limits.pulling_arms:
@@ -79,10 +86,41 @@ def _num_steps(name: str, arm: ArmRecord, limits: GuardLimits) -> Guard:
     return Guard(f"num_steps/{name}", done == limits.num_steps, done, limits.num_steps)
 
 
-def _probs_diff(name: str, arm: ArmRecord, limits: GuardLimits) -> Guard:
+def _learning(name: str, arm: ArmRecord, limits: GuardLimits, arms: Mapping[str, ArmRecord]) -> list[Guard]:
+    """Return whether the arm trains on what its engines generated, and learns from the same as the reference."""
+    reference = arms.get(limits.reference) if limits.reference not in (None, name) else None
+    guards = [_probs_diff(name, arm, limits.probs_diff)] if limits.probs_diff is not None else []
+    if reference is None:
+        return guards
+    if limits.probs_diff is None:
+        guards.append(_mean_probs_diff(name, arm, reference))
+    return [
+        *guards,
+        _shift(f"reward_shift/{name}", arm.reward, reference.reward),
+        _shift(f"length_shift/{name}", arm.response_tokens, reference.response_tokens),
+    ]
+
+
+def _probs_diff(name: str, arm: ArmRecord, limit: float) -> Guard:
     worst = _worst([record.figures.rollout_probs_diff_max for record in arm.steps], 0.0)
-    is_ok = worst is not None and worst < limits.probs_diff
-    return Guard(f"rollout_probs_diff_max/{name}", is_ok, worst, limits.probs_diff)
+    return Guard(f"rollout_probs_diff_max/{name}", worst is not None and worst < limit, worst, limit)
+
+
+def _mean_probs_diff(name: str, arm: ArmRecord, reference: ArmRecord) -> Guard:
+    """Hold the mean difference of the worst step against the reference's, whose engine has the trainer's weights."""
+    worst, usual = (_worst([r.figures.rollout_probs_diff_mean for r in one.steps], 0.0) for one in (arm, reference))
+    limit = 0.0 if usual is None else MAX_MEAN_PROBS_DIFF * usual
+    return Guard(f"rollout_probs_diff_mean/{name}", worst is not None and worst <= limit, worst, limit)
+
+
+def _shift(name: str, arm: Spread | None, reference: Spread | None) -> Guard:
+    """Count the standard errors between two means: far more than chance explains is another training."""
+    shift = None
+    if arm is not None and reference is not None:
+        difference = abs(arm.mean - reference.mean)
+        error = math.hypot(arm.std_error, reference.std_error)
+        shift = 0.0 if difference == 0 else difference / error if error > 0 else None
+    return Guard(name, shift is not None and shift <= MAX_SHIFT, shift, MAX_SHIFT)
 
 
 def _num_samples(name: str, arm: ArmRecord, limits: GuardLimits) -> Guard:

@@ -8,6 +8,8 @@ trainer (``live/events.py``) and of verl itself: ``metrics.jsonl`` (file logger)
 from __future__ import annotations
 
 import json
+import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 from verl_rlhfless.errors import DataError
 from verl_rlhfless.live.engine_log import EngineLog, read_engine_log
 from verl_rlhfless.live.observer import HOST_FILE, LEASES_FILE, METRICS_FILE, STEPS_FILE
+from verl_rlhfless.live.sample_log import read_samples
 
 ROLLOUT_FOLDER = "rollouts"
 """``trainer.rollout_data_dir`` of the observed run must be this folder in the observed folder."""
@@ -51,10 +54,12 @@ class RealSamples:
     Attributes:
         num_samples: Samples: distinct pairs of prompt group and session.
         num_rows: Rows; a multi-turn sample may have several.
+        scores: Mean score of each prompt group; empty when the dump has none.
     """
 
     num_samples: int
     num_rows: int
+    scores: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,7 @@ class Observed:
         samples: Real samples by step; empty without rollout dumps.
         engines: Activity of every engine.
         events: What the elastic trainer told, in the order of time.
+        lengths: Mean response tokens of each prompt group that was generated for training; empty when not recorded.
         host: Samples of the host, in order.
     """
 
@@ -77,6 +83,7 @@ class Observed:
     samples: Mapping[int, RealSamples]
     engines: tuple[EngineLog, ...]
     events: tuple[Mapping[str, Any], ...]
+    lengths: tuple[float, ...]
     host: tuple[HostSample, ...]
 
 
@@ -94,6 +101,7 @@ def read_observed(folder: Path) -> Observed:
         samples={int(path.stem): _real_samples(path) for path in sorted((folder / ROLLOUT_FOLDER).glob("*.jsonl"))},
         engines=tuple(read_engine_log(path) for path in sorted(folder.glob("engine-*.jsonl"))),
         events=tuple(sorted(events, key=lambda event: float(event["t"]))),
+        lengths=tuple(_group_lengths(folder)),
         host=tuple(HostSample(**line) for line in _lines(folder / HOST_FILE)),
     )
 
@@ -110,6 +118,13 @@ def _lines(path: Path) -> Iterator[Any]:
                 yield json.loads(line)
             except ValueError as error:
                 raise DataError(f"{path}, line {number}: is not JSON: {error}. Run the arm again.") from error
+
+
+def _group_lengths(folder: Path) -> Iterator[float]:
+    groups: dict[tuple[int, str], list[int]] = defaultdict(list)
+    for sample in read_samples(folder):
+        groups[sample.step, sample.uid].append(sample.response_tokens)
+    return (statistics.fmean(group) for group in groups.values())
 
 
 def _holds(path: Path) -> list[Hold]:
@@ -130,6 +145,13 @@ def _hold(granted: Mapping[str, Any], released_s: float | None) -> Hold:
 
 def _real_samples(path: Path) -> RealSamples:
     """Count verl's trajectory keys ``{uid}_{session}_{index}`` in the dump of one step."""
-    keys = [line["uid"] for line in _lines(path)]
-    real = [key for key in keys if not key.startswith(_PADDING_UID)]
-    return RealSamples(num_samples=len({key.rsplit("_", 1)[0] for key in real}), num_rows=len(real))
+    rows = [line for line in _lines(path) if not line["uid"].startswith(_PADDING_UID)]
+    scores: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        if "score" in row:
+            scores[row["uid"].rsplit("_", 2)[0]].append(row["score"])
+    return RealSamples(
+        num_samples=len({row["uid"].rsplit("_", 1)[0] for row in rows}),
+        num_rows=len(rows),
+        scores=tuple(statistics.fmean(group) for group in scores.values()),
+    )

@@ -38,6 +38,7 @@ class Figures:
         gpu_s_parked: GPU-seconds in which a process kept device memory without a lease.
         reward_mean: Mean score of the samples (``critic/score/mean``).
         rollout_probs_diff_max: Largest difference between the engine's and the trainer's probability of a token.
+        rollout_probs_diff_mean: Mean of these differences over the tokens of a step; of a run, the largest of them.
         response_tokens: Tokens of all responses, padding samples left out.
         num_samples: Samples that reached training, padding left out.
         num_replicas: Rollout replicas that could serve.
@@ -50,6 +51,7 @@ class Figures:
     gpu_s_parked: float | None
     reward_mean: float | None
     rollout_probs_diff_max: float | None
+    rollout_probs_diff_mean: float | None
     response_tokens: int | None
     num_samples: int | None
     num_replicas: int | None
@@ -69,6 +71,7 @@ class Figures:
             "max_gpus": gpu and gpu.max_gpus,
             "reward_mean": self.reward_mean,
             "rollout_probs_diff_max": self.rollout_probs_diff_max,
+            "rollout_probs_diff_mean": self.rollout_probs_diff_mean,
             "response_tokens": self.response_tokens,
             "num_samples": self.num_samples,
             "num_replicas": self.num_replicas,
@@ -119,6 +122,21 @@ class HostUse:
 
 
 @dataclass(frozen=True, slots=True)
+class Spread:
+    """What the prompt groups of a run had of something, each with the mean of its samples.
+
+    Attributes:
+        mean: Over the groups.
+        std_error: Of that mean, from the spread between groups.
+        num_groups: Groups.
+    """
+
+    mean: float
+    std_error: float
+    num_groups: int
+
+
+@dataclass(frozen=True, slots=True)
 class ArmRecord:
     """One arm.
 
@@ -129,6 +147,8 @@ class ArmRecord:
         leases: Every lease.
         pulls: At least one for every elastic replica that could serve.
         host: What it took of the host.
+        reward: Scores, by prompt group.
+        response_tokens: Lengths of responses, by prompt group.
     """
 
     steps: tuple[StepRecord, ...]
@@ -137,6 +157,8 @@ class ArmRecord:
     leases: tuple[LeaseSpan, ...]
     pulls: tuple[Pull, ...]
     host: HostUse | None
+    reward: Spread | None = None
+    response_tokens: Spread | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the arm as ``rlhfless-ab/1`` holds it."""
@@ -145,4 +167,6 @@ class ArmRecord:
             "total": {**self.total.as_json(), "wall_s": self.wall_s},
             "pulls": [asdict(pull) for pull in self.pulls],
             "host": self.host and asdict(self.host),
+            "reward": self.reward and asdict(self.reward),
+            "response_tokens": self.response_tokens and asdict(self.response_tokens),
         }

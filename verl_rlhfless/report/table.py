@@ -47,15 +47,31 @@ def comparison(record: Mapping[str, Any]) -> RenderableType:
     """Return the whole of an ``rlhfless-ab/1`` record for a rich console."""
     arms = record["arms"]
     hosts = [Text(_host_line(name, arm)) for name, arm in arms.items()]
+    failed = [Text(f"{name}: FAILED: {why}", "bold red") for name, why in record.get("failed", {}).items()]
+    legend = _LEGEND + (_ASYNCHRONOUS if any(map(is_asynchronous, arms.values())) else "")
     return Group(
-        _steps_table(arms), Text(), Text(_LEGEND, style="dim"), Text(), *hosts, Text(), _guards_table(record["guards"])
+        _steps_table(arms),
+        Text(),
+        Text(legend, style="dim"),
+        Text(),
+        *hosts,
+        *failed,
+        Text(),
+        _guards_table(record["guards"]),
     )
+
+
+def is_asynchronous(arm: Mapping[str, Any]) -> bool:
+    """Return whether an arm of the record trains on older samples: another algorithm than the others'."""
+    return bool(arm.get("is_asynchronous"))  # records of the first versions do not say
 
 
 _LEGEND = (
     "leased = busy + idle + start-up. The total goes from the first grant to the last release, so it exceeds the sum\n"
     "of the steps; its times and its reward are means over the steps. - = not known."
 )
+
+_ASYNCHRONOUS = "\n* = asynchronous: trains on samples of older weights, which is another algorithm."
 
 
 def render(record: Mapping[str, Any], width: int = WIDTH) -> str:
@@ -73,6 +89,7 @@ def _steps_table(arms: Mapping[str, Any]) -> Table:
     for title, _, _ in _COLUMNS:
         table.add_column(title, justify="right", no_wrap=True)
     for name, arm in arms.items():
+        name = f"{name}*" if is_asynchronous(arm) else name
         for step in arm["steps"]:
             table.add_row(name, str(step["step"]), *_cells(step))
         table.add_row(name, "total", *_cells(arm["total"]), style="bold", end_section=True)

@@ -55,25 +55,32 @@ class Timeline:
     Attributes:
         steps: Training steps in order, those whose end the observer saw.
         leases: Every lease, with its first usable moment.
-        busy: Trainer phases and engine activity on those leases.
+        phases: Trainer phases on those leases.
+        generation: Engine activity on them.
         watched_until_s: Last moment that the observer recorded.
     """
 
     steps: tuple[StepTime, ...]
     leases: tuple[LeaseSpan, ...]
-    busy: tuple[BusySpan, ...]
+    phases: tuple[BusySpan, ...]
+    generation: tuple[BusySpan, ...]
     watched_until_s: float
+
+    @property
+    def busy(self) -> tuple[BusySpan, ...]:
+        """All work, of trainer and engines."""
+        return (*self.phases, *self.generation)
 
 
 def build_timeline(observed: Observed) -> Timeline:
     """Return the run on one time axis."""
     steps = step_times(observed.logged_s, observed.metrics)
     phases = [phase for time in steps for phase in trainer_phases(time.timer, observed.metrics[time.step])]
-    engines = _engine_spans(observed)
     return Timeline(
         steps=tuple(steps),
         leases=tuple(_lease_spans(observed, steps, phases)),
-        busy=(*_on_trainer_leases(phases, observed.holds), *engines),
+        phases=tuple(_on_trainer_leases(phases, observed.holds)),
+        generation=tuple(_engine_spans(observed)),
         watched_until_s=observed.host[-1].t if observed.host else max(observed.logged_s.values(), default=0.0),
     )
 

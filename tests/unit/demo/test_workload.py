@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from verl_rlhfless.demo.ablation import ablated
+from verl_rlhfless.ab.arms import ablated
 from verl_rlhfless.demo.recipe import ELASTIC, STOCK
 from verl_rlhfless.demo.workload import Size, default_trace, fit, least_prefill
 from verl_rlhfless.errors import ConfigError, DataError

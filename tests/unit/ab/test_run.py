@@ -1,0 +1,189 @@
+"""``rlhfless ab`` from options to exit code, with the recipe's composition and the training itself faked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.unit.ab.test_arms import FACTS
+from tests.unit.observed_run import elastic_run, stock_run
+from verl_rlhfless.ab import run as module
+from verl_rlhfless.ab.probe import RecipeFacts
+from verl_rlhfless.ab.run import AbOptions, common_overrides, prepare
+from verl_rlhfless.ab.training import ArmOutcome, Say, Training
+from verl_rlhfless.cli import app
+from verl_rlhfless.errors import ConfigError
+
+COMMAND = "python -m verl.trainer.main_ppo data.x=1"
+TINY = replace(
+    FACTS, gpus_per_node=4, prompts=2, samples=2, mini_batch=2, is_fp32=True, environment={"VERL_PLATFORM": "cpu"}
+)
+
+
+class Fake:
+    """Stands for Hydra and for verl: trainings leave the records of a run, or fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.facts: RecipeFacts = TINY
+        self.trained: list[Training] = []
+        self.failing: set[str] = set()
+        monkeypatch.setattr(module, "probe", lambda recipe: self.facts)
+        monkeypatch.setattr(module, "train", self.train)
+        monkeypatch.setattr(module, "count_gpus", lambda: 0)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setattr(
+            "verl_rlhfless.report.folder.draw_timelines", lambda *_, **__: None
+        )  # tests of report/ draw
+        monkeypatch.setattr(module.signal, "signal", lambda *_: None)
+
+    def train(self, training: Training, say: Say) -> ArmOutcome:
+        self.trained.append(training)
+        name = training.folder.name
+        if name in self.failing:
+            return ArmOutcome(training.folder, 1, (), "verl ended with exit code 1: no memory")
+        training.folder.mkdir(parents=True, exist_ok=True)
+        if not (training.folder / "leases.jsonl").exists():
+            run = (elastic_run if name == "elastic" else stock_run)(training.folder)
+            for step in (1, 2):
+                run.lengths(step, {0: [10, 20], 1: [30, 40]})
+        return ArmOutcome(training.folder, 0, ())
+
+    def names(self) -> list[str]:
+        return [training.folder.name for training in self.trained]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fake:
+    monkeypatch.chdir(tmp_path)
+    return Fake(monkeypatch)
+
+
+def ab(*arguments: str, command: str = COMMAND) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["ab", command, "--out", "out", "--steps", "2", *arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_sound_arms_end_with_0_a_record_and_a_report(fake: Fake, tmp_path: Path) -> None:
+    code, out, _ = ab()
+    assert code == 0 and fake.names() == ["stock", "elastic"]
+    assert {"ab.json", "report.md", "recipe.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert "arms stock, elastic, each on 4 GPUs of private Ray clusters" in out and "report.md" in out
+
+
+def test_every_arm_gets_the_recipe_unchanged_and_only_further_overrides(fake: Fake, tmp_path: Path) -> None:
+    ab("--plugin-override", "rlhfless.weights.bucket_mib=16")
+    stock, elastic = fake.trained
+    assert stock.argv[:3] == elastic.argv[:3] == ["bash", "-c", f'{COMMAND} "$@"']
+    assert stock.cwd == elastic.cwd == tmp_path
+    assert list(stock.argv[-2:]) == ["+rlhfless=off", "trainer.v1.trainer_mode=sync"]
+    assert "rlhfless.weights.bucket_mib=16" in elastic.argv and "rlhfless.weights.bucket_mib=16" not in stock.argv
+    assert "trainer.total_training_steps=2" in stock.argv and "trainer.total_training_steps=2" in elastic.argv
+    assert stock.environment["VERL_PLATFORM"] == "cpu"
+
+
+def test_a_failing_arm_ends_with_1_and_only_it_is_run_again(fake: Fake) -> None:
+    fake.failing = {"stock"}
+    code, out, _ = ab()
+    assert code == 1 and fake.names() == ["stock", "elastic"]
+    assert "stock: FAILED: verl ended with exit code 1: no memory" in out
+    fake.failing = set()
+    code, out, _ = ab()
+    assert code == 0 and fake.names() == ["stock", "elastic", "stock"]
+    assert "elastic: kept from an earlier run" in out
+
+
+def test_an_arm_that_is_added_later_joins_those_that_are_there(fake: Fake) -> None:
+    ab("--arms", "stock")
+    assert ab()[0] == 0 and fake.names() == ["stock", "elastic"]
+
+
+def test_more_steps_are_another_run_of_the_same_recipe(fake: Fake) -> None:
+    ab("--arms", "stock")
+    code, _, _ = ab("--arms", "stock", "--steps", "3")
+    assert code == 1, "the fake run has two steps, so the guard must fail"
+    assert fake.names() == ["stock", "stock"]
+
+
+def test_another_recipe_in_the_same_folder_is_refused_with_2_before_anything_runs(fake: Fake) -> None:
+    ab()
+    code, _, errors = ab(command=f"{COMMAND} data.y=2")
+    assert code == 2 and len(fake.trained) == 2
+    assert len(errors.splitlines()) == 1 and "comparison of another recipe" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command", "says"),
+    [
+        (["--steps", "0"], COMMAND, "--steps=0: must be >= 1"),
+        (["--arms", "stock,elastik"], COMMAND, "--arms='elastik': must be among"),
+        (["--trainer-gpus", "9"], COMMAND, "--trainer-gpus=9"),
+        (["--trace", "missing.jsonl"], COMMAND, "missing.jsonl"),
+        (["--plugin-override", "word"], COMMAND, "must be a Hydra override"),
+        (["--arm-timeout-h", "0"], COMMAND, "--arm-timeout-h=0.0: must be > 0"),
+        ([], "missing.sh", "no such script"),
+        ([], "python train.py", "is not a verl training"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(fake: Fake, arguments: list[str], command: str, says: str) -> None:
+    code, _, errors = ab(*arguments, command=command)
+    assert code == 2 and not fake.trained
+    (line,) = errors.splitlines()
+    assert line.startswith("rlhfless: error: ") and says in line
+
+
+def test_without_gpus_or_the_cpu_platform_the_host_is_refused_and_a_running_cluster_is_not(fake: Fake) -> None:
+    fake.facts = replace(TINY, environment={})
+    options = AbOptions(COMMAND, Path("out"), "stock", 2)
+    with pytest.raises(ConfigError, match="this host has 0 GPUs, and no Ray cluster is given"):
+        prepare(options, {})
+    assert prepare(options, {"RAY_ADDRESS": "auto"}).address == "auto"
+    fake.facts = replace(TINY, nnodes=2)
+    with pytest.raises(ConfigError, match=r"trainer\.nnodes=2: needs a Ray cluster"):
+        prepare(options, {})
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS.*Ray client"):
+        prepare(options, {"RAY_ADDRESS": "ray://head:10001"})
+
+
+def test_a_replayed_trace_and_a_running_cluster_need_a_little_more(fake: Fake, tmp_path: Path) -> None:
+    facts = replace(TINY, ray_limits=("num_cpus",), epochs=30)
+    options = AbOptions(COMMAND, tmp_path, "stock", 2, trace=Path("t,1.jsonl"))
+    chosen = common_overrides(facts, options, tmp_path / "stock")
+    assert f'rlhfless.replay.trace="{tmp_path}/t,1.jsonl"' in chosen and "data.shuffle=False" in chosen
+    assert "ray_kwargs.ray_init.num_cpus=null" in chosen and "trainer.total_epochs=30" in chosen
+
+
+def test_differences_of_probability_are_judged_by_what_the_recipe_computes_in(fake: Fake) -> None:
+    options = AbOptions(COMMAND, Path("out"), "stock", 2)
+    assert prepare(options, {}).comparison.limits.probs_diff == 1e-6
+    fake.facts = replace(TINY, is_fp32=False)
+    assert prepare(options, {}).comparison.limits.probs_diff is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["report", "none"], "no such folder"),
+        (["trace", "record", ".", "--out", "trace.txt"], "named *.jsonl"),
+        (["trace", "record", "none", "--out", "trace.jsonl"], "no such folder"),
+    ],
+)
+def test_bad_folders_are_one_line_and_exit_code_2(fake: Fake, arguments: list[str], says: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and says in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_recorded_arm_becomes_a_trace_and_a_report(fake: Fake, tmp_path: Path) -> None:
+    ab()
+    result = CliRunner().invoke(app, ["trace", "record", "out/stock", "--out", "trace.jsonl"])
+    assert result.exit_code == 0, result.stderr
+    assert "2 steps, 4 groups, 8 responses of 200 tokens" in result.stdout
+    assert CliRunner().invoke(app, ["report", "out/stock"]).exit_code == 0
+
+
+def test_the_commands_explain_themselves() -> None:
+    for command in (["ab"], ["report"], ["trace", "record"]):
+        result = CliRunner().invoke(app, [*command, "--help"])
+        assert result.exit_code == 0 and "Usage" in result.stdout

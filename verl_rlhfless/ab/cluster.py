@@ -1,0 +1,199 @@
+"""Where an arm runs: a private Ray cluster of which nothing outlives the arm, or the cluster that is there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import psutil
+
+from verl_rlhfless.ab.command import hydra_quoted
+from verl_rlhfless.errors import ConfigError, RlhflessError
+from verl_rlhfless.processes import end_processes, process_key
+from verl_rlhfless.shared_memory import mapped_segments, queue_segments, unlink_segments
+
+_RUN_VARIABLE = "RLHFLESS_RUN_ID"
+_IDLE_TIMEOUT_S = 30.0
+_POLL_S = 0.2
+_RAY_ENVIRONMENT = {"RAY_worker_maximum_startup_concurrency": "8"}  # Ray warns when 4x as many start at once
+
+
+@dataclass(frozen=True, slots=True)
+class HostSize:
+    """What a private cluster takes of the host; ``None`` = what Ray finds there."""
+
+    num_cpus: int | None = None
+    object_store_bytes: int | None = None
+
+
+CPU_HOST = HostSize(num_cpus=64, object_store_bytes=500_000_000)
+"""A small host that only pretends to have GPUs: verl reserves logical CPUs for each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A running Ray cluster.
+
+    Attributes:
+        address: GCS address for ``RAY_ADDRESS``.
+        run_id: Mark in the environment of every process of the arm.
+        environment: What those processes inherit, the mark included.
+        segments_before: Shared-memory segments of vLLM that were there before the arm.
+        overrides: What the recipe needs beside, for the processes to inherit it.
+    """
+
+    address: str
+    run_id: str
+    environment: Mapping[str, str]
+    segments_before: frozenset[str]
+    overrides: tuple[str, ...] = ()
+
+    def child_environment(self) -> dict[str, str]:
+        """Return the environment of a driver that runs on this cluster."""
+        return {**os.environ, **self.environment, "RAY_ADDRESS": self.address}
+
+    def leftovers(self) -> list[str]:
+        """Return what is still on this host of engines: processes, and shared memory that nobody maps, each named."""
+        marked = [process for process in _marked_processes(self.run_id) if _is_engine(process)]
+        segments = _unmapped_segments() - self.segments_before
+        return [f"process {process.pid} ({_command(process)[:80]})" for process in marked] + sorted(segments)
+
+
+@contextlib.contextmanager
+def private_cluster(num_gpus: int, environment: Mapping[str, str], size: HostSize = CPU_HOST) -> Iterator[Cluster]:
+    """Start Ray with ``num_gpus`` declared GPUs; its processes inherit ``environment`` and end on exit."""
+    import ray
+
+    run_id = uuid.uuid4().hex
+    segments_before = frozenset(queue_segments())
+    inherited = {**_RAY_ENVIRONMENT, **environment, _RUN_VARIABLE: run_id}
+    temp_dir = tempfile.mkdtemp(prefix="rlhfless-")
+    try:
+        with _environment(inherited):
+            context = ray.init(
+                "local",  # never join a cluster that happens to run on this host
+                num_gpus=num_gpus,
+                num_cpus=size.num_cpus,
+                object_store_memory=size.object_store_bytes,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _temp_dir=temp_dir,
+            )
+        yield Cluster(context.address_info["gcs_address"], run_id, inherited, segments_before)
+    finally:
+        ray.shutdown()
+        _end_marked_processes(run_id)
+        unlink_segments(_unmapped_segments() - segments_before)
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def running_cluster(address: str, num_gpus: int, environment: Mapping[str, str]) -> Iterator[Cluster]:
+    """Connect to the cluster at ``address``, whose processes for the arm get ``environment`` through the job.
+
+    The observer cannot tell jobs apart: it counts every lease that it sees, so the cluster must be the arm's alone.
+
+    Raises:
+        RlhflessError: Nothing answers there, it has fewer than ``num_gpus`` GPUs, or others use some of them.
+    """
+    import ray
+
+    run_id = uuid.uuid4().hex
+    marked = {**environment, _RUN_VARIABLE: run_id}
+    segments_before = frozenset(queue_segments())
+    try:
+        context = ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RlhflessError(f"RAY_ADDRESS={address}: {' '.join(str(error).split())}. Start the cluster.") from error
+    try:
+        _wait_until_idle(address, num_gpus)
+        overrides = tuple(_inherited(name, value) for name, value in marked.items())
+        yield Cluster(context.address_info["gcs_address"], run_id, marked, segments_before, overrides)
+    finally:
+        ray.shutdown()
+
+
+def _wait_until_idle(address: str, num_gpus: int) -> None:
+    """Wait until all GPUs are free: those of the arm before are so a moment after its end."""
+    import ray
+
+    has = int(ray.cluster_resources().get("GPU", 0))
+    if has < num_gpus:
+        raise RlhflessError(f"RAY_ADDRESS={address}: the recipe needs {num_gpus} GPUs and the cluster has {has}.")
+    give_up_s = time.monotonic() + _IDLE_TIMEOUT_S
+    while (free := int(ray.available_resources().get("GPU", 0))) < has:
+        if time.monotonic() > give_up_s:
+            raise RlhflessError(
+                f"RAY_ADDRESS={address}: {has - free} of {has} GPUs are used by others, whose leases would be counted. "
+                "Wait for them, or use another cluster."
+            )
+        time.sleep(_POLL_S)
+
+
+def check_address(address: str) -> None:
+    """Check that ``RAY_ADDRESS`` is one that the observer can read the lease table at.
+
+    Raises:
+        ConfigError: It is an address of Ray's client.
+    """
+    if address.startswith("ray://"):
+        rule = "is the address of a Ray client, which does not show who leases what"
+        raise ConfigError("RAY_ADDRESS", address, rule, "Run on a node of the cluster, with RAY_ADDRESS=auto.")
+
+
+def _inherited(name: str, value: str) -> str:
+    return f"++ray_kwargs.ray_init.runtime_env.env_vars.{name}={hydra_quoted(value)}"
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _marked_processes(run_id: str) -> list[psutil.Process]:
+    """Return every process that inherited the run's mark, so that no process of anybody else is ever touched."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get(_RUN_VARIABLE) == run_id:
+                found.append(process)
+    return found
+
+
+def _end_marked_processes(run_id: str) -> None:
+    keys = []
+    for process in _marked_processes(run_id):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            keys.append(process_key(process.pid))
+    end_processes(keys, timeout_s=10)
+
+
+def _unmapped_segments() -> set[str]:
+    return queue_segments() - mapped_segments(psutil.pids())
+
+
+def _command(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return "ended"
+
+
+def _is_engine(process: psutil.Process) -> bool:
+    command = _command(process)
+    return any(mark in command for mark in ("VLLM::", "EngineCore", "multiprocessing.forkserver"))

@@ -1,0 +1,189 @@
+"""``rlhfless ab``: a user's recipe once per arm, on the running Ray cluster or on private ones."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from verl_rlhfless.ab.arms import Arm, build_arms, parse_names
+from verl_rlhfless.ab.cluster import CPU_HOST, Cluster, HostSize, check_address, private_cluster, running_cluster
+from verl_rlhfless.ab.command import Recipe, hydra_quoted, parse_recipe, shell_environment
+from verl_rlhfless.ab.compare import Comparison, arm_names, compare, is_sound
+from verl_rlhfless.ab.kept import CHECKPOINT_FOLDER, HYDRA_FOLDER, Kept
+from verl_rlhfless.ab.probe import RecipeFacts, probe
+from verl_rlhfless.ab.training import ArmOutcome, Say, Training, train
+from verl_rlhfless.doctor import count_gpus
+from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.report.environment import versions
+from verl_rlhfless.report.folder import write_report
+from verl_rlhfless.report.guards import MAX_PROBS_DIFF, GuardLimits
+from verl_rlhfless.report.observed import ROLLOUT_FOLDER
+from verl_rlhfless.trace import read_header
+
+_ADDRESS = "RAY_ADDRESS"
+
+
+@dataclass(frozen=True, slots=True)
+class AbOptions:
+    """What the user of ``rlhfless ab`` chooses.
+
+    Attributes:
+        command: The recipe.
+        out: Folder of the comparison.
+        arms: Names, with commas.
+        steps: Training steps of each arm.
+        trainer_gpus: GPUs that the trainer keeps where the rollout has its own; ``None`` = at most half.
+        trace: Lengths to replay in every arm; ``None`` = the model's own.
+        plugin_overrides: Appended to the plugin's arms only.
+        timeout_h: After this time an arm is ended and has failed.
+    """
+
+    command: str
+    out: Path
+    arms: str
+    steps: int
+    trainer_gpus: int | None = None
+    trace: Path | None = None
+    plugin_overrides: tuple[str, ...] = ()
+    timeout_h: float = 24.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError("--steps", self.steps, "must be >= 1", "Use 3 or more: the first step is a warm-up.")
+        if self.timeout_h <= 0:
+            raise ConfigError("--arm-timeout-h", self.timeout_h, "must be > 0", "Use 24, for instance.")
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError("--out", str(self.out), "is a file", "Name a folder.")
+        for override in self.plugin_overrides:
+            if "=" not in override and not override.startswith("~"):
+                rule = "must be a Hydra override"
+                raise ConfigError("--plugin-override", override, rule, "Write --plugin-override KEY=VALUE.")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A comparison that can be run.
+
+    Attributes:
+        recipe: The user's command.
+        facts: What it resolves to.
+        options: What the user chose.
+        comparison: The arms and their limits.
+        kept: What of an earlier run is kept.
+        address: Of the running cluster; ``None`` = private ones.
+    """
+
+    recipe: Recipe
+    facts: RecipeFacts
+    options: AbOptions
+    comparison: Comparison
+    kept: Kept
+    address: str | None
+
+
+def prepare(options: AbOptions, environ: Mapping[str, str] = os.environ) -> Plan:
+    """Return the plan of a comparison; nothing is started but the recipe's own composition by Hydra.
+
+    Raises:
+        ConfigError: Bad input; the message is one line.
+        DataError: The trace is missing or malformed.
+    """
+    names = parse_names(options.arms)
+    recipe = parse_recipe(options.command, Path.cwd())
+    if options.trace is not None:
+        read_header(options.trace)
+    address = environ.get(_ADDRESS) or None
+    if address is not None:
+        check_address(address)
+    out = options.out.resolve()
+    common = {"text": recipe.text, "digest": recipe.digest()}
+    kept = Kept(out, common, versions())
+    kept.check()
+    print("reading the recipe as verl does (some 20 s of imports)", flush=True)
+    facts = probe(recipe)
+    _check_host(facts, address)
+    arms = build_arms(names, facts, options.trainer_gpus, options.plugin_overrides)
+    limits = GuardLimits(
+        num_steps=options.steps,
+        num_samples=facts.prompts * facts.samples,
+        max_gpus=facts.num_gpus,
+        probs_diff=MAX_PROBS_DIFF if facts.is_fp32 else None,
+    )
+    comparison = Comparison(out, tuple(arms), limits, facts.num_gpus, facts.seed, {**common, "steps": options.steps})
+    return Plan(recipe, facts, replace(options, out=out), comparison, kept, address)
+
+
+def _check_host(facts: RecipeFacts, address: str | None) -> None:
+    if address is not None:
+        return
+    if facts.nnodes > 1:
+        rule = "needs a Ray cluster, and none is given"
+        raise ConfigError("trainer.nnodes", facts.nnodes, rule, f"Start one on all nodes and set {_ADDRESS}.")
+    if facts.is_on_cpu:
+        return
+    found = count_gpus()
+    if found < facts.num_gpus:
+        rule = f"this host has {found} GPUs, and no Ray cluster is given"
+        action = f"Set {_ADDRESS}, use fewer, or VERL_PLATFORM=cpu in front of the command to debug without a GPU."
+        raise ConfigError("trainer.n_gpus_per_node", facts.gpus_per_node, rule, action)
+
+
+def run_ab(plan: Plan) -> int:
+    """Run the arms, write ``ab.json`` and the report, and return the exit code: 1 if an arm or a guard failed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that clusters end with this process
+    say: Say = partial(print, flush=True)
+    plan.kept.claim()
+    where = "private Ray clusters" if plan.address is None else f"the Ray cluster at {plan.address}"
+    say(f"arms {arm_names(plan.comparison.arms)}, each on {plan.facts.num_gpus} GPUs of {where}")
+    record = compare(plan.comparison, partial(_train_arm, plan), say)
+    say(f"wrote {write_report(plan.options.out)}")
+    return int(not is_sound(record))
+
+
+def _train_arm(plan: Plan, arm: Arm, say: Say) -> ArmOutcome:
+    folder = plan.options.out / arm.name
+    argv = plan.recipe.argv([*common_overrides(plan.facts, plan.options, folder), *arm.overrides])
+    earlier = plan.kept.finished(arm.name, argv)
+    if earlier is not None:
+        say("kept from an earlier run with the same recipe, overrides and versions")
+        return earlier
+    plan.kept.forget(arm.name)
+    training = Training(
+        argv=argv,
+        folder=folder,
+        open_cluster=partial(_cluster, plan),
+        environment={"PATH": shell_environment()["PATH"], **plan.facts.environment},
+        cwd=plan.recipe.folder,
+        timeout_s=plan.options.timeout_h * 3600,
+    )
+    outcome = train(training, say)
+    plan.kept.keep(arm.name, argv, outcome)
+    return outcome
+
+
+def _cluster(plan: Plan, environment: Mapping[str, str]) -> AbstractContextManager[Cluster]:
+    if plan.address is not None:
+        return running_cluster(plan.address, plan.facts.num_gpus, environment)
+    return private_cluster(plan.facts.num_gpus, environment, CPU_HOST if plan.facts.is_on_cpu else HostSize())
+
+
+def common_overrides(facts: RecipeFacts, options: AbOptions, folder: Path) -> list[str]:
+    """Return what is appended to the recipe in every arm: how long it runs, and where it writes."""
+    overrides = [
+        f"trainer.total_training_steps={options.steps}",
+        f"trainer.total_epochs={max(facts.epochs, options.steps)}",  # an epoch has at least one step
+        'trainer.logger=["console","file"]',
+        f"trainer.rollout_data_dir={hydra_quoted(folder / ROLLOUT_FOLDER)}",
+        f"trainer.default_local_dir={hydra_quoted(folder / CHECKPOINT_FOLDER)}",
+        f"hydra.run.dir={hydra_quoted(folder / HYDRA_FOLDER)}",
+        *(f"ray_kwargs.ray_init.{name}=null" for name in facts.ray_limits),  # the cluster runs already
+    ]
+    if options.trace is not None:
+        overrides += [f"rlhfless.replay.trace={hydra_quoted(options.trace.resolve())}", "data.shuffle=False"]
+    return overrides
