@@ -58,12 +58,12 @@ REFUSED = [
     (["actor_rollout_ref.rollout.disaggregation.enabled=True"], {}, ["disaggregation.enabled=True", "not supported"]),
     (["actor_rollout_ref.rollout.data_parallel_size=2"], {}, ["data_parallel_size=2", "tensors only"]),
     (
-        ["rlhfless.pool.max_gpus=4", "rlhfless.planner.schedule=[1,3]"],
+        ["rlhfless.pool.max_gpus=4", "rlhfless.planner.schedule=[1,3]", "rlhfless.pool.suspend_trainer=never"],
         {},
-        ["rlhfless.pool.max_gpus=4", "trainer's 2 GPUs", "3 replicas of 1 GPUs", "need 5"],
+        ["rlhfless.pool.max_gpus=4", "trainer's 2 GPUs", "3 replicas of 1 GPUs", "need 5", "suspend_trainer=never"],
     ),
     (
-        ["rlhfless.planner.schedule=[3]", "+ray_kwargs.ray_init.num_gpus=4"],
+        ["rlhfless.planner.schedule=[5]", "+ray_kwargs.ray_init.num_gpus=4"],
         {},
         ["ray_kwargs.ray_init.num_gpus=4", "need 5"],
     ),
