@@ -63,6 +63,10 @@ class WeightStoreError(RlhflessError):
     """A weight version is missing, stale, or does not fit into host memory."""
 
 
+class HostMemoryError(RlhflessError):
+    """A node lacks host memory for what the run puts on it; the message names the shortage and the holders."""
+
+
 class SampleLossError(RlhflessError):
     """A training batch holds fewer samples than prompts x n."""
 

@@ -41,6 +41,10 @@ class Cluster:
         """Return the environment of a driver that runs on this cluster."""
         return {**os.environ, **self.environment, "RAY_ADDRESS": self.address}
 
+    def processes(self) -> list[psutil.Process]:
+        """Return every process that runs for the cluster now: Ray's own, and what runs on it."""
+        return _marked_processes(self.run_id)
+
     def leftovers(self) -> list[str]:
         """Return what is still there of engines: processes, and shared-memory segments that nobody maps, each named."""
         marked = [process for process in _marked_processes(self.run_id) if _is_engine(process)]
@@ -49,7 +53,9 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def private_cluster(num_gpus: int, environment: Mapping[str, str]) -> Iterator[Cluster]:
+def private_cluster(
+    num_gpus: int, environment: Mapping[str, str], object_store_bytes: int = _OBJECT_STORE_BYTES
+) -> Iterator[Cluster]:
     """Start Ray with ``num_gpus`` declared GPUs; its processes inherit ``environment`` and end on exit."""
     import ray
 
@@ -63,7 +69,7 @@ def private_cluster(num_gpus: int, environment: Mapping[str, str]) -> Iterator[C
                 "local",  # never join a cluster that happens to run on this host
                 num_gpus=num_gpus,
                 num_cpus=_NUM_CPUS,
-                object_store_memory=_OBJECT_STORE_BYTES,
+                object_store_memory=object_store_bytes,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",

@@ -11,12 +11,15 @@ from typing import Any
 import ray
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
+from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
+from verl.workers.config import HFModelConfig
 
 from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
 from verl_rlhfless.errors import ConfigError, DeviceMismatchError, LeaseLostError, LeaseTimeoutError, ReplicaError
 from verl_rlhfless.live import weight_engine
 from verl_rlhfless.live.fleet import Fleet
+from verl_rlhfless.live.host_memory import check_nodes, count_parameters, measure_nodes, memory_of_run
 from verl_rlhfless.live.pool import TRAINER_POOL, ElasticResourcePoolManager
 from verl_rlhfless.live.replica import WeightSource
 from verl_rlhfless.live.request_trainer import RequestTrainer
@@ -53,12 +56,26 @@ class ElasticTrainerSync(RequestTrainer):
         )
 
     def _setup(self) -> None:
+        self._check_host_memory()
         self._store = create_store(self._store_name, self._settings.weights)
         with verl_worker_group.use(ElasticWorkerGroup):
             super()._setup()
         warm_servers = WarmPool(self._num_warm_servers(), self.config.actor_rollout_ref.rollout.max_num_seqs)
         self._fleet = Fleet(self.config, self._settings, self._router, self._events, warm_servers)
         self._trainer_lease = self._make_trainer_lease()
+
+    def _check_host_memory(self) -> None:
+        """Refuse nodes that lack host memory, before anything is started on them.
+
+        Raises:
+            HostMemoryError: The message names node, holders and shortage.
+        """
+        model: HFModelConfig = omega_conf_to_dataclass(self.config.actor_rollout_ref.model)
+        kept = why_lease_is_kept(self.config, self._settings.pool.suspend_trainer, self._settings.fusion.name)
+        memory = memory_of_run(self.config, self._settings, count_parameters(model), can_suspend=not kept)
+        for account in check_nodes(memory, measure_nodes()):
+            parts = {need.what: need.num_bytes for need in account.needs}
+            self._events.write("host_memory", node=account.node.node_id, num_bytes=account.num_bytes, parts=parts)
 
     def _make_trainer_lease(self) -> TrainerLease:
         pool, max_gpus = self.resource_pool_manager.resource_pool_dict[TRAINER_POOL], self._settings.pool.max_gpus
