@@ -181,7 +181,10 @@ class ElasticTrainerSync(RequestTrainer):
         try:
             return self._trainer_lease.after_rollout()
         except (LeaseTimeoutError, DeviceMismatchError) as error:
-            raise LeaseLostError(f"{error} {save_suspended(self, step, data_state)}") from error
+            limit = f"rlhfless.pool.resume_timeout_s={self._settings.pool.resume_timeout_s:g}"
+            self._events.write("trainer_lost", reason=str(error))
+            where = save_suspended(self, step, data_state)
+            raise LeaseLostError(f"the trainer's GPUs did not come back ({limit}): {error} {where}") from error
 
     def _get_n_gpus_for_throughput(self) -> int:
         num_gpus, trainer = int(self.resource_pool_manager.get_n_gpus()), self._trainer_lease.num_gpus

@@ -145,9 +145,10 @@ class TrainerLease:
     def _leave_and_return(self, replicas: Replicas) -> None:
         if not self.decision.is_first:
             give_up_s = time.monotonic() + _LEASED_FIRST_S
-            while not replicas.is_leased and time.monotonic() < give_up_s:  # else they take the devices it returns to
-                if self._over.wait(_POLL_S):
-                    return
+            while not (replicas.is_leased or self._over.is_set()) and time.monotonic() < give_up_s:
+                self._over.wait(_POLL_S)  # replicas that lease later would take the devices that it returns to
+            if self._over.is_set():
+                return
             try:
                 self._suspend()
             except DeviceMemoryError as error:  # the replicas run beside it, and so they can in every later step
