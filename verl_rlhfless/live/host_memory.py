@@ -117,7 +117,8 @@ def memory_of_run(run: Any, settings: RlhflessConfig, params: int, *, can_suspen
             state_bytes=params * _bytes_of(rollout.dtype) + kv_bytes if is_host_device else 0,
             num_warm=fleet if warm is None else warm,
         ),
-        num_agents=rollout.agent.num_workers + run.reward.num_workers,
+        num_agents=rollout.agent.num_workers,
+        num_scorers=run.reward.num_workers,
     )
 
 

@@ -22,17 +22,19 @@ TRAINED_COPIES = 4
 """A trained model in units of its weights: weights, gradients, and Adam's two moments."""
 
 _MIB, _GIB = 2**20, 2**30
-DRIVER_BYTES = 3000 * _MIB
-"""The launching process, the trainer's own, router, data queue, weight store, and Ray."""
-AGENT_BYTES = 500 * _MIB
-"""One agent-loop or reward worker."""
-RANK_BYTES = 500 * _MIB
+DRIVER_BYTES = 2950 * _MIB
+"""The launching process, the trainer's own, router, data queue, weight store, and Ray with its waiting workers."""
+AGENT_BYTES = 550 * _MIB
+"""One agent-loop worker."""
+SCORER_BYTES = 330 * _MIB
+"""One reward worker."""
+RANK_BYTES = 450 * _MIB
 """One rank of the trainer, without its share of the models."""
-SERVER_BYTES = 1200 * _MIB
+SERVER_BYTES = 740 * _MIB
 """One server actor after its imports, with its fork server."""
-ENGINE_BYTES = 500 * _MIB
+ENGINE_BYTES = 300 * _MIB
 """The core process of one engine."""
-ENGINE_WORKER_BYTES = 500 * _MIB
+ENGINE_WORKER_BYTES = 220 * _MIB
 """One worker process of an engine, without weights, keys and values."""
 
 
@@ -125,13 +127,15 @@ class RunMemory:
         trainer: Its ranks.
         store: Its weights.
         replicas: Its engines.
-        num_agents: Agent-loop and reward workers, on the driver's node.
+        num_agents: Agent-loop workers, on the driver's node.
+        num_scorers: Reward workers, on the driver's node.
     """
 
     trainer: TrainerMemory
     store: StoreMemory
     replicas: ReplicaMemory
     num_agents: int
+    num_scorers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,8 +261,11 @@ def account_node(run: RunMemory, node: HostMemory, *, has_trainer: bool) -> Node
 def _driver_needs(run: RunMemory, node: HostMemory) -> list[Need]:
     if not node.is_driver:
         return []
-    agents = Need(f"{run.num_agents} agent-loop and reward workers", run.num_agents * AGENT_BYTES)
-    return [Need("driver, router, data queue and Ray", DRIVER_BYTES), agents]
+    return [
+        Need("driver, router, data queue and Ray", DRIVER_BYTES),
+        Need(f"{run.num_agents} agent-loop workers", run.num_agents * AGENT_BYTES),
+        Need(f"{run.num_scorers} reward workers", run.num_scorers * SCORER_BYTES),
+    ]
 
 
 def _replica_needs(run: RunMemory, node: HostMemory) -> list[Need]:

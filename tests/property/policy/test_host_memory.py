@@ -32,6 +32,7 @@ def runs(draw: st.DrawFn) -> RunMemory:
         StoreMemory(draw(BYTES), draw(st.integers(1, 2)), draw(BYTES)),
         ReplicaMemory(draw(COUNTS), draw(COUNTS), draw(BYTES), draw(COUNTS), draw(COUNTS), draw(BYTES)),
         draw(COUNTS),
+        draw(COUNTS),
     )
 
 

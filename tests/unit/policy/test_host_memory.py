@@ -39,6 +39,7 @@ def run(**changes: object) -> RunMemory:
         store=StoreMemory(28 * GIB, max_versions=2, bucket_bytes=GIB),
         replicas=ReplicaMemory(num_replicas=4, tp=2, state_bytes=0, num_warm=4),
         num_agents=8,
+        num_scorers=4,
     )
     return replace(made, **changes)  # type: ignore[arg-type]
 
@@ -77,7 +78,8 @@ def test_only_replicas_that_fit_on_a_node_count_there() -> None:
     driver = account_node(run(), replace(ROOMY, num_gpus=0), has_trainer=False)
     assert [need.what for need in driver.needs] == [
         "driver, router, data queue and Ray",
-        "8 agent-loop and reward workers",
+        "8 agent-loop workers",
+        "4 reward workers",
     ]
 
 
