@@ -35,7 +35,9 @@ class PoolConfig(Section):
 
     ``elastic`` leases replicas in each step; ``resident`` keeps verl's own on the trainer's GPUs and leases nothing.
 
-    ``max_gpus`` counts the trainer's GPUs and the replicas' together; ``None`` sets no limit of our own.
+    ``max_gpus`` counts the trainer's GPUs and the replicas' together; ``None`` sets no limit of our own. With
+    ``suspend_trainer=auto`` the trainer gives its GPUs back during a rollout when that pays, or when the replicas need
+    them.
     ``warm_servers`` is how many server processes do their imports in advance; ``None`` = as many as the largest fleet.
     """
 
@@ -49,6 +51,7 @@ class PoolConfig(Section):
     drain_timeout_s: float = within(0.1, default=60.0)
     same_device_wait_s: float = within(0.1, default=30.0)
     resume_timeout_s: float = within(0.1, default=600.0)
+    suspend_trainer: str = one_of("never", "auto")
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,12 +42,29 @@ class SuspendError(RlhflessError):
     """Ranks of a worker group could not leave or regain their devices; the message names them."""
 
 
+class DeviceMemoryError(SuspendError):
+    """Ranks held device memory after their state had left; it is back on the device, and the lease is kept."""
+
+
+class LeaseLostError(RlhflessError):
+    """The trainer's GPUs were not leased again in time; the message says where the run goes on from.
+
+    A run that ends with it exits with ``EXIT_CODE`` (EX_TEMPFAIL of sysexits.h: try again later).
+    """
+
+    EXIT_CODE = 75
+
+
 class ReplicaError(RlhflessError):
     """A rollout replica failed to start, load, drain or stop."""
 
 
 class WeightStoreError(RlhflessError):
     """A weight version is missing, stale, or does not fit into host memory."""
+
+
+class HostMemoryError(RlhflessError):
+    """A node lacks host memory for what the run puts on it; the message names the shortage and the holders."""
 
 
 class SampleLossError(RlhflessError):

@@ -38,6 +38,15 @@ def test_an_elastic_step_pays_for_its_replicas_from_grant_to_release(tmp_path):
     assert (figures(run, 1).gpu.max_gpus, figures(run, 2).gpu.max_gpus) == (3, 4)
 
 
+def test_a_trainer_that_came_back_is_usable_when_it_says_so_and_costs_nothing_meanwhile(tmp_path):
+    run = RunFolder(tmp_path).host(0.0, 100.0)
+    run.lease("rlhfless/trainer/a", 2, 0.0, 21.0).lease("rlhfless/trainer/b", 2, 50.0, 100.0)
+    run.step(1, 20.0, step=10, gen=5).step(2, 60.0, step=40, gen=33, old_log_prob=2, update_actor=3)
+    run.append("events-1.jsonl", {"event": "trainer_resumed", "lease": "rlhfless/trainer/b", "t": 51.5})
+    # held from 20 to 21 and from 50 to 60; back on the devices from 51.5; busy in the last 5 s
+    assert states(figures(run, 2).gpu) == (2 * 11, 2 * 5, 2 * (1 + 3.5), 2 * 1.5)
+
+
 def test_replicas_are_counted_in_both_arms(tmp_path):
     for name in ("stock", "elastic"):
         (tmp_path / name).mkdir()

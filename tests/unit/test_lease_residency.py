@@ -110,3 +110,20 @@ def test_a_device_that_is_the_host_has_no_memory_of_its_own(
     VerlResidency().offload(training_worker(Engine(journal)))
     assert VerlResidency().memory(object()) == RankMemory(device_reserved_bytes=0, pinned_host_bytes=0)
     assert "synchronize" not in journal
+
+
+@pytest.mark.parametrize(("strategy", "device", "can_stay"), [
+    ("fsdp2", "cuda", True), ("fsdp", "cuda", False), ("fsdp", "cpu", True), ("megatron", "cuda", False),
+])  # fmt: skip
+def test_verl_saves_a_suspended_model_from_the_host_where_that_is_possible(
+    journal: list[Any], monkeypatch: pytest.MonkeyPatch, strategy: str, device: str, can_stay: bool
+) -> None:
+    monkeypatch.setattr(residency, "_device_name", lambda: device)
+    engine: Any = Engine(journal)
+    engine.engine_config = SimpleNamespace(strategy=strategy)
+    if can_stay:
+        VerlResidency().stay(training_worker(engine))
+        assert engine._uses_fsdp2_cpu_offload_policy, "else verl's save_checkpoint moves the model to the device"
+    else:
+        with pytest.raises(UnsupportedError, match=f"suspended {strategy} model can't be saved without its device"):
+            VerlResidency().stay(training_worker(engine))

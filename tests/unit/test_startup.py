@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
-from omegaconf import DictConfig
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig, OmegaConf
 
 from verl_rlhfless import versions
-from verl_rlhfless.errors import RlhflessError, UnsupportedError
+from verl_rlhfless.config import parse_config
+from verl_rlhfless.errors import LeaseLostError, RlhflessError, UnsupportedError
 from verl_rlhfless.live import startup
 from verl_rlhfless.live.seams import Seam, check_seams
 from verl_rlhfless.live.startup import StartupCheck, check_run
+from verl_rlhfless.live.suspendable import why_lease_is_kept
 
 Compose = Callable[..., DictConfig]
 
@@ -59,12 +62,12 @@ REFUSED = [
     (["model_engine=veomni"], {}, ["actor_rollout_ref.actor.strategy='veomni'", "fsdp, fsdp2, megatron"]),
     (["actor_rollout_ref.rollout.data_parallel_size=2"], {}, ["data_parallel_size=2", "tensors only"]),
     (
-        ["rlhfless.pool.max_gpus=4", "rlhfless.planner.schedule=[1,3]"],
+        ["rlhfless.pool.max_gpus=4", "rlhfless.planner.schedule=[1,3]", "rlhfless.pool.suspend_trainer=never"],
         {},
-        ["rlhfless.pool.max_gpus=4", "trainer's 2 GPUs", "3 replicas of 1 GPUs", "need 5"],
+        ["rlhfless.pool.max_gpus=4", "trainer's 2 GPUs", "3 replicas of 1 GPUs", "need 5", "suspend_trainer=never"],
     ),
     (
-        ["rlhfless.planner.schedule=[3]", "+ray_kwargs.ray_init.num_gpus=4"],
+        ["rlhfless.planner.schedule=[5]", "+ray_kwargs.ray_init.num_gpus=4"],
         {},
         ["ray_kwargs.ray_init.num_gpus=4", "need 5"],
     ),
@@ -220,3 +223,54 @@ def test_any_failure_ends_the_process_with_one_line(
     assert captured.out == ""
     assert captured.err.startswith("rlhfless: error: ")
     assert captured.err.count("\n") == 1
+
+
+class _Cause(LeaseLostError):
+    """As Ray raises it in another process: its own text is a traceback, the cause is ours."""
+
+    cause = LeaseLostError("lease a: not granted.\nThe state after step 3 is in /out.")
+
+
+@pytest.mark.parametrize("error", [_Cause("a traceback"), _Cause.cause])
+def test_a_run_that_lost_its_gpus_ends_with_one_line_and_a_code_of_its_own(
+    error: LeaseLostError, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = JobReturn(status=JobStatus.FAILED)
+    job.return_value = error
+    with pytest.raises(SystemExit) as ended:
+        StartupCheck().on_job_end(DictConfig({}), job_return=job)
+    assert ended.value.code == 75
+    assert capsys.readouterr().err == ("rlhfless: error: lease a: not granted. The state after step 3 is in /out.\n")
+
+
+@pytest.mark.parametrize("value", [None, RuntimeError("anything else")])
+def test_any_other_end_of_a_run_is_hydras_business(value: object, capsys: pytest.CaptureFixture[str]) -> None:
+    job = JobReturn(status=JobStatus.COMPLETED)
+    job.return_value = value
+    StartupCheck().on_job_end(DictConfig({}), job_return=job)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        ((), ""),
+        (("rlhfless.pool.suspend_trainer=never",), "rlhfless.pool.suspend_trainer=never"),
+        (("reward.reward_model.enable=True",), "a colocated reward model"),
+        (("actor_rollout_ref.actor.strategy=megatron",), "only FSDP's state"),
+    ],
+)
+def test_what_works_on_the_trainers_gpus_keeps_its_lease(recipe: Compose, overrides: tuple[str, ...], why: str) -> None:
+    config = recipe("+rlhfless=default", *overrides)
+    reason = why_lease_is_kept(config, config.rlhfless.pool.suspend_trainer, config.rlhfless.fusion.name)
+    assert reason.startswith(why) and bool(reason) == bool(why)
+
+
+def test_fusion_keeps_the_trainers_lease(recipe: Compose) -> None:
+    assert "rlhfless.fusion.name=on" in why_lease_is_kept(recipe("+rlhfless=default"), "auto", "on")
+
+
+def test_with_a_trainer_that_leaves_the_replicas_may_use_the_whole_budget(recipe: Compose) -> None:
+    budget = ("rlhfless.pool.max_gpus=2", "rlhfless.planner.schedule=[2]")
+    parsed = parse_config(OmegaConf.to_container(recipe("+rlhfless=default", *budget).rlhfless))
+    startup.check_budget(recipe("+rlhfless=default", *budget), parsed, {})

@@ -10,9 +10,9 @@ import pytest
 
 from verl_rlhfless.config import WeightsConfig
 from verl_rlhfless.errors import WeightStoreError
-from verl_rlhfless.live.weight_capacity import HostMemory
 from verl_rlhfless.live.weight_manifest import Part, StoredTensor
 from verl_rlhfless.live.weight_store import WeightStore
+from verl_rlhfless.policy.host_memory import HostMemory
 
 MIB = 2**20
 PLENTY = HostMemory("node", object_store_bytes=100 * MIB, available_bytes=100 * MIB)

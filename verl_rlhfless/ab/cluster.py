@@ -58,6 +58,10 @@ class Cluster:
         """Return the environment of a driver that runs on this cluster."""
         return {**os.environ, **self.environment, "RAY_ADDRESS": self.address}
 
+    def processes(self) -> list[psutil.Process]:
+        """Return every process that runs for the cluster now: Ray's own, and what runs on it."""
+        return _marked_processes(self.run_id)
+
     def leftovers(self) -> list[str]:
         """Return what is still on this host of engines: processes, and shared memory that nobody maps, each named."""
         marked = [process for process in _marked_processes(self.run_id) if _is_engine(process)]

@@ -34,6 +34,22 @@ class Assets:
     validation: Path
 
 
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """Sizes of a random Qwen3."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+MODEL_SIZE = ModelSize(hidden=128, intermediate=256, layers=2, heads=4, kv_heads=2, head_dim=32)
+"""The demo's: about 0.6 million parameters."""
+
+
 def arithmetic_problems(count: int, seed: int) -> list[Problem]:
     """Return ``count`` additions and subtractions of two-digit numbers."""
     rng = random.Random(seed)
@@ -78,16 +94,16 @@ def _parse_problem(line: str, where: str) -> Problem:
     return Problem(row["question"], answer)
 
 
-def build_assets(folder: Path, problems: list[Problem], seed: int) -> Assets:
+def build_assets(folder: Path, problems: list[Problem], seed: int, size: ModelSize = MODEL_SIZE) -> Assets:
     """Write a tiny random Qwen3, a byte-level BPE tokenizer trained on the problems, and two parquet files.
 
-    The model has 2 layers, hidden size 128, 4 heads, 2 KV heads, tied embeddings, fp32: about 0.6 M parameters.
+    The model has tied embeddings and is stored in fp32.
     """
     assets = Assets(folder / "model", folder / "train.parquet", folder / "validation.parquet")
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _build_tokenizer([f"{problem.question} #### {problem.answer}" for problem in problems])
     tokenizer.save_pretrained(assets.model)
-    _build_model(assets.model, tokenizer, seed)
+    _build_model(assets.model, tokenizer, seed, size)
     _write_rows(assets.train, problems, "train")
     _write_rows(assets.validation, problems[:8], "validation")
     return assets
@@ -116,7 +132,7 @@ def _build_tokenizer(texts: list[str]) -> Any:
     )
 
 
-def _build_model(folder: Path, tokenizer: Any, seed: int) -> None:
+def _build_model(folder: Path, tokenizer: Any, seed: int, size: ModelSize) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.utils import logging
@@ -127,12 +143,12 @@ def _build_model(folder: Path, tokenizer: Any, seed: int) -> None:
         model = Qwen3ForCausalLM(
             Qwen3Config(
                 vocab_size=len(tokenizer),  # verl masks logits beyond it, which would bend every log-prob
-                hidden_size=128,
-                intermediate_size=256,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=32,
+                hidden_size=size.hidden,
+                intermediate_size=size.intermediate,
+                num_hidden_layers=size.layers,
+                num_attention_heads=size.heads,
+                num_key_value_heads=size.kv_heads,
+                head_dim=size.head_dim,
                 max_position_embeddings=4096,
                 tie_word_embeddings=True,
                 eos_token_id=tokenizer.eos_token_id,

@@ -16,6 +16,7 @@ from omegaconf import open_dict
 from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import ReplicaError, RlhflessError
 from verl_rlhfless.live.events import EventLog
+from verl_rlhfless.live.lease import DeviceKey
 from verl_rlhfless.live.replica import ElasticReplica, WeightSource
 from verl_rlhfless.live.warm_pool import WarmPool
 from verl_rlhfless.types import FleetDecision, ReplicaSpec
@@ -41,6 +42,7 @@ class Fleet:
         self._events = events
         self._ranks = itertools.count()
         self.replicas: list[ElasticReplica] = []
+        self._asked_for: list[ElasticReplica] = []
         self.max_gpus = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rlhfless-fleet")
         self._starting: Future[list[str]] | None = None
@@ -54,9 +56,19 @@ class Fleet:
         logger.info("rlhfless: step %d: %s", decision.step, decision.reason)
         self.max_gpus = decision.num_gpus
         ray.get(self._router.expect.remote(len(decision.replicas)))
-        candidates = [self._new_replica(spec) for spec in decision.replicas]
+        candidates = self._asked_for = [self._new_replica(spec) for spec in decision.replicas]
         self._starting = Future()
         self._life = self._thread.submit(asyncio.run, self._live(candidates, weights, self._starting))
+
+    @property
+    def is_leased(self) -> bool:
+        """Whether every replica that was asked for has its GPUs."""
+        return all(replica.lease is not None for replica in self._asked_for)
+
+    def device_keys(self) -> list[DeviceKey]:
+        """Return the devices of every lease that the replicas of this rollout hold or held."""
+        known = {replica.name: replica.lease for replica in (*self._asked_for, *self.replicas)}
+        return [lease.device_key() for lease in known.values() if lease is not None]
 
     def wait_started(self) -> None:
         """Return when every replica came up or failed; the step goes on with those that came up.

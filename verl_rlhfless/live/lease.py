@@ -162,6 +162,12 @@ class Lease:
         self.release()
 
 
+def share_devices(one: DeviceKey, other: DeviceKey) -> bool:
+    """Return whether two leases, of any time, name a common device."""
+    devices = dict(other)
+    return any(ids & devices.get(node_id, frozenset()) for node_id, ids in one)
+
+
 def _wait_granted(request: LeaseRequest, group: PlacementGroup, timeout_s: float) -> None:
     for _ in range(max(1, math.ceil(timeout_s))):
         if group.wait(1):  # whole seconds only: Ray truncates a fraction to 0; slices keep Ctrl-C alive

@@ -39,6 +39,9 @@ class DeviceResidency(Protocol):
     def onload(self, worker: Any) -> None:
         """Undo :meth:`offload`; return when the copies are complete."""
 
+    def stay(self, worker: Any) -> None:
+        """Prepare for a checkpoint that is saved from the host, after which the rank ends."""
+
 
 @dataclass(frozen=True, slots=True)
 class VerlResidency:
@@ -73,6 +76,21 @@ class VerlResidency:
             optimizer = not engine.is_optimizer_offload_enabled and not is_fixed_on_host
             engine.to(_device_name(), model=model, optimizer=optimizer, grad=model)
         _synchronize()
+
+    def stay(self, worker: Any) -> None:
+        """Make verl save a checkpoint from where the state is: its own way moves a model on the host to the device.
+
+        Saving FSDP2's shards then needs no device memory beyond the context that the rank kept, which its barriers and
+        the random state of the device use. The worker can't be trained any more.
+
+        Raises:
+            UnsupportedError: An engine other than FSDP2, whose shards can't be read on the host.
+        """
+        for engine in _engines(worker):
+            strategy = engine.engine_config.strategy
+            if strategy != "fsdp2" and _device_name() != "cpu":
+                raise UnsupportedError(f"a suspended {strategy} model can't be saved without its device")
+            engine._uses_fsdp2_cpu_offload_policy = True  # what verl's save_checkpoint asks before it moves the model
 
 
 def _engines(worker: Any) -> list[Any]:

@@ -34,6 +34,7 @@ _TRAINER_HOOKS = (
     "_balance_batch",
     "fit",
     "prepare_step",
+    "_save_checkpoint",
     "on_init_end",
     "on_step_end",
     "on_sample_end",

@@ -13,13 +13,15 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
-from verl_rlhfless.errors import ConfigError, DataError, RlhflessError, UnsupportedError
+from verl_rlhfless.errors import ConfigError, DataError, LeaseLostError, RlhflessError, UnsupportedError
 from verl_rlhfless.live.instrument import instrument_environment
 from verl_rlhfless.live.seams import check_prefix_grouper, check_seams
+from verl_rlhfless.live.suspendable import why_lease_is_kept
 from verl_rlhfless.versions import REQUIREMENTS, check_requirement
 
 PLUGIN_NAME = "rlhfless"
@@ -43,6 +45,14 @@ class StartupCheck(Callback):
             text = str(error) if isinstance(error, RlhflessError) else f"{type(error).__name__}: {error}"
             print(f"rlhfless: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
             raise SystemExit(1) from error
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """End a run that lost the trainer's GPUs with one line and an exit code of its own: it may be tried again."""
+        error = job_return._return_value  # the property raises what the run raised
+        if isinstance(error, LeaseLostError):
+            text = str(getattr(error, "cause", error))  # in Ray's error, which came from another process
+            print(f"rlhfless: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+            raise SystemExit(LeaseLostError.EXIT_CODE) from error
 
 
 def check_run(config: DictConfig, environ: Mapping[str, str]) -> str:
@@ -173,7 +183,8 @@ def check_budget(config: DictConfig, parsed: RlhflessConfig, environ: Mapping[st
     """Check that trainer and largest scheduled fleet fit into ``max_gpus`` and into a local cluster of known size."""
     trainer = config.trainer.n_gpus_per_node * config.trainer.nnodes
     tp, replicas = config.actor_rollout_ref.rollout.tensor_model_parallel_size, max(parsed.planner.schedule)
-    needed = trainer + replicas * tp
+    kept = why_lease_is_kept(config, parsed.pool.suspend_trainer, parsed.fusion.name)
+    needed = trainer + replicas * tp if kept else max(trainer, replicas * tp)
     ray_init = OmegaConf.select(config, "ray_kwargs.ray_init") or {}
     limits = {"rlhfless.pool.max_gpus": parsed.pool.max_gpus}
     if ray_init.get("address") is None and "RAY_ADDRESS" not in environ:
@@ -184,7 +195,7 @@ def check_budget(config: DictConfig, parsed: RlhflessConfig, environ: Mapping[st
                 key,
                 limit,
                 f"the trainer's {trainer} GPUs and the largest scheduled fleet, {replicas} replicas of {tp} GPUs, "
-                f"need {needed}",
+                f"need {needed}" + (f" ({kept})" if kept else ""),
                 f"Raise it to {needed}, or lower trainer.n_gpus_per_node or rlhfless.planner.schedule.",
             )
 

@@ -18,10 +18,11 @@ from verl.workers.rollout.utils import ensure_async_iterator
 
 from verl_rlhfless.errors import WeightStoreError
 from verl_rlhfless.live.checksum import as_unsigned, bit_sum, dtype_name, stream_digest
-from verl_rlhfless.live.weight_capacity import IN_FLIGHT, measure_host_memory
+from verl_rlhfless.live.host_memory import measure_host_memory
 from verl_rlhfless.live.weight_manifest import Part, StoredTensor
 from verl_rlhfless.live.weight_reader import read_checked_tensors
 from verl_rlhfless.live.weight_store import ANSWER_GRACE_S, answered, connect
+from verl_rlhfless.policy.host_memory import IN_FLIGHT
 
 BACKEND = "rlhfless_store"
 """verl's name of this engine."""

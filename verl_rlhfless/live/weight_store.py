@@ -21,8 +21,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl_rlhfless.config import WeightsConfig
 from verl_rlhfless.errors import WeightStoreError
-from verl_rlhfless.live.weight_capacity import HostMemory, check_capacity
+from verl_rlhfless.live.host_memory import check_store
 from verl_rlhfless.live.weight_manifest import Manifest, StoredTensor
+from verl_rlhfless.policy.host_memory import HostMemory, StoreMemory
 
 ANSWER_GRACE_S = 10.0
 """How much longer a caller waits for the store than the store waits, so that the store's reason is what is seen."""
@@ -79,7 +80,7 @@ class WeightStore:
         draft.num_bytes += num_bytes
         draft.largest_bytes = max(draft.largest_bytes, num_bytes, self._bucket_bytes)
         if self._newest is None:  # later versions take the room that the first ones were admitted with
-            check_capacity(draft.num_bytes, self._max_versions, draft.largest_bytes, draft.memory)
+            check_store(StoreMemory(draft.num_bytes, self._max_versions, draft.largest_bytes), draft.memory)
         return draft
 
     def add(self, draft: Draft, index: int, bucket: Any) -> None:

@@ -19,7 +19,13 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.single_controller.ray.base import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
-from verl_rlhfless.errors import DeviceMismatchError, RlhflessError, SuspendError, UnsupportedError
+from verl_rlhfless.errors import (
+    DeviceMemoryError,
+    DeviceMismatchError,
+    RlhflessError,
+    SuspendError,
+    UnsupportedError,
+)
 from verl_rlhfless.live.lease import RELEASE_TIMEOUT_S, DeviceKey, Lease
 from verl_rlhfless.live.pool import ElasticResourcePool
 from verl_rlhfless.live.residency import DeviceResidency, RankMemory, VerlResidency
@@ -163,6 +169,11 @@ class ElasticWorkerGroup(RayWorkerGroup):
             group._parent = self
         return groups
 
+    @property
+    def bound_devices(self) -> DeviceKey:
+        """The devices that the processes are bound to, leased or not."""
+        return self._bound if self._parent is None else self._parent.bound_devices
+
     def suspend(self, timeout_s: float) -> SuspendResult:
         """Move every role to the host, confirm that the device memory is free, and release the lease.
 
@@ -172,8 +183,8 @@ class ElasticWorkerGroup(RayWorkerGroup):
             timeout_s: Bound of each of the three phases [s].
 
         Raises:
-            SuspendError: A rank did not answer in time, or still holds device memory (its state is then moved back).
-                The lease is kept.
+            SuspendError: A rank did not answer in time; the lease is kept.
+            DeviceMemoryError: A rank still holds device memory; the state is moved back, and the lease is kept.
             LeaseReleaseError: Ray did not confirm the release; the ranks stay on the host.
         """
         if self._parent is not None:
@@ -216,6 +227,18 @@ class ElasticWorkerGroup(RayWorkerGroup):
         leased_s = time.monotonic()
         self._on_every_rank(self.residency.onload, "onload", timeout_s)
         return ResumeResult(leased_s - start_s, time.monotonic() - leased_s, lease, tuple(wrong))
+
+    def stay_on_host(self, timeout_s: float) -> None:
+        """Let a suspended group be saved from the host, as its last act.
+
+        Raises:
+            UnsupportedError: Its state can't be saved without the devices.
+            SuspendError: A rank did not answer in time.
+        """
+        if self._parent is not None:
+            self._parent.stay_on_host(timeout_s)
+            return
+        self._on_every_rank(self.residency.stay, "prepare a checkpoint", timeout_s)
 
     def shutdown(self, timeout_s: float = RELEASE_TIMEOUT_S) -> None:
         """End the processes and release the lease. Safe to call twice.
@@ -284,7 +307,7 @@ class ElasticWorkerGroup(RayWorkerGroup):
         over = {rank: count for rank, count in reserved.items() if count > self.max_reserved_bytes}
         if over:
             self._on_every_rank(self.residency.onload, "onload", timeout_s)
-            raise SuspendError(
+            raise DeviceMemoryError(
                 f"worker group {self.name_prefix}: device bytes still reserved by rank {over}, limit "
                 f"{self.max_reserved_bytes}. The lease is kept and the state is back on the device. "
                 "Something else in these processes holds device memory."

@@ -161,13 +161,14 @@ def _trainer_lease(engine: EngineLog, at_s: float, holds: Iterable[Hold]) -> str
 
 
 def _lease_spans(observed: Observed, steps: Sequence[StepTime], phases: Sequence[Window]) -> list[LeaseSpan]:
-    ready_s = _ready_times(observed)
+    ready_s, resumed_s = _ready_times(observed), _resumed_times(observed)
     began_s = _training_began_s(observed, steps)
     spans = []
     for hold in observed.holds:
         if hold.role == "trainer":
             moments = [began_s] if began_s is not None else []
             moments += [phase.start_s for phase in phases]
+            moments += resumed_s[hold.lease_id]
         else:
             moments = ready_s[hold.lease_id]
         usable_s = min((moment for moment in moments if moment >= hold.granted_s), default=None)
@@ -185,6 +186,15 @@ def _ready_times(observed: Observed) -> dict[str, list[float]]:
         if engine.lease is not None and engine.lease not in ready_s:
             ready_s[engine.lease] += engine.loaded_s
     return ready_s
+
+
+def _resumed_times(observed: Observed) -> dict[str, list[float]]:
+    """Return when a trainer that had left was back on the devices of each of its leases."""
+    resumed_s: dict[str, list[float]] = defaultdict(list)
+    for event in observed.events:
+        if event["event"] == "trainer_resumed":
+            resumed_s[event["lease"]].append(event["t"])
+    return resumed_s
 
 
 def _training_began_s(observed: Observed, steps: Sequence[StepTime]) -> float | None:

@@ -1,0 +1,109 @@
+"""What of verl's recipe enters the host-memory account, and what is refused from it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
+
+from verl_rlhfless.config import RlhflessConfig, parse_config
+from verl_rlhfless.errors import HostMemoryError, WeightStoreError
+from verl_rlhfless.live.host_memory import check_nodes, check_store, count_parameters, memory_of_run
+from verl_rlhfless.policy.host_memory import HostMemory, RunMemory, StoreMemory
+
+GIB = 2**30
+PARAMS = 10**9
+SETTINGS = parse_config({
+    "pool": {"name": "elastic"},
+    "weights": {"name": "store", "bucket_mib": 64},
+    "planner": {"name": "fixed", "schedule": [1, 3]},
+})  # fmt: skip
+
+
+def recipe(*overrides: str) -> DictConfig:
+    needed = ("actor_rollout_ref.rollout.name=vllm", "actor_rollout_ref.rollout.tensor_model_parallel_size=2")
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("ppo_trainer", overrides=[*needed, *overrides])
+
+
+def memory(*overrides: str, settings: RlhflessConfig = SETTINGS, **arguments: Any) -> RunMemory:
+    return memory_of_run(recipe(*overrides), settings, PARAMS, **{"can_suspend": True, **arguments})
+
+
+@pytest.fixture(autouse=True)
+def on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("verl.utils.device.get_device_name", lambda: "cuda")
+
+
+def test_the_trainers_roles_follow_from_the_recipe() -> None:
+    grpo = memory("algorithm.adv_estimator=grpo")
+    assert [role.name for role in grpo.trainer.roles] == ["actor"]
+    full = memory("algorithm.adv_estimator=gae", "actor_rollout_ref.actor.use_kl_loss=True", "critic.enable=True")
+    assert [(role.name, role.is_trained) for role in full.trainer.roles] == [
+        ("actor", True),
+        ("reference", False),
+        ("critic", True),
+    ]
+
+
+def test_weights_count_in_the_type_that_the_trainer_keeps_them_in() -> None:
+    assert memory().store.model_bytes == 4 * PARAMS
+    assert memory("actor_rollout_ref.actor.fsdp_config.model_dtype=bf16").store.model_bytes == 2 * PARAMS
+
+
+def test_nodes_replicas_and_servers_follow_from_the_recipe() -> None:
+    run = memory("trainer.n_gpus_per_node=4", "trainer.nnodes=2")
+    assert (run.trainer.num_ranks, run.trainer.ranks_per_node, run.trainer.num_nodes) == (8, 4, 2)
+    assert (run.replicas.num_replicas, run.replicas.tp, run.replicas.num_warm) == (3, 2, 3)
+    assert run.store.bucket_bytes == 64 << 20
+
+
+@pytest.mark.parametrize(("device", "can_suspend", "is_on_host"), [
+    ("cuda", True, True), ("cuda", False, False), ("cpu", False, True),
+])  # fmt: skip
+def test_a_trainer_that_never_leaves_its_gpus_needs_no_host_memory_for_its_state(
+    monkeypatch: pytest.MonkeyPatch, device: str, can_suspend: bool, is_on_host: bool
+) -> None:
+    monkeypatch.setattr("verl.utils.device.get_device_name", lambda: device)
+    assert memory(can_suspend=can_suspend).trainer.is_on_host is is_on_host
+
+
+def test_an_engine_keeps_weights_keys_and_values_on_a_host_that_is_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    assert memory().replicas.state_bytes == 0
+    monkeypatch.setattr("verl.utils.device.get_device_name", lambda: "cpu")
+    assert memory().replicas.state_bytes == 2 * PARAMS + 2 * 3 * GIB
+
+
+def test_a_node_without_room_is_refused_with_node_holders_and_shortage() -> None:
+    node = HostMemory("0123456789", object_store_bytes=10**12, available_bytes=20 * GIB, num_gpus=8)
+    with pytest.raises(HostMemoryError, match=r"the trainer's state on the host \(actor\).*free on node 01234567: "):
+        check_nodes(memory("trainer.n_gpus_per_node=8", "algorithm.adv_estimator=grpo"), [node])
+    roomy = HostMemory("0123456789", object_store_bytes=10**12, available_bytes=10**12, num_gpus=8)
+    (account,) = check_nodes(memory("trainer.n_gpus_per_node=8"), [roomy])
+    assert account.num_bytes > 4 * 4 * PARAMS
+
+
+def test_weights_that_turn_out_too_large_are_refused_by_the_store() -> None:
+    memory_of_node = HostMemory("node", object_store_bytes=10 * GIB, available_bytes=100 * GIB)
+    check_store(StoreMemory(GIB, 2, GIB), memory_of_node)
+    with pytest.raises(WeightStoreError, match=r"8\.00 GiB in memory"):
+        check_store(StoreMemory(4 * GIB, 2, GIB), memory_of_node)
+
+
+def test_parameters_are_counted_without_a_model() -> None:
+    from transformers import Qwen3Config
+
+    def count(is_tied: bool) -> int:
+        config = Qwen3Config(
+            vocab_size=100, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=4, tie_word_embeddings=is_tied, architectures=["Qwen3ForCausalLM"],
+        )  # fmt: skip
+        return count_parameters(SimpleNamespace(hf_config=config, trust_remote_code=False))
+
+    layer = 8 * 8 + 2 * (8 * 4) + 8 * 8 + 3 * 8 * 16 + 2 * 8 + 2 * 4  # projections, MLP, norms
+    assert count(is_tied=True) == 100 * 8 + layer + 8
+    assert count(is_tied=False) == 2 * 100 * 8 + layer + 8

@@ -1,0 +1,137 @@
+"""Measures the nodes and describes the run for the account of ``policy/host_memory.py``; refuses what does not fit."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from verl_rlhfless.config import RlhflessConfig
+from verl_rlhfless.errors import HostMemoryError, WeightStoreError
+from verl_rlhfless.policy.host_memory import (
+    HostMemory,
+    NodeAccount,
+    ReplicaMemory,
+    RoleMemory,
+    RunMemory,
+    StoreMemory,
+    TrainerMemory,
+    account_run,
+    store_need,
+)
+
+_ANSWER_S = 60.0  # the first task on a node waits for a worker process
+_DTYPE_BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2}
+_VLLM_CPU_KV_GIB = "VLLM_CPU_KVCACHE_SPACE"
+
+
+def measure_host_memory(num_gpus: int = 0, is_driver: bool = False) -> HostMemory:
+    """Return the memory of this node; call it in a process there."""
+    node_id = ray.get_runtime_context().get_node_id()
+    (node,) = [node for node in ray.nodes() if node["NodeID"] == node_id]
+    stored = int(node["Resources"]["object_store_memory"])
+    return HostMemory(node_id, stored, psutil.virtual_memory().available, num_gpus, is_driver)
+
+
+def measure_nodes() -> list[HostMemory]:
+    """Return the memory of every node with accelerators, and of this process's own."""
+    from verl_rlhfless.live.accelerator import Accelerator
+
+    resource, driver = Accelerator.of_platform().resource, ray.get_runtime_context().get_node_id()
+    answers = []
+    for node in ray.nodes():
+        num_gpus, node_id = int(node["Resources"].get(resource, 0)), node["NodeID"]
+        if node["Alive"] and (num_gpus or node_id == driver):
+            affinity = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
+            measure = ray.remote(num_cpus=0)(measure_host_memory).options(scheduling_strategy=affinity)
+            answers.append(measure.remote(num_gpus, node_id == driver))
+    measured: list[HostMemory] = ray.get(answers, timeout=_ANSWER_S)
+    return measured
+
+
+def check_nodes(run: RunMemory, nodes: Sequence[HostMemory]) -> list[NodeAccount]:
+    """Return the account of every node.
+
+    Raises:
+        HostMemoryError: A node lacks memory; the message names it, what needs it, the shortage, and what to do.
+    """
+    accounts = account_run(run, nodes)
+    shortages = [account.shortage() for account in accounts if account.short_bytes]
+    if shortages:
+        raise HostMemoryError(" | ".join(shortages))
+    return accounts
+
+
+def check_store(store: StoreMemory, memory: HostMemory) -> None:
+    """Refuse weights that don't fit, as soon as their exact size is known.
+
+    Raises:
+        WeightStoreError: The message names what is needed, what there is, the shortage, and what to do.
+    """
+    if shortage := NodeAccount(memory, (store_need(store),)).shortage():
+        raise WeightStoreError(shortage)
+
+
+def memory_of_run(run: Any, settings: RlhflessConfig, params: int, *, can_suspend: bool) -> RunMemory:
+    """Return what a run of ``verl.trainer.main_ppo`` with the configuration ``run`` puts on its nodes.
+
+    Args:
+        run: verl's configuration.
+        settings: Ours.
+        params: Number of the model's parameters.
+        can_suspend: Whether the trainer may leave its devices for the host.
+    """
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.device import get_device_name
+
+    actor, rollout = run.actor_rollout_ref.actor, run.actor_rollout_ref.rollout
+    is_host_device = str(get_device_name()) == "cpu"
+    weights = params * _bytes_of(actor.fsdp_config.model_dtype)
+    roles = [RoleMemory("actor", weights, is_trained=True)]
+    if need_reference_policy(run):
+        reference = params * _bytes_of(run.actor_rollout_ref.ref.fsdp_config.model_dtype)
+        roles.append(RoleMemory("reference", reference, is_trained=False))
+    if need_critic(run):
+        roles.append(RoleMemory("critic", weights, is_trained=True))  # verl starts it from a model of its own size
+    tp, fleet = rollout.tensor_model_parallel_size, max(settings.planner.schedule)
+    warm = settings.pool.warm_servers
+    ranks_per_node = run.trainer.n_gpus_per_node
+    kv_bytes = int(float(os.environ.get(_VLLM_CPU_KV_GIB, "0")) * 2**30) * tp
+    return RunMemory(
+        trainer=TrainerMemory(
+            roles=tuple(roles),
+            num_ranks=ranks_per_node * run.trainer.nnodes,
+            ranks_per_node=ranks_per_node,
+            is_on_host=can_suspend or is_host_device,
+            copies_at_load=ranks_per_node,  # rank 0 alone for untied embeddings: never more
+        ),
+        store=StoreMemory(weights, settings.weights.max_versions, settings.weights.bucket_mib << 20),
+        replicas=ReplicaMemory(
+            num_replicas=fleet,
+            tp=tp,
+            state_bytes=params * _bytes_of(rollout.dtype) + kv_bytes if is_host_device else 0,
+            num_warm=fleet if warm is None else warm,
+        ),
+        num_agents=rollout.agent.num_workers,
+        num_scorers=run.reward.num_workers,
+    )
+
+
+def count_parameters(model: Any) -> int:
+    """Return the number of parameters of verl's ``HFModelConfig``, without making the model."""
+    import torch
+    from verl.utils.model import get_hf_auto_model_class
+
+    hf_config = copy.deepcopy(model.hf_config)
+    with torch.device("meta"):
+        made = get_hf_auto_model_class(hf_config).from_config(hf_config, trust_remote_code=model.trust_remote_code)
+    return sum(parameter.numel() for parameter in made.parameters())
+
+
+def _bytes_of(dtype: str | None) -> int:
+    return _DTYPE_BYTES.get(str(dtype), 4)  # verl's default is fp32
