@@ -10,7 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
+from verl.utils.device import get_device_name
 
 from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import ReplicaError, RlhflessError
@@ -46,7 +47,7 @@ class Fleet:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rlhfless-fleet")
         self._starting: Future[list[str]] | None = None
         self._life: Future[None] | None = None
-        self.parking = ParkingLot(config.pool, events)
+        self.parking = ParkingLot(config.pool, events, can_sleep=_can_sleep(self._rollout))
         self._warm_servers = warm_servers
         self._warm_servers.fill()
 
@@ -167,3 +168,8 @@ class Fleet:
 
     async def _release_one(self, replica: ElasticReplica) -> None:
         await self.parking.retire(replica)
+
+
+def _can_sleep(rollout: Any) -> bool:
+    """Return whether engines may sleep: on a CPU always, because they have nothing to free."""
+    return get_device_name() == "cpu" or bool(OmegaConf.select(rollout, "enable_sleep_mode", default=True))

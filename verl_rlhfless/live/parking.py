@@ -37,8 +37,9 @@ class ParkingLot:
         is_last: Set it when no further rollout will come: nothing is parked then.
     """
 
-    def __init__(self, config: PoolConfig, events: EventLog) -> None:
+    def __init__(self, config: PoolConfig, events: EventLog, can_sleep: bool = True) -> None:
         self._config = config
+        self._can_sleep = can_sleep
         self._events = events
         self._parked: list[ElasticReplica] = []  # the one that sleeps longest first
         self._uses: Counter[int] = Counter()
@@ -75,14 +76,15 @@ class ParkingLot:
         lease: Lease | None = None
         if self._alike(fresh):
             search = await asyncio.to_thread(self._search, fresh)
-            lease, parked = search.lease, self._bound_to(search.lease.device_key(), fresh)
+            lease = fresh.lease = search.lease
+            parked = self._bound_to(lease.device_key(), fresh)
             if parked is None:
                 await self._give_way(fresh, lease)
             else:
                 report = await self._wake(parked, lease, weights)
                 if report is not None:
                     return parked, report
-                lease = None  # returned with the engine that did not wake
+                lease = fresh.lease = None  # returned with the engine that did not wake
         report = await fresh.start(weights, lease)
         self._starts_s[fresh.world_size].append(fresh.engine_s)
         self._version_bytes = report.num_bytes
@@ -193,6 +195,7 @@ class ParkingLot:
 
     def _view(self, tp: int, host_available_bytes: int) -> ParkView:
         return ParkView(
+            can_sleep=self._can_sleep,
             uses_ahead=0 if self.is_last else self._uses[tp],
             num_parked=sum(parked.world_size == tp for parked in self._parked),
             starts_s=tuple(self._starts_s[tp]),

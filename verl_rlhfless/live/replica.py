@@ -7,7 +7,6 @@ Invariants: an engine runs outside its lease's placement group (removing a group
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
 import time
 from collections.abc import Awaitable, Callable
@@ -22,12 +21,13 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMReplica
 from verl_rlhfless.config import PoolConfig
 from verl_rlhfless.errors import ReplicaError
 from verl_rlhfless.live.accelerator import Accelerator
+from verl_rlhfless.live.engine_files import reap_server
 from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.lease import Lease, LeaseRequest
 from verl_rlhfless.live.parked_memory import ParkedMemory
 from verl_rlhfless.live.warm_pool import WarmPool
 from verl_rlhfless.live.weights import PullReport
-from verl_rlhfless.processes import ProcessKey, end_server
+from verl_rlhfless.processes import ProcessKey
 
 _DRAIN_POLL_S = 0.02
 
@@ -339,7 +339,7 @@ class ElasticReplica(vLLMReplica):
         if self._server_process is None or self.lease is None:
             return ()
         affinity = NodeAffinitySchedulingStrategy(node_id=self.node_id, soft=False)
-        reap = ray.remote(num_cpus=0)(end_server).options(scheduling_strategy=affinity)
+        reap = ray.remote(num_cpus=0)(reap_server).options(scheduling_strategy=affinity)
         return tuple(await _awaitable(reap.remote(self._server_process, self._engine_processes, timeout_s)))
 
     async def _answer(self, reference: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 
+from verl_rlhfless.live.engine_files import sockets_without_names
 from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.parked_memory import ParkedMemory, measure_parked
 from verl_rlhfless.live.request_server import RequestServer
@@ -26,8 +27,9 @@ class ElasticServer(RequestServer):
         return _WORKER_EXTENSION
 
     async def launch_server(self, *args: Any, **kwargs: Any) -> None:
-        """Launch as verl does; then nothing but this actor's processes holds the engine's shared memory."""
-        await super().launch_server(*args, **kwargs)
+        """Launch as verl does; then only this actor's processes hold the engine's shared memory and sockets."""
+        with sockets_without_names():
+            await super().launch_server(*args, **kwargs)
         pids = [os.getpid(), *(pid for pid, _ in descendants(os.getpid()))]
         unlink_segments(mapped_segments(pids))
 

@@ -17,6 +17,7 @@ class ParkView:
     """What is known when an engine has finished its last request.
 
     Attributes:
+        can_sleep: Whether the engine was started so that it can free its device.
         uses_ahead: Engines of its kind that the run is expected to need again at once; 0 after the last rollout.
         num_parked: Engines of its kind that are parked already.
         starts_s: Measured seconds of engine starts in this run, weights not included.
@@ -27,6 +28,7 @@ class ParkView:
         host_reserved_bytes: What of it the weight store needs for the next version.
     """
 
+    can_sleep: bool
     uses_ahead: int
     num_parked: int
     starts_s: Sequence[float]
@@ -53,6 +55,8 @@ def decide_park(mode: str, view: ParkView) -> ParkDecision:
     """
     if mode == "never":
         return ParkDecision(False, "rlhfless.pool.park=never")
+    if not view.can_sleep:
+        return ParkDecision(False, "the engine can't free its device: rollout.enable_sleep_mode=False")
     if view.num_parked >= view.uses_ahead:
         return ParkDecision(False, f"{view.num_parked} are parked for {view.uses_ahead} expected uses")
     if view.host_available_bytes < view.host_reserved_bytes:

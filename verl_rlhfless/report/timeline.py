@@ -12,12 +12,13 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from verl_rlhfless.errors import DataError
 from verl_rlhfless.live.engine_log import EngineLog
 from verl_rlhfless.report.observed import Hold, Observed
-from verl_rlhfless.types import BusySpan, LeaseSpan, Window
+from verl_rlhfless.types import BusySpan, LeaseSpan, ParkedSpan, Window
 
 _AFTER_ROLLOUT = (
     "reward",
@@ -56,12 +57,14 @@ class Timeline:
         steps: Training steps in order, those whose end the observer saw.
         leases: Every lease, with its first usable moment.
         busy: Trainer phases and engine activity on those leases.
+        parked: When engines slept without a lease.
         watched_until_s: Last moment that the observer recorded.
     """
 
     steps: tuple[StepTime, ...]
     leases: tuple[LeaseSpan, ...]
     busy: tuple[BusySpan, ...]
+    parked: tuple[ParkedSpan, ...]
     watched_until_s: float
 
 
@@ -74,6 +77,7 @@ def build_timeline(observed: Observed) -> Timeline:
         steps=tuple(steps),
         leases=tuple(_lease_spans(observed, steps, phases)),
         busy=(*_on_trainer_leases(phases, observed.holds), *engines),
+        parked=tuple(_parked_spans(observed.events)),
         watched_until_s=observed.host[-1].t if observed.host else max(observed.logged_s.values(), default=0.0),
     )
 
@@ -178,6 +182,18 @@ def _ready_times(observed: Observed) -> dict[str, list[float]]:
         if engine.lease is not None and engine.lease not in ready_s:
             ready_s[engine.lease] += engine.loaded_s
     return ready_s
+
+
+def _parked_spans(events: Iterable[Mapping[str, Any]]) -> list[ParkedSpan]:
+    asleep: dict[str, ParkedSpan] = {}
+    ended = []
+    for event in events:
+        if event["event"] == "replica_parked":
+            memory = event["memory"]
+            asleep[event["lease"]] = ParkedSpan(event["num_gpus"], memory["device_bytes"], event["t"])
+        elif event["event"] in ("replica_woken", "parked_ended"):
+            ended.append(replace(asleep.pop(event["parked_as"]), end_s=event["t"]))
+    return [*ended, *asleep.values()]
 
 
 def _training_began_s(observed: Observed, steps: Sequence[StepTime]) -> float | None:

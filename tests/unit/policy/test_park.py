@@ -10,6 +10,7 @@ from verl_rlhfless.policy.park import ParkView, decide_park, worth_waiting_s
 
 GIB = 2**30
 VIEW = ParkView(
+    can_sleep=True,
     uses_ahead=2,
     num_parked=0,
     starts_s=(33.0, 1.4, 1.5),
@@ -39,6 +40,7 @@ def test_the_first_engine_is_parked_to_find_out() -> None:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
+        ({"can_sleep": False}, "enable_sleep_mode"),
         ({"uses_ahead": 0}, "0 expected uses"),
         ({"num_parked": 2}, "2 are parked"),
         ({"host_available_bytes": GIB}, "1024 MiB left"),
