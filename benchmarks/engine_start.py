@@ -1,12 +1,15 @@
-"""What warm-up saves of a replica's start: the same vLLM server cold, with a fork server, pre-imported, recycled.
+"""What warm-up saves of a replica's start: the same server cold, with a fork server, pre-imported, recycled, parked.
 
-Every figure comes from this run; the four ways are interleaved.
+The ways are interleaved, round by round. Weights are not included. With ``--rounds-file`` a benchmark that was stopped
+goes on after its last whole round.
 
     python -m benchmarks.engine_start          # about 6 minutes; writes benchmarks/results/engine_start.json
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import statistics
 import tempfile
@@ -54,6 +57,17 @@ class _Starts:
         """Return the seconds of a start on the actor of the replica before."""
         return self._timed(lambda: self._become(self._server))
 
+    def parked(self) -> float:
+        """Return the seconds of a wake of an engine that sleeps, on the actor of the replica before."""
+        server = self._become(self._server)
+        ray.get(server.launch_server.remote(), timeout=_TIMEOUT_S)
+        ray.get(server.park.remote(), timeout=_TIMEOUT_S)
+        start = time.perf_counter()
+        ray.get(server.wake.remote("another lease"), timeout=_TIMEOUT_S)
+        seconds = time.perf_counter() - start
+        self._stop(server)
+        return seconds
+
     def _warm_then_become(self) -> Any:
         return self._become(_warm_actor())
 
@@ -83,8 +97,11 @@ class _Starts:
         self._leave(server)
         ray.get(server.launch_server.remote(), timeout=_TIMEOUT_S)
         seconds = time.perf_counter() - start
-        assert not ray.get(server.stop_engine.remote(30.0), timeout=_TIMEOUT_S), "an engine process survived"
+        self._stop(server)
         return seconds
+
+    def _stop(self, server: Any) -> None:
+        assert not ray.get(server.stop_engine.remote(30.0), timeout=_TIMEOUT_S), "an engine process survived"
 
     def _leave(self, server: Any) -> None:
         """Go on with ``server``; the one before is not needed any more."""
@@ -99,7 +116,7 @@ def _warm_actor() -> Any:
     return ray.remote(WarmServer).options(num_cpus=0).remote()
 
 
-def measure(folder: Path) -> dict[str, Any]:
+def measure(folder: Path, rounds_file: Path) -> dict[str, Any]:
     """Return the median seconds and their spread for each way, and the ratios to a cold start."""
     from hydra import compose, initialize_config_module
 
@@ -109,26 +126,37 @@ def measure(folder: Path) -> dict[str, Any]:
     starts = _Starts(config)
     ways = {"cold": starts.cold, "fork_server": starts.fork_server, "pre_imported": starts.pre_imported}
     ways["recycled"] = starts.recycled  # after another way: it goes on with that one's actor
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(_ROUNDS):
+    ways["parked"] = starts.parked
+    while len(rounds := _read_rounds(rounds_file)) < _ROUNDS:
+        seconds = {}
         for name, start in ways.items():
-            seconds[name].append(start())
-            print(f"{name}: {seconds[name][-1]:.1f} s", flush=True)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+            seconds[name] = start()
+            print(f"{name}: {seconds[name]:.2f} s", flush=True)
+        with rounds_file.open("a") as file:
+            file.write(json.dumps(seconds) + "\n")
+    by_way = {name: [seconds[name] for seconds in rounds] for name in ways}
+    median = {name: statistics.median(values) for name, values in by_way.items()}
     return {
         "median_s": median,
-        "min_s": {name: min(values) for name, values in seconds.items()},
-        "max_s": {name: max(values) for name, values in seconds.items()},
+        "min_s": {name: min(values) for name, values in by_way.items()},
+        "max_s": {name: max(values) for name, values in by_way.items()},
         "ratio_to_cold": {name: value / median["cold"] for name, value in median.items()},
         "rounds": _ROUNDS,
     }
 
 
+def _read_rounds(file: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
 def main() -> None:
     """Measure on a private cluster and write the record."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds-file", type=Path, help="keeps every whole round, to go on later")
+    given: Path | None = parser.parse_args().rounds_file
     os.environ.update(CPU_ENVIRONMENT)
     with tempfile.TemporaryDirectory() as folder, private_cluster(1, CPU_ENVIRONMENT):
-        results = measure(Path(folder))
+        results = measure(Path(folder), given or Path(folder) / "rounds.jsonl")
     write_result("engine_start", results, command="python -m benchmarks.engine_start")
 
 

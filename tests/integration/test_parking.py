@@ -6,17 +6,16 @@ import asyncio
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import ray
 
+from tests.temporary_files import files_of_engines
 from verl_rlhfless.config import PoolConfig, WeightsConfig
 from verl_rlhfless.demo.assets import arithmetic_problems, build_assets
 from verl_rlhfless.demo.cluster import Cluster, private_cluster
@@ -60,7 +59,7 @@ class Trial:
     num_started: int = 0
 
     def new_files(self) -> set[str]:
-        return temporary_files() - self.files_before
+        return files_of_engines() - self.files_before
 
     def publish(self, version: int) -> str:
         model = self.config.actor_rollout_ref.model.path
@@ -92,13 +91,6 @@ class Trial:
 
 
 _POOL = PoolConfig(name="elastic", park="always", same_device_wait_s=0.5)
-_FILES = ("rlhfless-sockets-", "vllm_dist_", "rl-colocate-zmq-")
-
-
-def temporary_files() -> set[str]:
-    """Return the names that an engine may leave; a bare socket of vLLM is a UUID."""
-    names = {path.name for path in Path(tempfile.gettempdir()).iterdir()}
-    return {name for name in names if name.startswith(_FILES) or (name.count("-") == 4 and len(name) == 36)}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +106,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
         few_blocks = "++actor_rollout_ref.rollout.engine_kwargs.vllm.num_gpu_blocks_override=512"
         with initialize_config_module("verl.trainer.config", version_base=None):
             config = compose("ppo_trainer", [*overrides, few_blocks])
-        files = temporary_files()
+        files = files_of_engines()
         with private_cluster(NUM_GPUS, CPU_ENVIRONMENT) as cluster:
             from verl_rlhfless.live.parking import ParkingLot
             from verl_rlhfless.live.warm_pool import WarmPool

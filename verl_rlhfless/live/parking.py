@@ -45,7 +45,7 @@ class ParkingLot:
         self._uses: Counter[int] = Counter()
         self._starts_s: dict[int, list[float]] = defaultdict(list)
         self._wakes_s: dict[int, list[float]] = defaultdict(list)
-        self._mismatches: Counter[int] = Counter()
+        self._relaunches_s: dict[int, list[float]] = defaultdict(list)
         self._largest_fleet = 0
         self._version_bytes = 0
         self.is_last = False
@@ -73,20 +73,20 @@ class ParkingLot:
             LeaseTimeoutError: No GPUs in time.
             ReplicaError: The engine did not start.
         """
-        lease: Lease | None = None
+        lease, gave_way = None, False
         if self._alike(fresh):
             search = await asyncio.to_thread(self._search, fresh)
             lease = fresh.lease = search.lease
             parked = self._bound_to(lease.device_key(), fresh)
             if parked is None:
-                await self._give_way(fresh, lease)
+                gave_way = await self._give_way(fresh, lease)
             else:
                 report = await self._wake(parked, lease, weights)
                 if report is not None:
                     return parked, report
                 lease = fresh.lease = None  # returned with the engine that did not wake
         report = await fresh.start(weights, lease)
-        self._starts_s[fresh.world_size].append(fresh.engine_s)
+        (self._relaunches_s if gave_way else self._starts_s)[fresh.world_size].append(fresh.engine_s)
         self._version_bytes = report.num_bytes
         return fresh, report
 
@@ -173,17 +173,17 @@ class ParkingLot:
         self._events.write("replica_woken", lease=lease.name, parked_as=slept_as, seconds=parked.engine_s)
         return report
 
-    async def _give_way(self, fresh: ElasticReplica, lease: Lease) -> None:
-        """End one parked engine, whose devices did not come: ``fresh`` starts in its place."""
+    async def _give_way(self, fresh: ElasticReplica, lease: Lease) -> bool:
+        """End a parked engine whose devices did not come, so that ``fresh`` starts in its place; return whether."""
         leaving = self._alike(fresh)
         if not leaving:
-            return
-        self._mismatches[fresh.world_size] += 1
+            return False
         try:
             await self._end(leaving[0], f"lease {lease.name} has other devices")
         except BaseException:
             await asyncio.to_thread(lease.release, self._config.release_timeout_s)
             raise
+        return True
 
     # ---- park
 
@@ -200,8 +200,8 @@ class ParkingLot:
             num_parked=sum(parked.world_size == tp for parked in self._parked),
             starts_s=tuple(self._starts_s[tp]),
             wakes_s=tuple(self._wakes_s[tp]),
-            num_mismatches=self._mismatches[tp],
-            mismatch_s=self._config.same_device_wait_s,
+            relaunches_s=tuple(self._relaunches_s[tp]),
+            same_device_wait_s=self._config.same_device_wait_s,
             host_available_bytes=host_available_bytes,
             host_reserved_bytes=self._reserved_bytes,
         )

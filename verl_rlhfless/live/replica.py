@@ -7,10 +7,8 @@ Invariants: an engine runs outside its lease's placement group (removing a group
 from __future__ import annotations
 
 import asyncio
-import enum
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -25,69 +23,14 @@ from verl_rlhfless.live.engine_files import reap_server
 from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.lease import Lease, LeaseRequest
 from verl_rlhfless.live.parked_memory import ParkedMemory
+from verl_rlhfless.live.replica_life import ParkReport, ReleaseReport, ReplicaState, WeightSource
 from verl_rlhfless.live.warm_pool import WarmPool
 from verl_rlhfless.live.weights import PullReport
 from verl_rlhfless.processes import ProcessKey
 
+__all__ = ["ElasticReplica", "ParkReport", "ReleaseReport", "ReplicaState", "WeightSource"]
+
 _DRAIN_POLL_S = 0.02
-
-
-class ReplicaState(str, enum.Enum):
-    """Where a replica is in its life; ``LOST`` and ``RELEASED`` are final, and a ``PARKED`` one can wake."""
-
-    REQUESTED = "requested"
-    STARTING = "starting"
-    LOADING = "loading"
-    READY = "ready"
-    DRAINING = "draining"
-    PARKED = "parked"
-    RELEASED = "released"
-    LOST = "lost"
-
-
-@dataclass(frozen=True, slots=True)
-class WeightSource:
-    """Where a replica pulls its weights from, and which version it must serve."""
-
-    store_name: str
-    version: int
-    timeout_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class ReleaseReport:
-    """How a replica ended.
-
-    Attributes:
-        drained: Whether its requests ended by themselves; else they were aborted at the deadline.
-        drain_s: From leaving the router to the last request's end.
-        engine_s: Ending the engine and confirming that its processes are gone.
-        lease_s: Giving the GPUs back and confirming it.
-    """
-
-    drained: bool
-    drain_s: float
-    engine_s: float
-    lease_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class ParkReport:
-    """How a replica was parked.
-
-    Attributes:
-        drained: Whether its requests ended by themselves; else they were aborted at the deadline.
-        drain_s: From leaving the router to the last request's end.
-        sleep_s: Until the engine slept.
-        lease_s: Giving the GPUs back and confirming it.
-        memory: What the engine still holds.
-    """
-
-    drained: bool
-    drain_s: float
-    sleep_s: float
-    lease_s: float
-    memory: ParkedMemory
 
 
 class ElasticReplica(vLLMReplica):

@@ -22,8 +22,8 @@ class ParkView:
         num_parked: Engines of its kind that are parked already.
         starts_s: Measured seconds of engine starts in this run, weights not included.
         wakes_s: Measured seconds of wakes, weights not included.
-        num_mismatches: Leases of other devices, for which a parked engine had to be ended.
-        mismatch_s: Most seconds that such a lease waits for the right devices.
+        relaunches_s: Measured seconds of starts in place of a parked engine whose devices did not come, on its server.
+        same_device_wait_s: Most seconds that a lease may wait for the right devices.
         host_available_bytes: Memory that processes of the engine's node can still get.
         host_reserved_bytes: What of it the weight store needs for the next version.
     """
@@ -33,8 +33,8 @@ class ParkView:
     num_parked: int
     starts_s: Sequence[float]
     wakes_s: Sequence[float]
-    num_mismatches: int
-    mismatch_s: float
+    relaunches_s: Sequence[float]
+    same_device_wait_s: float
     host_available_bytes: int
     host_reserved_bytes: int
 
@@ -71,23 +71,31 @@ def decide_park(mode: str, view: ParkView) -> ParkDecision:
 
 
 def worth_waiting_s(view: ParkView) -> float:
-    """Return how long a lease may wait for the devices of a parked engine before a start is the faster way [s]."""
-    return max(0.0, min(view.mismatch_s, _gain_s(view)))
+    """Return how long a lease may wait for the devices of a parked engine before a relaunch is the faster way [s].
+
+    A relaunch runs on the parked engine's server, whose imports are done. Until one was measured there is no wait: the
+    devices may never come, and the lease that is there can be used.
+    """
+    if not view.relaunches_s:
+        return 0.0
+    gain_s = statistics.median(view.relaunches_s) - _wake_s(view)
+    return max(0.0, min(view.same_device_wait_s, gain_s))
 
 
 def _decide_by_gain(view: ParkView) -> ParkDecision:
     if not view.wakes_s:
         return ParkDecision(True, "no wake is measured yet")
-    tries = len(view.wakes_s) + view.num_mismatches
-    missed = view.num_mismatches / tries
-    gain_s = (1 - missed) * _gain_s(view) - missed * worth_waiting_s(view)
+    tries = len(view.wakes_s) + len(view.relaunches_s)
+    missed = len(view.relaunches_s) / tries
+    start_s = statistics.median(view.starts_s)
+    gain_s = (1 - missed) * (start_s - _wake_s(view)) - missed * worth_waiting_s(view)
     figures = (
-        f"a wake takes {statistics.median(view.wakes_s):.2f} s, a start {statistics.median(view.starts_s):.2f} s, "
-        f"{view.num_mismatches} of {tries} leases had other devices"
+        f"a wake takes {_wake_s(view):.2f} s, a start {start_s:.2f} s, "
+        f"{len(view.relaunches_s)} of {tries} leases had other devices"
     )
     return ParkDecision(gain_s > 0, figures)
 
 
-def _gain_s(view: ParkView) -> float:
-    """Return the seconds that a wake saves of a start; a wake that was never measured is taken as free."""
-    return statistics.median(view.starts_s) - (statistics.median(view.wakes_s) if view.wakes_s else 0.0)
+def _wake_s(view: ParkView) -> float:
+    """Return the seconds of a wake; one that was never measured is taken as free."""
+    return statistics.median(view.wakes_s) if view.wakes_s else 0.0

@@ -15,8 +15,8 @@ VIEW = ParkView(
     num_parked=0,
     starts_s=(33.0, 1.4, 1.5),
     wakes_s=(0.2, 0.1, 0.3),
-    num_mismatches=0,
-    mismatch_s=30.0,
+    relaunches_s=(),
+    same_device_wait_s=30.0,
     host_available_bytes=8 * GIB,
     host_reserved_bytes=2 * GIB,
 )
@@ -62,11 +62,17 @@ def test_never_is_never() -> None:
 
 
 def test_devices_that_seldom_come_back_make_parking_lose() -> None:
-    assert decide_park("auto", view(num_mismatches=2)).park
-    assert not decide_park("auto", view(num_mismatches=4)).park
+    slow = view(starts_s=(3.0,), relaunches_s=(3.0,) * 2)
+    assert decide_park("auto", slow).park
+    assert not decide_park("auto", view(starts_s=(3.0,), relaunches_s=(3.0,) * 3)).park
 
 
 def test_a_lease_never_waits_longer_for_the_right_devices_than_a_wake_saves() -> None:
-    assert worth_waiting_s(VIEW) == pytest.approx(1.3)
-    assert worth_waiting_s(view(mismatch_s=0.5)) == 0.5
-    assert worth_waiting_s(view(wakes_s=(9.0,))) == 0
+    measured = view(relaunches_s=(1.4, 33.0, 1.5))
+    assert worth_waiting_s(measured) == pytest.approx(1.3)
+    assert worth_waiting_s(dataclasses.replace(measured, same_device_wait_s=0.5)) == 0.5
+    assert worth_waiting_s(dataclasses.replace(measured, wakes_s=(9.0,))) == 0
+
+
+def test_a_lease_that_is_there_is_used_until_it_is_known_what_that_costs() -> None:
+    assert worth_waiting_s(VIEW) == 0
