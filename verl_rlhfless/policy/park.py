@@ -57,6 +57,8 @@ def decide_park(mode: str, view: ParkView) -> ParkDecision:
         return ParkDecision(False, "rlhfless.pool.park=never")
     if not view.can_sleep:
         return ParkDecision(False, "the engine can't free its device: rollout.enable_sleep_mode=False")
+    if not view.uses_ahead:
+        return ParkDecision(False, "no further rollout is expected")
     if view.num_parked >= view.uses_ahead:
         return ParkDecision(False, f"{view.num_parked} are parked for {view.uses_ahead} expected uses")
     if view.host_available_bytes < view.host_reserved_bytes:

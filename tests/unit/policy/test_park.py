@@ -41,7 +41,7 @@ def test_the_first_engine_is_parked_to_find_out() -> None:
     ("changes", "why"),
     [
         ({"can_sleep": False}, "enable_sleep_mode"),
-        ({"uses_ahead": 0}, "0 expected uses"),
+        ({"uses_ahead": 0}, "no further rollout"),
         ({"num_parked": 2}, "2 are parked"),
         ({"host_available_bytes": GIB}, "1024 MiB left"),
     ],
