@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 from benchmarks.record import write_result
@@ -27,6 +28,7 @@ from verl_rlhfless.demo.recipe import CPU_ENVIRONMENT, common_overrides
 
 _ROUNDS = 3
 _TIMEOUT_S = 300.0
+_ASLEEP_S = 5.0
 
 
 class _Starts:
@@ -36,6 +38,7 @@ class _Starts:
         self._config = config
         self._rank = 0
         self._server: Any = None
+        self.asleep: dict[str, float] = {}
 
     def cold(self) -> float:
         """Return the seconds of a start as verl does it: actor, imports, engine."""
@@ -61,7 +64,8 @@ class _Starts:
         """Return the seconds of a wake of an engine that sleeps, on the actor of the replica before."""
         server = self._become(self._server)
         ray.get(server.launch_server.remote(), timeout=_TIMEOUT_S)
-        ray.get(server.park.remote(), timeout=_TIMEOUT_S)
+        memory = ray.get(server.park.remote(), timeout=_TIMEOUT_S)
+        self.asleep = {"host_bytes": memory.host_bytes, "cpu_percent": _cpu_percent(server)}
         start = time.perf_counter()
         ray.get(server.wake.remote("another lease"), timeout=_TIMEOUT_S)
         seconds = time.perf_counter() - start
@@ -116,6 +120,18 @@ def _warm_actor() -> Any:
     return ray.remote(WarmServer).options(num_cpus=0).remote()
 
 
+def _cpu_percent(server: Any) -> float:
+    """Return the share of one core that the engine's processes take, over some seconds [%]."""
+    processes = [psutil.Process(pid) for pid, _ in ray.get(server.engine_processes.remote(), timeout=_TIMEOUT_S)]
+
+    def used_s() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+    before_s = used_s()
+    time.sleep(_ASLEEP_S)
+    return 100 * (used_s() - before_s) / _ASLEEP_S
+
+
 def measure(folder: Path, rounds_file: Path) -> dict[str, Any]:
     """Return the median seconds and their spread for each way, and the ratios to a cold start."""
     from hydra import compose, initialize_config_module
@@ -133,19 +149,20 @@ def measure(folder: Path, rounds_file: Path) -> dict[str, Any]:
             seconds[name] = start()
             print(f"{name}: {seconds[name]:.2f} s", flush=True)
         with rounds_file.open("a") as file:
-            file.write(json.dumps(seconds) + "\n")
-    by_way = {name: [seconds[name] for seconds in rounds] for name in ways}
+            file.write(json.dumps({"seconds": seconds, "asleep": starts.asleep}) + "\n")
+    by_way = {name: [each["seconds"][name] for each in rounds] for name in ways}
     median = {name: statistics.median(values) for name, values in by_way.items()}
     return {
         "median_s": median,
         "min_s": {name: min(values) for name, values in by_way.items()},
         "max_s": {name: max(values) for name, values in by_way.items()},
         "ratio_to_cold": {name: value / median["cold"] for name, value in median.items()},
+        "asleep": rounds[-1]["asleep"],
         "rounds": _ROUNDS,
     }
 
 
-def _read_rounds(file: Path) -> list[dict[str, float]]:
+def _read_rounds(file: Path) -> list[dict[str, dict[str, float]]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
