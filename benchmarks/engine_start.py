@@ -1,12 +1,15 @@
-"""What warm-up saves of a replica's start: the same vLLM server cold, with a fork server, pre-imported, recycled.
+"""What warm-up saves of a replica's start: the same server cold, with a fork server, pre-imported, recycled, parked.
 
-Every figure comes from this run; the four ways are interleaved.
+The ways are interleaved, round by round. Weights are not included. With ``--rounds-file`` a benchmark that was stopped
+goes on after its last whole round.
 
     python -m benchmarks.engine_start          # about 6 minutes; writes benchmarks/results/engine_start.json
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import statistics
 import tempfile
@@ -15,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 from benchmarks.record import write_result
@@ -24,6 +28,7 @@ from verl_rlhfless.demo.recipe import CPU_ENVIRONMENT, common_overrides
 
 _ROUNDS = 3
 _TIMEOUT_S = 300.0
+_ASLEEP_S = 5.0
 
 
 class _Starts:
@@ -33,6 +38,7 @@ class _Starts:
         self._config = config
         self._rank = 0
         self._server: Any = None
+        self.asleep: dict[str, float] = {}
 
     def cold(self) -> float:
         """Return the seconds of a start as verl does it: actor, imports, engine."""
@@ -53,6 +59,18 @@ class _Starts:
     def recycled(self) -> float:
         """Return the seconds of a start on the actor of the replica before."""
         return self._timed(lambda: self._become(self._server))
+
+    def parked(self) -> float:
+        """Return the seconds of a wake of an engine that sleeps, on the actor of the replica before."""
+        server = self._become(self._server)
+        ray.get(server.launch_server.remote(), timeout=_TIMEOUT_S)
+        memory = ray.get(server.park.remote(), timeout=_TIMEOUT_S)
+        self.asleep = {"host_bytes": memory.host_bytes, "cpu_percent": _cpu_percent(server)}
+        start = time.perf_counter()
+        ray.get(server.wake.remote("another lease"), timeout=_TIMEOUT_S)
+        seconds = time.perf_counter() - start
+        self._stop(server)
+        return seconds
 
     def _warm_then_become(self) -> Any:
         return self._become(_warm_actor())
@@ -83,8 +101,11 @@ class _Starts:
         self._leave(server)
         ray.get(server.launch_server.remote(), timeout=_TIMEOUT_S)
         seconds = time.perf_counter() - start
-        assert not ray.get(server.stop_engine.remote(30.0), timeout=_TIMEOUT_S), "an engine process survived"
+        self._stop(server)
         return seconds
+
+    def _stop(self, server: Any) -> None:
+        assert not ray.get(server.stop_engine.remote(30.0), timeout=_TIMEOUT_S), "an engine process survived"
 
     def _leave(self, server: Any) -> None:
         """Go on with ``server``; the one before is not needed any more."""
@@ -99,7 +120,19 @@ def _warm_actor() -> Any:
     return ray.remote(WarmServer).options(num_cpus=0).remote()
 
 
-def measure(folder: Path) -> dict[str, Any]:
+def _cpu_percent(server: Any) -> float:
+    """Return the share of one core that the engine's processes take, over some seconds [%]."""
+    processes = [psutil.Process(pid) for pid, _ in ray.get(server.engine_processes.remote(), timeout=_TIMEOUT_S)]
+
+    def used_s() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+    before_s = used_s()
+    time.sleep(_ASLEEP_S)
+    return 100 * (used_s() - before_s) / _ASLEEP_S
+
+
+def measure(folder: Path, rounds_file: Path) -> dict[str, Any]:
     """Return the median seconds and their spread for each way, and the ratios to a cold start."""
     from hydra import compose, initialize_config_module
 
@@ -109,26 +142,38 @@ def measure(folder: Path) -> dict[str, Any]:
     starts = _Starts(config)
     ways = {"cold": starts.cold, "fork_server": starts.fork_server, "pre_imported": starts.pre_imported}
     ways["recycled"] = starts.recycled  # after another way: it goes on with that one's actor
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(_ROUNDS):
+    ways["parked"] = starts.parked
+    while len(rounds := _read_rounds(rounds_file)) < _ROUNDS:
+        seconds = {}
         for name, start in ways.items():
-            seconds[name].append(start())
-            print(f"{name}: {seconds[name][-1]:.1f} s", flush=True)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+            seconds[name] = start()
+            print(f"{name}: {seconds[name]:.2f} s", flush=True)
+        with rounds_file.open("a") as file:
+            file.write(json.dumps({"seconds": seconds, "asleep": starts.asleep}) + "\n")
+    by_way = {name: [each["seconds"][name] for each in rounds] for name in ways}
+    median = {name: statistics.median(values) for name, values in by_way.items()}
     return {
         "median_s": median,
-        "min_s": {name: min(values) for name, values in seconds.items()},
-        "max_s": {name: max(values) for name, values in seconds.items()},
+        "min_s": {name: min(values) for name, values in by_way.items()},
+        "max_s": {name: max(values) for name, values in by_way.items()},
         "ratio_to_cold": {name: value / median["cold"] for name, value in median.items()},
+        "asleep": rounds[-1]["asleep"],
         "rounds": _ROUNDS,
     }
 
 
+def _read_rounds(file: Path) -> list[dict[str, dict[str, float]]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
 def main() -> None:
     """Measure on a private cluster and write the record."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds-file", type=Path, help="keeps every whole round, to go on later")
+    given: Path | None = parser.parse_args().rounds_file
     os.environ.update(CPU_ENVIRONMENT)
     with tempfile.TemporaryDirectory() as folder, private_cluster(1, CPU_ENVIRONMENT):
-        results = measure(Path(folder))
+        results = measure(Path(folder), given or Path(folder) / "rounds.jsonl")
     write_result("engine_start", results, command="python -m benchmarks.engine_start")
 
 

@@ -137,7 +137,8 @@ def check_gpus(num_gpus: int) -> Finding:
     """Return how many GPUs torch sees; none means CPU mode."""
     if num_gpus:
         return Finding("GPUs", "ok", f"{num_gpus} visible")
-    return Finding("GPUs", "ok", "none: CPU mode (`rlhfless demo` needs no more; own recipes set VERL_PLATFORM=cpu)")
+    mode = "CPU mode (`rlhfless demo` needs no more; own recipes set VERL_PLATFORM=cpu)"
+    return Finding("GPUs", "ok", f"none: {mode}. Parked engines free no memory: parking is accounting only")
 
 
 def check_flash_attention(num_gpus: int) -> Finding:

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from verl_rlhfless.errors import DataError
-from verl_rlhfless.types import BusySpan, GpuSeconds, LeaseSpan, Window
+from verl_rlhfless.types import BusySpan, GpuSeconds, LeaseSpan, ParkedSpan, ParkedUse, Window
 
 _SECONDS_PER_HOUR = 3600.0
 
@@ -57,9 +57,27 @@ def whole_run(leases: Sequence[LeaseSpan], observed_until_s: float) -> Window:
     return Window(min(lease.granted_s for lease in leases), max(ends))
 
 
+def parked(spans: Iterable[ParkedSpan], window: Window) -> ParkedUse:
+    """Return what engines took in ``window`` while they slept without a lease; ``end_s=None`` is its end.
+
+    These GPU-seconds are nobody's cost and are never added to the leased ones: the GPU may be leased to someone else.
+    """
+    inside = [(span, _overlap_s(span, window)) for span in spans]
+    inside = [(span, seconds) for span, seconds in inside if seconds > 0]
+    return ParkedUse(
+        gpu_s=math.fsum(span.num_gpus * seconds for span, seconds in inside),
+        device_bytes=max((span.device_bytes for span, _ in inside), default=0),
+    )
+
+
 def usd(gpu_seconds: float, price_per_gpu_hour: float) -> float:
     """Return the price of ``gpu_seconds`` [GPU s] at ``price_per_gpu_hour`` [USD / (GPU h)]."""
     return gpu_seconds * price_per_gpu_hour / _SECONDS_PER_HOUR
+
+
+def _overlap_s(span: ParkedSpan, window: Window) -> float:
+    end_s = window.end_s if span.end_s is None else min(span.end_s, window.end_s)
+    return max(0.0, end_s - max(span.start_s, window.start_s))
 
 
 def _hold(lease: LeaseSpan, window: Window) -> Window:

@@ -22,6 +22,15 @@ def process_key(pid: int) -> ProcessKey:
     return pid, psutil.Process(pid).create_time()
 
 
+def is_running(key: ProcessKey) -> bool:
+    """Return whether the process is there, to the millisecond of its start."""
+    pid, create_time = key
+    try:
+        return abs(psutil.Process(pid).create_time() - create_time) < 1e-3
+    except psutil.NoSuchProcess:
+        return False
+
+
 def descendants(pid: int) -> tuple[ProcessKey, ...]:
     """Return the keys of everything that a process started and that still runs, deepest first."""
     found = []

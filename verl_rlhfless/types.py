@@ -50,6 +50,23 @@ class BusySpan:
 
 
 @dataclass(frozen=True, slots=True)
+class ParkedSpan:
+    """A time in which an engine slept without a lease.
+
+    Attributes:
+        num_gpus: GPUs that its processes are bound to.
+        device_bytes: Most memory in use on one of them when it fell asleep; 0 where the device is the host.
+        start_s: When its lease ended.
+        end_s: When it woke or was ended; ``None`` while it sleeps.
+    """
+
+    num_gpus: int
+    device_bytes: int
+    start_s: float
+    end_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Window:
     """A half-open interval of time, such as one training step."""
 
@@ -66,6 +83,14 @@ class GpuSeconds:
     idle: float
     startup: float
     max_gpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedUse:
+    """What parked engines took in a window without a lease: GPU-seconds, and the most device memory on one GPU."""
+
+    gpu_s: float
+    device_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

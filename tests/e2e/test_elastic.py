@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 import pytest
 
+from tests.temporary_files import files_of_engines
 from verl_rlhfless.demo import recipe
 from verl_rlhfless.demo.run import ArmOutcome
 from verl_rlhfless.report.ab import build_arm
@@ -18,13 +20,15 @@ _STALE_STEP, _KILL_STEP = 2, 3
 
 @pytest.fixture(scope="module")
 def outcome(train: Any, external_module: Any) -> ArmOutcome:
+    files_before = files_of_engines()
     faults = {"RLHFLESS_TEST_STALE_STEP": str(_STALE_STEP), "RLHFLESS_TEST_KILL_STEP": str(_KILL_STEP)}
-    return train(
+    outcome = train(
         recipe.ELASTIC,
         steps=_KILL_STEP,
         overrides=("rlhfless.planner.schedule=[2,1,1]",),
         environment={**external_module("faults"), **faults},
     )
+    return dataclasses.replace(outcome, leftovers=(*outcome.leftovers, *(files_of_engines() - files_before)))
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,14 @@ def test_replicas_are_leased_and_returned_inside_every_step(outcome: ArmOutcome)
         for record in replicas
         if record["event"] == "released" and record["lease"] in granted[:2]
     ), "a step's replicas are gone before the next step's are asked for"
+
+
+def test_engines_sleep_between_steps_and_a_killed_one_is_replaced(records: list[dict[str, Any]]) -> None:
+    woken = [record for record in records if record["event"] == "replica_woken"]
+    starts = {r["version"]: r["t"] for r in records if r["event"] == "published"}
+    assert sum(starts[_STALE_STEP - 1] < record["t"] < starts[_STALE_STEP] for record in woken) == 1
+    assert sum(starts[_KILL_STEP - 1] < record["t"] for record in woken) >= 1
+    assert all(record["seconds"] < 5 for record in woken), "no start"
 
 
 def test_right_step_passes_the_weight_guards(arm: Any, records: list[dict[str, Any]]) -> None:

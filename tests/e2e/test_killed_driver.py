@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from tests.temporary_files import files_of_engines
 from verl_rlhfless.ab.cluster import private_cluster
 from verl_rlhfless.demo import recipe
 from verl_rlhfless.demo.assets import Assets
@@ -26,6 +27,7 @@ def _wait_until(condition: Callable[[], bool], what: str, timeout_s: float) -> N
 
 
 def test_nothing_outlives_a_killed_driver(assets: Assets, tmp_path: Path) -> None:
+    files_before = files_of_engines()
     command = arm_command(recipe.ELASTIC, assets, DemoOptions(out=tmp_path, steps=1), tmp_path)
 
     def is_rolling_out() -> bool:
@@ -45,3 +47,4 @@ def test_nothing_outlives_a_killed_driver(assets: Assets, tmp_path: Path) -> Non
                 driver.wait()
         _wait_until(lambda: ray.available_resources().get("GPU") == recipe.NUM_GPUS, "all leases to end", 60)
         _wait_until(lambda: not cluster.leftovers(), "the engine and its memory to go", 60)
+        assert files_of_engines() <= files_before

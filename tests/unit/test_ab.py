@@ -147,6 +147,19 @@ def test_parked_is_zero_while_the_trainer_keeps_its_lease_and_unknown_after_it_g
     assert build_arm(run.path).total.gpu_s_parked is None
 
 
+def test_time_in_which_engines_slept_stands_in_the_step_in_which_it_passed(tmp_path):
+    run = elastic_run(tmp_path)
+    parked = {"event": "replica_parked", "lease": "rlhfless/replica/r0", "num_gpus": 1}
+    run.append(
+        "events-1.jsonl",
+        {**parked, "t": 115.0, "memory": {"device_bytes": 600, "host_bytes": 9, "host_available_bytes": 9}},
+        {"event": "replica_woken", "lease": "rlhfless/replica/r1", "parked_as": "rlhfless/replica/r0", "t": 121.0},
+    )
+    steps = [figures(run, step) for step in (1, 2)]
+    assert [step.gpu_s_parked for step in steps] == [5.0, 1.0]
+    assert [step.parked_device_bytes for step in steps] == [600, 600]
+
+
 def test_every_pull_stands_beside_the_version_that_its_step_needed(tmp_path):
     pulls = build_arm(elastic_run(tmp_path).path).pulls
     assert [(pull.version, pull.expected_version) for pull in pulls] == [(0, 0), (1, 1), (1, 1)]
@@ -197,6 +210,7 @@ def test_the_record_has_the_published_format_and_is_json(tmp_path):
         "gpu_s_idle": 22.0,
         "gpu_s_startup": 0.0,
         "gpu_s_parked": 0.0,
+        "parked_device_bytes": 0,
         "max_gpus": 4,
         "reward_mean": 0.1,
         "rollout_probs_diff_max": 1e-8,

@@ -1,8 +1,8 @@
 import pytest
 
 from verl_rlhfless.errors import DataError
-from verl_rlhfless.ledger import account, usd, whole_run
-from verl_rlhfless.types import BusySpan, GpuSeconds, LeaseSpan, Window
+from verl_rlhfless.ledger import account, parked, usd, whole_run
+from verl_rlhfless.types import BusySpan, GpuSeconds, LeaseSpan, ParkedSpan, ParkedUse, Window
 
 HOUR = Window(0.0, 100.0)
 
@@ -84,3 +84,22 @@ def test_the_whole_run_lasts_as_long_as_it_was_watched_while_a_lease_is_held():
 
 def test_an_hour_of_two_gpus_costs_twice_the_price_of_an_hour():
     assert usd(2 * 3600, 2.5) == 5.0
+
+
+def parked_engine(start_s, end_s, num_gpus=1, device_bytes=0):
+    return ParkedSpan(num_gpus, device_bytes, start_s, end_s)
+
+
+def test_parked_engines_count_apart_and_only_inside_the_window():
+    spans = [parked_engine(-10, 5, 2, 700), parked_engine(90, None, 1, 500), parked_engine(100, 110, 4, 900)]
+    assert parked(spans, HOUR) == ParkedUse(gpu_s=2 * 5 + 10, device_bytes=700)
+
+
+def test_windows_of_parked_time_add_up():
+    spans = [parked_engine(10, 60, 2), parked_engine(20, None)]
+    halves = [parked(spans, Window(0, 45)), parked(spans, Window(45, 100))]
+    assert sum(half.gpu_s for half in halves) == parked(spans, HOUR).gpu_s == 180
+
+
+def test_nobody_parked_is_zero_and_not_unknown():
+    assert parked([], HOUR) == ParkedUse(0.0, 0)

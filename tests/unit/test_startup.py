@@ -54,6 +54,11 @@ REFUSED = [
     (["rlhfless.planner.schedule=[1,1.5]"], {}, ["rlhfless.planner.schedule=[1, 1.5]", "integer >= 1"]),
     (["rlhfless.instrument.pace=missing.json"], {}, ["rlhfless.instrument.pace='missing.json'"]),
     (["rlhfless.replay.trace=a.jsonl"], {"RAY_ADDRESS": "host:1"}, ["rlhfless.replay.trace='a.jsonl'", "absolute"]),
+    (
+        ["rlhfless.pool.park=always", "+actor_rollout_ref.rollout.enable_sleep_mode=False"],
+        {},
+        ["rlhfless.pool.park='always'", "enable_sleep_mode=True"],
+    ),
     (["actor_rollout_ref.model.lora_rank=8"], {}, ["actor_rollout_ref.model.lora_rank=8", "lora.merge=True"]),
     (["trainer.use_v1=False"], {}, ["trainer.use_v1=False", "v0", "trainer.use_v1=True"]),
     (["actor_rollout_ref.rollout.name=sglang"], {}, ["actor_rollout_ref.rollout.name='sglang'", "vllm"]),

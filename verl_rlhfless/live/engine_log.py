@@ -1,6 +1,6 @@
 """The activity log of one vLLM engine: when it was busy, what it computed, and when it loaded weights.
 
-JSON Lines, one file per engine, written by rank 0 of its workers. Times are ``time.time()`` seconds.
+JSON Lines, one file per engine and lease, written by rank 0 of its workers. Times are ``time.time()`` seconds.
 
 Invariants: an engine is busy from the start of the first iteration that computes a request until the scheduler reports
 that no request runs any more. After each iteration everything older than a second is on disk, so a crash costs at most
@@ -9,6 +9,8 @@ the last second; a torn last line is no error.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -82,7 +84,7 @@ class EngineLogWriter:
     """Turns iterations into busy spans and appends them to a file about once a second."""
 
     def __init__(self, directory: Path, tp: int, clock: Callable[[], float] = time) -> None:
-        self._clock = clock
+        self._directory, self._tp, self._clock = directory, tp, clock
         self._file = _create(directory)
         self._span: EngineSpan | None = None
         rank = os.environ.get("VERL_REPLICA_RANK")
@@ -129,6 +131,13 @@ class EngineLogWriter:
             span = EngineSpan(span.end_s, span.end_s)  # the same time: a reader joins records that touch
         self._span = span
 
+    def successor(self) -> EngineLogWriter:
+        """End this log, of an engine that rests, and return the one for the lease that the environment names now."""
+        if self._span is not None:
+            self._write_span(self._span)  # its requests were aborted, and the worker was not told
+        self._file.close()
+        return EngineLogWriter(self._directory, self._tp, self._clock)
+
     def loaded(self) -> None:
         """Record that a weight load is complete."""
         self._write({"event": "loaded", "t": self._clock()})
@@ -142,15 +151,13 @@ class EngineLogWriter:
 
 
 def _create(directory: Path) -> IO[str]:
-    """Open ``engine-<pid>.jsonl``; a pid that an ended engine of the same run used gets a counter."""
+    """Open ``engine-<pid>.jsonl``; a pid that an earlier log of the same run has gets a counter."""
     directory.mkdir(parents=True, exist_ok=True)
-    names = [f"engine-{os.getpid()}.jsonl", *(f"engine-{os.getpid()}-{i}.jsonl" for i in range(2, 1000))]
-    for name in names:
-        try:
-            return open(directory / name, "x", encoding="utf-8")
-        except FileExistsError:
-            continue
-    raise DataError(f"{directory}: too many logs of pid {os.getpid()}. Give each run a directory of its own.")
+    for number in itertools.count(1):
+        suffix = f"-{number}" if number > 1 else ""
+        with contextlib.suppress(FileExistsError):
+            return open(directory / f"engine-{os.getpid()}{suffix}.jsonl", "x", encoding="utf-8")
+    raise AssertionError("counting never ends")
 
 
 def read_engine_log(path: str | Path) -> EngineLog:

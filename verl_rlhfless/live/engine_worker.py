@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.platforms import current_platform
 
 from verl_rlhfless.live.checksum import EngineChecksum, TensorSum, as_unsigned, bit_sum, dtype_name, stream_digest
+from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 
 _TIED_HEAD = "lm_head."  # what vLLM skips when a model ties its head to the embedding
 
@@ -63,6 +66,19 @@ class ElasticWorkerExtension(vLLMColocateWorkerExtension):
         for name, tensor in weights:
             self.rlhfless_received.add(name, tensor)
         super()._update_weights(weights, *args, **kwargs)
+
+    def change_lease(self, lease: str) -> None:
+        """Record what this engine does from now on under the lease of this name."""
+        os.environ[LEASE_VARIABLE] = lease
+        if hasattr(self, "_rlhfless_probe"):
+            self._rlhfless_probe.change_lease()
+
+    def device_bytes_in_use(self) -> int:
+        """Return the memory in use on this worker's device, by whatever process; 0 where the device is the host."""
+        if current_platform.is_cpu():
+            return 0
+        free_bytes, total_bytes = torch.accelerator.get_memory_info()
+        return int(total_bytes - free_bytes)
 
     def weights_checksum(self) -> dict[str, Any]:
         """Return the fields of :class:`EngineChecksum` for the weights that were loaded last."""

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
+from verl.utils.device import get_device_name
 
 from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import ReplicaError, RlhflessError
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.lease import DeviceKey
+from verl_rlhfless.live.parking import ParkingLot
 from verl_rlhfless.live.replica import ElasticReplica, WeightSource
 from verl_rlhfless.live.warm_pool import WarmPool
 from verl_rlhfless.types import FleetDecision, ReplicaSpec
@@ -30,6 +31,7 @@ class Fleet:
     Attributes:
         replicas: Those that came up.
         max_gpus: GPUs that the last decision leased.
+        parking: Engines that sleep between two rollouts.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Fleet:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rlhfless-fleet")
         self._starting: Future[list[str]] | None = None
         self._life: Future[None] | None = None
+        self.parking = ParkingLot(config.pool, events, can_sleep=_can_sleep(self._rollout))
         self._warm_servers = warm_servers
         self._warm_servers.fill()
 
@@ -55,6 +58,7 @@ class Fleet:
         assert not self.replicas and self._starting is None, "a fleet is released before the next one starts"
         logger.info("rlhfless: step %d: %s", decision.step, decision.reason)
         self.max_gpus = decision.num_gpus
+        self.parking.expect(decision)
         ray.get(self._router.expect.remote(len(decision.replicas)))
         candidates = self._asked_for = [self._new_replica(spec) for spec in decision.replicas]
         self._starting = Future()
@@ -119,8 +123,8 @@ class Fleet:
             return f"{replica.name}: {error}"
         return ""
 
-    async def _start_one(self, replica: ElasticReplica, weights: WeightSource) -> None:
-        report = await replica.start(weights)
+    async def _start_one(self, fresh: ElasticReplica, weights: WeightSource) -> None:
+        replica, report = await self.parking.bring_up(fresh, weights)
         self.replicas.append(replica)
         assert replica.lease is not None
         self._events.write(
@@ -155,13 +159,18 @@ class Fleet:
         if failures:
             raise failures[0] if isinstance(failures[0], RlhflessError) else ReplicaError(str(failures[0]))
 
+    def make_room_on_hosts(self) -> None:
+        """End parked engines where their host lacks memory for the next weight version; call it between rollouts."""
+        asyncio.run(self.parking.make_room())
+
     def close(self) -> None:
-        """Release every replica, and end the servers that wait for one."""
-        try:
+        """Release every replica, and end the engines that are parked and the servers that wait for one."""
+        self.parking.is_last = True
+        with contextlib.ExitStack() as ends:
+            ends.callback(self._warm_servers.close)
+            ends.callback(self._thread.shutdown)
+            ends.callback(lambda: asyncio.run(self.parking.close()))
             self.release()
-        finally:
-            self._thread.shutdown()
-            self._warm_servers.close()
 
     async def _release_all(self, leaving: list[ElasticReplica]) -> list[BaseException | None]:
         addresses = [replica.server_address for replica in leaving]
@@ -170,8 +179,9 @@ class Fleet:
         return [*left, *released]
 
     async def _release_one(self, replica: ElasticReplica) -> None:
-        report = await replica.release()
-        assert replica.lease is not None
-        self._events.write(
-            "replica_released", lease=replica.lease.name, state=replica.state.value, **dataclasses.asdict(report)
-        )
+        await self.parking.retire(replica)
+
+
+def _can_sleep(rollout: Any) -> bool:
+    """Return whether engines may sleep: on a CPU always, because they have nothing to free."""
+    return get_device_name() == "cpu" or bool(OmegaConf.select(rollout, "enable_sleep_mode", default=True))

@@ -7,10 +7,8 @@ Invariants: an engine runs outside its lease's placement group (removing a group
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import enum
 import time
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import ray
@@ -21,55 +19,30 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMReplica
 from verl_rlhfless.config import PoolConfig
 from verl_rlhfless.errors import ReplicaError
 from verl_rlhfless.live.accelerator import Accelerator
+from verl_rlhfless.live.engine_files import reap_server
 from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.lease import Lease, LeaseRequest
+from verl_rlhfless.live.parked_memory import ParkedMemory
+from verl_rlhfless.live.replica_life import ParkReport, ReleaseReport, ReplicaState, WeightSource
 from verl_rlhfless.live.warm_pool import WarmPool
 from verl_rlhfless.live.weights import PullReport
-from verl_rlhfless.processes import ProcessKey, end_server
+from verl_rlhfless.processes import ProcessKey
+
+__all__ = ["ElasticReplica", "ParkReport", "ReleaseReport", "ReplicaState", "WeightSource"]
 
 _DRAIN_POLL_S = 0.02
 
 
-class ReplicaState(str, enum.Enum):
-    """Where a replica is in its life; ``LOST`` and ``RELEASED`` are final."""
+class ElasticReplica(vLLMReplica):
+    """A vLLM replica on a lease of its own, or parked between two leases of the same devices.
 
-    REQUESTED = "requested"
-    STARTING = "starting"
-    LOADING = "loading"
-    READY = "ready"
-    DRAINING = "draining"
-    RELEASED = "released"
-    LOST = "lost"
-
-
-@dataclass(frozen=True, slots=True)
-class WeightSource:
-    """Where a replica pulls its weights from, and which version it must serve."""
-
-    store_name: str
-    version: int
-    timeout_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class ReleaseReport:
-    """How a replica ended.
+    Its rank is never reused: verl's actor and socket names contain it.
 
     Attributes:
-        drained: Whether its requests ended by themselves; else they were aborted at the deadline.
-        drain_s: From leaving the router to the last request's end.
-        engine_s: Ending the engine and confirming that its processes are gone.
-        lease_s: Giving the GPUs back and confirming it.
+        state: Where it is in its life.
+        lease: The current lease; the last one when parked or ended.
+        engine_s: How long the last start or wake of the engine took, weights not included [s].
     """
-
-    drained: bool
-    drain_s: float
-    engine_s: float
-    lease_s: float
-
-
-class ElasticReplica(vLLMReplica):
-    """A vLLM replica on a lease of its own. Its rank is never reused: verl's actor and socket names contain it."""
 
     def __init__(
         self, replica_rank: int, config: Any, model_config: Any, pool: PoolConfig, warm_servers: WarmPool
@@ -78,6 +51,7 @@ class ElasticReplica(vLLMReplica):
         self.rollout_mode = RolloutMode.STANDALONE
         self.state = ReplicaState.REQUESTED
         self.lease: Lease | None = None
+        self.engine_s = 0.0
         self._pool = pool
         self._warm_servers = warm_servers
         self._server_process: ProcessKey | None = None
@@ -94,23 +68,46 @@ class ElasticReplica(vLLMReplica):
         """The replica's name in leases, logs and errors."""
         return f"r{self.replica_rank}"
 
-    async def start(self, weights: WeightSource) -> PullReport:
-        """Lease GPUs, start the engine on them, load the weights, and return what was loaded.
+    def can_serve_for(self, other: ElasticReplica) -> bool:
+        """Return whether this replica's engine is the one that ``other`` would start."""
+        return bool(self.config == other.config and self.model_config == other.model_config)
+
+    def acquire(self, name: str, timeout_s: float) -> Lease:
+        """Return a granted lease for this replica, named ``name``; the caller's until it is given to start or wake.
+
+        Raises:
+            LeaseTimeoutError: The GPUs were not granted in time.
+        """
+        resource = Accelerator.of_platform().resource
+        return Lease.acquire(LeaseRequest(name, "replica", (self.world_size,), resource), timeout_s)
+
+    async def start(self, weights: WeightSource, lease: Lease | None = None) -> PullReport:
+        """Start the engine on ``lease``, or on a new one, load the weights, and return what was loaded.
 
         Raises:
             LeaseTimeoutError: The GPUs were not granted in time.
             ReplicaError: The engine did not start in time or failed; the lease is returned.
         """
-        request = LeaseRequest(
-            name=self.name,
-            role="replica",
-            gpus_per_node=(self.world_size,),
-            resource=Accelerator.of_platform().resource,
-        )
-        self.lease = await asyncio.to_thread(Lease.acquire, request, self._pool.grant_timeout_s)
+        self.lease = lease or await asyncio.to_thread(self.acquire, self.name, self._pool.grant_timeout_s)
+        return await self._bring_up(self.launch_servers, weights)
+
+    async def wake(self, weights: WeightSource, lease: Lease) -> PullReport:
+        """Wake the parked engine on a lease of the devices that it slept on, load the weights, and return what was.
+
+        Raises:
+            ReplicaError: The engine did not wake in time or failed; it is ended, and the lease is returned.
+        """
+        assert self.state is ReplicaState.PARKED and self.lease is not None
+        assert lease.device_key() == self.lease.device_key(), "a live process can't change its devices"
+        self.lease = lease
+        return await self._bring_up(self._wake_engine, weights)
+
+    async def _bring_up(self, engine_up: Callable[[], Awaitable[None]], weights: WeightSource) -> PullReport:
+        began_s = time.monotonic()
         try:
             self.state = ReplicaState.STARTING
-            await asyncio.wait_for(self.launch_servers(), self._pool.start_timeout_s)
+            await asyncio.wait_for(engine_up(), self._pool.start_timeout_s)
+            self.engine_s = time.monotonic() - began_s
             self.state = ReplicaState.LOADING
             report: PullReport = await self._server_handle.pull_weights.remote(
                 weights.version, weights.store_name, weights.timeout_s
@@ -126,6 +123,10 @@ class ElasticReplica(vLLMReplica):
         except BaseException:
             await self.stop()
             raise
+
+    async def _wake_engine(self) -> None:
+        assert self.lease is not None
+        await self._server_handle.wake.remote(self.lease.name)
 
     async def launch_servers(self) -> None:
         """Make a warm server actor serve on the leased devices.
@@ -157,10 +158,10 @@ class ElasticReplica(vLLMReplica):
         self._server_address = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
 
     async def is_lost(self) -> bool:
-        """Return whether the engine or its server is dead."""
+        """Return whether the engine or its server is dead, or so busy that it does not answer."""
         try:
-            return not await self._server_handle.is_alive.remote()
-        except ray.exceptions.RayActorError:
+            return not await self._answer(self._server_handle.is_alive.remote())
+        except (ray.exceptions.RayActorError, asyncio.TimeoutError):
             return True
 
     async def release(self) -> ReleaseReport:
@@ -177,6 +178,43 @@ class ElasticReplica(vLLMReplica):
         stopped_s = time.monotonic()
         await self._return_lease()
         return ReleaseReport(drained, drained_s - started, stopped_s - drained_s, time.monotonic() - stopped_s)
+
+    async def park(self) -> ParkReport:
+        """Drain, put the engine to sleep, give the lease back, and return how long each took and what is still held.
+
+        Raises:
+            ReplicaError: The engine did not sleep, or holds more device memory than ``park_residual_bytes``. The lease
+                is kept: release the replica.
+            LeaseReleaseError: Ray did not confirm the release in time.
+        """
+        assert self.lease is not None
+        began_s = time.monotonic()
+        drained = await self._drain()
+        drained_s = time.monotonic()
+        memory = await self._sleep()
+        asleep_s = time.monotonic()
+        await asyncio.to_thread(self.lease.release, self._pool.release_timeout_s)
+        self.state = ReplicaState.PARKED
+        return ParkReport(drained, drained_s - began_s, asleep_s - drained_s, time.monotonic() - asleep_s, memory)
+
+    async def _sleep(self) -> ParkedMemory:
+        try:
+            memory: ParkedMemory = await self._answer(self._server_handle.park.remote())
+        except (ray.exceptions.RayError, asyncio.TimeoutError) as error:
+            raise ReplicaError(f"replica {self.name}: the engine did not sleep: {error!r}. It is ended.") from error
+        if memory.device_bytes > self._pool.park_residual_bytes:
+            raise ReplicaError(
+                f"replica {self.name}: {memory.device_bytes} bytes in use on a device of the sleeping engine, limit "
+                f"rlhfless.pool.park_residual_bytes={self._pool.park_residual_bytes}. It is ended."
+            )
+        return memory
+
+    async def host_available_bytes(self) -> int:
+        """Return the memory that processes of the replica's node can still get; 0 if its server does not answer."""
+        try:
+            return int(await self._answer(self._server_handle.host_available_bytes.remote()))
+        except (ray.exceptions.RayError, asyncio.TimeoutError):
+            return 0
 
     async def stop(self) -> None:
         """End the engine and give the lease back at once; whatever still runs on it is lost. Safe to call twice.
@@ -195,12 +233,16 @@ class ElasticReplica(vLLMReplica):
         """
         self.state = ReplicaState.DRAINING
         deadline = time.monotonic() + self._pool.drain_timeout_s
-        with contextlib.suppress(ray.exceptions.RayError):  # a server that is gone has nothing to drain
-            while await self._server_handle.num_running.remote():
+        try:
+            while await self._answer(self._server_handle.num_running.remote()):
                 if time.monotonic() > deadline:
-                    await self.abort_all_requests(reject_request=True)
+                    await asyncio.wait_for(self.abort_all_requests(reject_request=True), self._pool.release_timeout_s)
                     return False
                 await asyncio.sleep(_DRAIN_POLL_S)
+        except asyncio.TimeoutError:
+            return False
+        except ray.exceptions.RayError:
+            pass  # a server that is gone has nothing to drain
         return True
 
     async def _stop_engine(self) -> None:
@@ -240,8 +282,12 @@ class ElasticReplica(vLLMReplica):
         if self._server_process is None or self.lease is None:
             return ()
         affinity = NodeAffinitySchedulingStrategy(node_id=self.node_id, soft=False)
-        reap = ray.remote(num_cpus=0)(end_server).options(scheduling_strategy=affinity)
+        reap = ray.remote(num_cpus=0)(reap_server).options(scheduling_strategy=affinity)
         return tuple(await _awaitable(reap.remote(self._server_process, self._engine_processes, timeout_s)))
+
+    async def _answer(self, reference: Any) -> Any:
+        """Return a server's answer within ``release_timeout_s``."""
+        return await asyncio.wait_for(_awaitable(reference), self._pool.release_timeout_s)
 
 
 async def _awaitable(reference: Any) -> Any:

@@ -6,11 +6,17 @@ import asyncio
 import os
 from typing import Any
 
+import psutil
+
+from verl_rlhfless.live.engine_files import sockets_without_names
+from verl_rlhfless.live.engine_log import LEASE_VARIABLE
+from verl_rlhfless.live.parked_memory import ParkedMemory, measure_parked
 from verl_rlhfless.live.request_server import RequestServer
 from verl_rlhfless.live.weights import PullReport, pull_into_engine
 from verl_rlhfless.processes import ProcessKey, descendants, end_processes, process_key
 from verl_rlhfless.shared_memory import mapped_segments, unlink_segments
 
+_DROP_ALL = 2  # vLLM's sleep level that keeps neither weights nor keys and values
 _WORKER_EXTENSION = "verl_rlhfless.live.engine_worker.ElasticWorkerExtension"
 
 
@@ -21,8 +27,9 @@ class ElasticServer(RequestServer):
         return _WORKER_EXTENSION
 
     async def launch_server(self, *args: Any, **kwargs: Any) -> None:
-        """Launch as verl does; then nothing but this actor's processes holds the engine's shared memory."""
-        await super().launch_server(*args, **kwargs)
+        """Launch as verl does; then only this actor's processes hold the engine's shared memory and sockets."""
+        with sockets_without_names():
+            await super().launch_server(*args, **kwargs)
         pids = [os.getpid(), *(pid for pid, _ in descendants(os.getpid()))]
         unlink_segments(mapped_segments(pids))
 
@@ -45,6 +52,28 @@ class ElasticServer(RequestServer):
         await self.clear_kv_cache()
         await self.set_global_steps(version)
         return report
+
+    async def park(self) -> ParkedMemory:
+        """Put the engine to sleep without its weights, and return what it still holds; requests are refused meanwhile.
+
+        On a CPU vLLM frees nothing.
+        """
+        await self.end_requests()
+        await self.abort_all_requests(reject_request=True)
+        await self.engine.sleep(level=_DROP_ALL)
+        device_bytes = await self.engine.collective_rpc("device_bytes_in_use")
+        return measure_parked(device_bytes, await self.engine_processes())
+
+    async def wake(self, lease: str) -> None:
+        """Wake the engine on the lease of this name, on the devices that it slept on; its weights are to be pulled."""
+        os.environ[LEASE_VARIABLE] = lease
+        await self.engine.collective_rpc("change_lease", args=(lease,))
+        await self.engine.wake_up()
+        await self.resume_generation()
+
+    async def host_available_bytes(self) -> int:
+        """Return the memory that processes of this node can still get."""
+        return int(psutil.virtual_memory().available)
 
     async def stop_engine(self, timeout_s: float) -> tuple[int, ...]:
         """End the engine's processes and return the pids that survived.

@@ -78,6 +78,7 @@ def check_run(config: DictConfig, environ: Mapping[str, str]) -> str:
         check_rollout(config, parsed)
     if parsed.is_elastic:
         check_elastic(config)
+        check_parking(config, parsed)
         check_budget(config, parsed, environ)
     check_data_files(config)
     instrument_environment(parsed.instrument)
@@ -165,6 +166,14 @@ def check_elastic(config: DictConfig) -> None:
         if value != 1:
             rule = "an elastic replica is parallel over tensors only"
             raise ConfigError(f"{_ROLLOUT}.{name}", value, rule, "Set it to 1, or use +rlhfless=off.")
+
+
+def check_parking(config: DictConfig, parsed: RlhflessConfig) -> None:
+    """Refuse to park engines always that can't free their device; ``auto`` ends them instead."""
+    can_sleep = OmegaConf.select(config.actor_rollout_ref.rollout, "enable_sleep_mode", default=True)
+    if parsed.pool.park == "always" and not can_sleep and config.trainer.device != "cpu":
+        rule = f"a parked engine frees its device by vLLM's sleep mode, and {_ROLLOUT}.enable_sleep_mode=False"
+        raise ConfigError("rlhfless.pool.park", "always", rule, "Set enable_sleep_mode=True, or park=auto.")
 
 
 def check_adapters(config: DictConfig) -> None:

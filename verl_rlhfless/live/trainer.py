@@ -102,6 +102,7 @@ class ElasticTrainerSync(RequestTrainer):
     # ---- weights
 
     def _publish(self) -> None:
+        self._fleet.make_room_on_hosts()
         (report,) = [
             metrics
             for metrics in ray.get(
@@ -152,6 +153,7 @@ class ElasticTrainerSync(RequestTrainer):
         with marked_timer("rlhfless_release", self.timing_raw):
             self._fleet.wait_started()
             self._rollout_metrics["rlhfless/num_replicas"] = len(self._fleet.replicas)
+            self._fleet.parking.is_last = self._is_last_rollout(validates=self.config.trainer.test_freq > 0)
             self._fleet.release()
         super().on_sample_end()
         with marked_timer("rlhfless_resume", self.timing_raw):
@@ -165,6 +167,7 @@ class ElasticTrainerSync(RequestTrainer):
         self._fleet.wait_started()
 
     def on_validate_end(self) -> None:
+        self._fleet.parking.is_last = self._is_last_rollout(validates=False)
         self._fleet.release()
         self._take_back(self.global_steps, self.train_dataloader.state_dict())
 
@@ -185,6 +188,9 @@ class ElasticTrainerSync(RequestTrainer):
             self._events.write("trainer_lost", reason=str(error))
             where = save_suspended(self, step, data_state)
             raise LeaseLostError(f"the trainer's GPUs did not come back ({limit}): {error} {where}") from error
+
+    def _is_last_rollout(self, *, validates: bool) -> bool:
+        return self.global_steps >= self.total_training_steps and not validates
 
     def _get_n_gpus_for_throughput(self) -> int:
         num_gpus, trainer = int(self.resource_pool_manager.get_n_gpus()), self._trainer_lease.num_gpus

@@ -13,7 +13,7 @@ from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.events import OBSERVER_DIR_VARIABLE
 from verl_rlhfless.live.pacing import PACE_ENV
 from verl_rlhfless.processes import die_with_parent
-from verl_rlhfless_patches import vllm_shm_spin, vllm_worker_hook
+from verl_rlhfless_patches import vllm_file_store, vllm_shm_spin, vllm_worker_hook
 
 
 def install_in_vllm() -> None:
@@ -24,7 +24,10 @@ def install_in_vllm() -> None:
     Raises:
         UnsupportedError: This version of vLLM is not the one that the patches were written for.
     """
-    if os.environ.get(LEASE_VARIABLE) and multiprocessing.parent_process() is not None:
+    is_leased = bool(os.environ.get(LEASE_VARIABLE))
+    if is_leased:
+        vllm_file_store.apply()
+    if is_leased and multiprocessing.parent_process() is not None:
         die_with_parent()  # else EngineCore outlives a server actor that is killed, and goes on using leased GPUs
     is_paced = bool(os.environ.get(PACE_ENV))
     if is_paced or os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":

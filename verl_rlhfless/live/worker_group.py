@@ -29,11 +29,10 @@ from verl_rlhfless.errors import (
 from verl_rlhfless.live.lease import RELEASE_TIMEOUT_S, DeviceKey, Lease
 from verl_rlhfless.live.pool import ElasticResourcePool
 from verl_rlhfless.live.residency import DeviceResidency, RankMemory, VerlResidency
+from verl_rlhfless.live.same_devices import describe_devices, lease_devices
 
 MAX_RESERVED_BYTES = 512 << 20
 """Device memory that torch's allocator may hold in a suspended rank (workspaces, buffers that are not sharded)."""
-
-_RETRY_S = 0.25  # between two grants of the wrong devices
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,10 +222,10 @@ class ElasticWorkerGroup(RayWorkerGroup):
         if pool.lease is not None:
             raise RlhflessError(f"worker group {self.name_prefix} holds lease {pool.lease.name}: it is not suspended.")
         start_s = time.monotonic()
-        lease, wrong = self._lease_bound_devices(pool, start_s + timeout_s, same_device_wait_s)
+        lease, wrong = self._lease_bound_devices(pool, timeout_s, same_device_wait_s)
         leased_s = time.monotonic()
         self._on_every_rank(self.residency.onload, "onload", timeout_s)
-        return ResumeResult(leased_s - start_s, time.monotonic() - leased_s, lease, tuple(wrong))
+        return ResumeResult(leased_s - start_s, time.monotonic() - leased_s, lease, wrong)
 
     def stay_on_host(self, timeout_s: float) -> None:
         """Let a suspended group be saved from the host, as its last act.
@@ -262,32 +261,31 @@ class ElasticWorkerGroup(RayWorkerGroup):
         return pool
 
     def _lease_bound_devices(
-        self, pool: ElasticResourcePool, deadline_s: float, same_device_wait_s: float
-    ) -> tuple[Lease, list[Lease]]:
+        self, pool: ElasticResourcePool, timeout_s: float, same_device_wait_s: float
+    ) -> tuple[Lease, tuple[Lease, ...]]:
         """Return a lease of the bound devices and the wrong ones before it: Ray can't be asked for a device.
 
         Args:
             pool: The pool to lease for.
-            deadline_s: End of all trying [s, ``time.monotonic``].
+            timeout_s: Bound of all trying [s].
             same_device_wait_s: Bound of the trying after the first wrong grant [s].
         """
-        wrong: list[Lease] = []
-        give_up_s = deadline_s
-        while True:
-            lease = pool.acquire(max(1.0, deadline_s - time.monotonic()), self._node_ips)
-            if lease.device_key() == self._bound:
-                return lease, wrong
+        search = lease_devices(
+            acquire=lambda left_s: pool.acquire(left_s, self._node_ips),
+            release=lambda _: pool.release(),
+            wanted=lambda: (self._bound,),
+            timeout_s=timeout_s,
+            wait_s=same_device_wait_s,
+        )
+        if not search.is_wanted:
             pool.release()
-            wrong.append(lease)
-            if len(wrong) == 1:
-                give_up_s = min(deadline_s, time.monotonic() + same_device_wait_s)
-            if time.monotonic() >= give_up_s:
-                raise DeviceMismatchError(
-                    f"worker group {self.name_prefix} is bound to {_describe(self._bound)}, but Ray granted "
-                    f"{_describe(lease.device_key())} ({len(wrong)} grants of other devices). Raise "
-                    "rlhfless.pool.same_device_wait_s, lease whole nodes, or start the workers again from a checkpoint."
-                )
-            time.sleep(_RETRY_S)
+            raise DeviceMismatchError(
+                f"worker group {self.name_prefix} is bound to {describe_devices(self._bound)}, but Ray granted "
+                f"{describe_devices(search.lease.device_key())} ({len(search.wrong) + 1} grants of other devices). "
+                "Raise rlhfless.pool.same_device_wait_s, lease whole nodes, or start the workers again from a "
+                "checkpoint."
+            )
+        return search.lease, search.wrong
 
     def _on_every_rank(self, call: Callable[[Any], Any], verb: str, timeout_s: float) -> list[Any]:
         """Run ``call(worker)`` inside every rank at once and return the results in rank order."""
@@ -312,7 +310,3 @@ class ElasticWorkerGroup(RayWorkerGroup):
                 f"{self.max_reserved_bytes}. The lease is kept and the state is back on the device. "
                 "Something else in these processes holds device memory."
             )
-
-
-def _describe(key: DeviceKey) -> str:
-    return "; ".join(f"node {node_id[:8]} devices {sorted(ids)}" for node_id, ids in key)

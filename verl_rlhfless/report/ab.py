@@ -14,14 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from verl_rlhfless.ledger import account, whole_run
+from verl_rlhfless.ledger import account, parked, whole_run
 from verl_rlhfless.report.environment import hardware, versions
 from verl_rlhfless.report.guards import GuardLimits, judge
 from verl_rlhfless.report.observed import Observed, read_observed
 from verl_rlhfless.report.record import ArmRecord, Figures, HostUse, Pull, Spread, StepRecord
 from verl_rlhfless.report.requests import request_use
 from verl_rlhfless.report.timeline import StepTime, Timeline, build_timeline
-from verl_rlhfless.types import LeaseSpan
+from verl_rlhfless.types import LeaseSpan, Window
 
 FORMAT = "rlhfless-ab/1"
 
@@ -95,7 +95,7 @@ def _step_figures(observed: Observed, timeline: Timeline, step: int, time: StepT
         step_s=metrics["timing_s/step"],
         gen_s=metrics.get("timing_s/gen"),
         gpu=account(timeline.leases, timeline.busy, time.window) if time else None,
-        gpu_s_parked=_parked(timeline.leases, time.window.end_s) if time else None,
+        **(_parked(timeline, time.window) if time else {}),
         reward_mean=metrics.get("critic/score/mean"),
         rollout_probs_diff_max=metrics.get("training/rollout_probs_diff_max"),
         rollout_probs_diff_mean=metrics.get("training/rollout_probs_diff_mean"),
@@ -113,7 +113,7 @@ def _total_figures(steps: Sequence[Figures], observed: Observed, timeline: Timel
         step_s=_mean([figures.step_s for figures in steps]),
         gen_s=_mean([figures.gen_s for figures in steps]),
         gpu=account(timeline.leases, timeline.busy, whole_run(timeline.leases, timeline.watched_until_s)),
-        gpu_s_parked=_parked(timeline.leases, training_end_s),
+        **_parked(timeline, Window(float("-inf"), training_end_s)),
         reward_mean=_mean([figures.reward_mean for figures in steps]),
         rollout_probs_diff_max=max(_known([figures.rollout_probs_diff_max for figures in steps]), default=None),
         rollout_probs_diff_mean=max(_known([figures.rollout_probs_diff_mean for figures in steps]), default=None),
@@ -145,12 +145,16 @@ def _spread(groups: Sequence[float]) -> Spread | None:
     return Spread(statistics.fmean(groups), statistics.stdev(groups) / math.sqrt(len(groups)), len(groups))
 
 
-def _parked(leases: Sequence[LeaseSpan], until_s: float) -> float | None:
-    """Return 0 while the trainer keeps its leases (replicas end with theirs); from then on it is not known."""
+def _parked(timeline: Timeline, window: Window) -> dict[str, Any]:
+    """Return what parked engines took while the trainer kept its leases; from then on its own part is not known."""
     has_given_back = any(
-        lease.role == "trainer" and lease.released_s is not None and lease.released_s < until_s for lease in leases
+        lease.role == "trainer" and lease.released_s is not None and lease.released_s < window.end_s
+        for lease in timeline.leases
     )
-    return None if has_given_back else 0.0
+    if has_given_back:
+        return {}
+    use = parked(timeline.parked, window)
+    return {"gpu_s_parked": use.gpu_s, "parked_device_bytes": use.device_bytes}
 
 
 def _num_replicas(observed: Observed, leases: Sequence[LeaseSpan], time: StepTime | None) -> int | None:

@@ -35,7 +35,8 @@ class Figures:
         step_s: verl's ``timing_s/step`` [s].
         gen_s: verl's ``timing_s/gen`` [s]: the wait for the replay buffer.
         gpu: GPU-seconds by state, and the most GPUs leased at any instant.
-        gpu_s_parked: GPU-seconds in which a process kept device memory without a lease.
+        gpu_s_parked: GPU-seconds in which a process kept its device without a lease.
+        parked_device_bytes: Most device memory that one of them left in use on a GPU; 0 where the device is the host.
         reward_mean: Mean score of the samples (``critic/score/mean``).
         rollout_probs_diff_max: Largest difference between the engine's and the trainer's probability of a token.
         rollout_probs_diff_mean: Mean of these differences over the tokens of a step; of a run, the largest of them.
@@ -48,7 +49,6 @@ class Figures:
     step_s: float | None
     gen_s: float | None
     gpu: GpuSeconds | None
-    gpu_s_parked: float | None
     reward_mean: float | None
     rollout_probs_diff_max: float | None
     rollout_probs_diff_mean: float | None
@@ -56,6 +56,8 @@ class Figures:
     num_samples: int | None
     num_replicas: int | None
     requests: RequestUse | None = None
+    gpu_s_parked: float | None = None
+    parked_device_bytes: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the figures under the names of ``rlhfless-ab/1``."""
@@ -68,6 +70,7 @@ class Figures:
             "gpu_s_idle": gpu and gpu.idle,
             "gpu_s_startup": gpu and gpu.startup,
             "gpu_s_parked": self.gpu_s_parked,
+            "parked_device_bytes": self.parked_device_bytes,
             "max_gpus": gpu and gpu.max_gpus,
             "reward_mean": self.reward_mean,
             "rollout_probs_diff_max": self.rollout_probs_diff_max,

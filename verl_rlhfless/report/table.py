@@ -68,7 +68,8 @@ def is_asynchronous(arm: Mapping[str, Any]) -> bool:
 
 _LEGEND = (
     "leased = busy + idle + start-up. The total goes from the first grant to the last release, so it exceeds the sum\n"
-    "of the steps; its times and its reward are means over the steps. - = not known."
+    "of the steps; its times and its reward are means over the steps. parked: engines asleep without a lease, at no\n"
+    "cost; on a CPU they free nothing by it. - = not known."
 )
 
 _ASYNCHRONOUS = "\n* = asynchronous: trains on samples of older weights, which is another algorithm."

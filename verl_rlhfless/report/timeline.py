@@ -12,12 +12,13 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from verl_rlhfless.errors import DataError
 from verl_rlhfless.live.engine_log import EngineLog
 from verl_rlhfless.report.observed import Hold, Observed
-from verl_rlhfless.types import BusySpan, LeaseSpan, Window
+from verl_rlhfless.types import BusySpan, LeaseSpan, ParkedSpan, Window
 
 _AFTER_ROLLOUT = (
     "reward",
@@ -57,6 +58,7 @@ class Timeline:
         leases: Every lease, with its first usable moment.
         phases: Trainer phases on those leases.
         generation: Engine activity on them.
+        parked: When engines slept without a lease.
         watched_until_s: Last moment that the observer recorded.
     """
 
@@ -64,6 +66,7 @@ class Timeline:
     leases: tuple[LeaseSpan, ...]
     phases: tuple[BusySpan, ...]
     generation: tuple[BusySpan, ...]
+    parked: tuple[ParkedSpan, ...]
     watched_until_s: float
 
     @property
@@ -81,6 +84,7 @@ def build_timeline(observed: Observed) -> Timeline:
         leases=tuple(_lease_spans(observed, steps, phases)),
         phases=tuple(_on_trainer_leases(phases, observed.holds)),
         generation=tuple(_engine_spans(observed)),
+        parked=tuple(_parked_spans(observed.events)),
         watched_until_s=observed.host[-1].t if observed.host else max(observed.logged_s.values(), default=0.0),
     )
 
@@ -195,6 +199,18 @@ def _resumed_times(observed: Observed) -> dict[str, list[float]]:
         if event["event"] == "trainer_resumed":
             resumed_s[event["lease"]].append(event["t"])
     return resumed_s
+
+
+def _parked_spans(events: Iterable[Mapping[str, Any]]) -> list[ParkedSpan]:
+    asleep: dict[str, ParkedSpan] = {}
+    ended = []
+    for event in events:
+        if event["event"] == "replica_parked":
+            memory = event["memory"]
+            asleep[event["lease"]] = ParkedSpan(event["num_gpus"], memory["device_bytes"], event["t"])
+        elif event["event"] in ("replica_woken", "parked_ended"):
+            ended.append(replace(asleep.pop(event["parked_as"]), end_s=event["t"]))
+    return [*ended, *asleep.values()]
 
 
 def _training_began_s(observed: Observed, steps: Sequence[StepTime]) -> float | None:

@@ -40,16 +40,23 @@ class FakeReplica:
         self.lease = SimpleNamespace(name=f"rlhfless/replica/r{rank}")
         self.state = SimpleNamespace(value="released")
         self.is_released = self.is_dead = False
+        self.engine_s = 1.0
 
     async def is_lost(self) -> bool:
         return self.is_dead
 
-    async def start(self, weights: WeightSource) -> Any:
+    async def host_available_bytes(self) -> int:
+        return 0
+
+    def can_serve_for(self, other: FakeReplica) -> bool:
+        return True
+
+    async def start(self, weights: WeightSource, lease: Any) -> Any:
         if self.may_start is not None:
             await asyncio.to_thread(self.may_start.wait, 10)
         if self.rank in self.start_fails:
             raise ReplicaError(f"engine {self.rank} broke")
-        return SimpleNamespace(version=weights.version, checksum="c", seconds=0.0)
+        return SimpleNamespace(version=weights.version, checksum="c", seconds=0.0, num_bytes=1)
 
     async def release(self) -> ReleaseReport:
         self.is_released = True

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from verl_rlhfless.live.vllm_plugin import install_in_vllm
-from verl_rlhfless_patches import vllm_shm_spin, vllm_worker_hook
+from verl_rlhfless_patches import vllm_file_store, vllm_shm_spin, vllm_worker_hook
 
 PACE = '{"base_ms": 40}'
 
@@ -22,16 +22,18 @@ PACE = '{"base_ms": 40}'
         ({"RLHFLESS_OBSERVER_DIR": "logs"}, {"hook"}),
         ({"RLHFLESS_PACE": PACE}, {"spin", "hook"}),
         ({"VERL_PLATFORM": "CPU ", "RLHFLESS_OBSERVER_DIR": "logs"}, {"spin", "hook"}),
+        ({"RLHFLESS_LEASE": "rlhfless/replica/r0"}, {"file store"}),
     ],
 )
 def test_only_what_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], installed: set[str]
 ) -> None:
     applied: set[str] = set()
-    for name in ("VERL_PLATFORM", "RLHFLESS_OBSERVER_DIR", "RLHFLESS_PACE"):
+    for name in ("RLHFLESS_LEASE", "VERL_PLATFORM", "RLHFLESS_OBSERVER_DIR", "RLHFLESS_PACE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(vllm_file_store, "apply", lambda: applied.add("file store"))
     monkeypatch.setattr(vllm_shm_spin, "apply", lambda: applied.add("spin"))
     monkeypatch.setattr(vllm_worker_hook, "apply", lambda: applied.add("hook"))
 

@@ -1,0 +1,72 @@
+"""Sockets of an engine have no name once it is up, and none of a server that is gone stays behind."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from verl_rlhfless.live.engine_files import reap_server, sockets_without_names
+from verl_rlhfless.processes import process_key
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def _in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def test_sockets_that_are_connected_go_on_without_a_name(folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+        with sockets_without_names():
+            server.bind(f"{os.environ['VLLM_RPC_BASE_PATH']}/x")
+            server.listen()
+            client.connect(server.getsockname())
+        client.send(b"hello")
+        assert server.accept()[0].recv(5) == b"hello"
+    assert _in(folder) == []
+
+
+def test_a_start_that_fails_leaves_nothing(folder: Path) -> None:
+    with pytest.raises(RuntimeError), sockets_without_names():
+        raise RuntimeError("the engine broke")
+    assert _in(folder) == []
+
+
+def _killed_during_a_start(folder: Path) -> tuple[int, float]:
+    process = subprocess.Popen(["sleep", "60"])
+    pid, create_time_s = process_key(process.pid)
+    (folder / f"rlhfless-sockets-{pid}-{round(create_time_s * 1e3)}").mkdir()
+    process.kill()
+    process.wait()
+    return pid, create_time_s
+
+
+def test_the_reaper_removes_what_a_killed_server_left(folder: Path) -> None:
+    server = _killed_during_a_start(folder)
+    assert reap_server(server, (), timeout_s=1.0) == ()
+    assert _in(folder) == []
+
+
+def test_the_next_start_removes_orphans_and_nothing_else(folder: Path) -> None:
+    _killed_during_a_start(folder)
+    living = subprocess.Popen(["sleep", "60"])
+    try:
+        pid, create_time_s = process_key(living.pid)
+        kept = [f"rlhfless-sockets-{pid}-{round(create_time_s * 1e3)}", "rlhfless-sockets-of-someone", "other"]
+        for name in kept:
+            (folder / name).mkdir()
+        with sockets_without_names():
+            pass
+    finally:
+        living.kill()
+        living.wait()
+    assert sorted(_in(folder)) == sorted(kept)

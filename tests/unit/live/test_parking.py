@@ -1,0 +1,261 @@
+"""Parked engines wake on their own devices only, are never more than a fleet, and their loss costs a start."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from verl_rlhfless.config import PoolConfig
+from verl_rlhfless.errors import ReplicaError
+from verl_rlhfless.live.events import EventLog
+from verl_rlhfless.live.parked_memory import ParkedMemory
+from verl_rlhfless.live.parking import ParkingLot
+from verl_rlhfless.live.replica import ParkReport, ReleaseReport, ReplicaState, WeightSource
+from verl_rlhfless.types import FleetDecision, ReplicaSpec
+
+WEIGHTS = WeightSource("store", version=7, timeout_s=1.0)
+MIB = 2**20
+
+
+class Lease:
+    held: list[Lease]
+    names: set[str]
+
+    def __init__(self, name: str, devices: str) -> None:
+        assert name not in self.names, "a lease's name is used once"
+        self.names.add(name)
+        self.name, self.devices = f"rlhfless/replica/{name}", devices
+        self.held.append(self)
+
+    def device_key(self) -> Any:
+        return (("node", frozenset(self.devices)),)
+
+    def release(self, timeout_s: float = 0) -> None:
+        if self in self.held:
+            self.held.remove(self)
+
+
+class Replica:
+    """A replica whose engine is a fact and not a process."""
+
+    free = "abcd"
+    host_bytes = 8 << 30
+    engines: set[Replica]
+    park_fails = wake_fails = False
+
+    def __init__(self, rank: int, tp: int = 1, config: str = "") -> None:
+        self.rank, self.world_size = rank, tp
+        self.name = f"r{rank}"
+        self.config = (config, tp)
+        self.lease: Any = None
+        self.state = ReplicaState.REQUESTED
+        self.engine_s = 0.0
+        self.is_dead = False
+        self.versions: list[int] = []
+
+    def can_serve_for(self, other: Replica) -> bool:
+        return self.config == other.config
+
+    def acquire(self, name: str, timeout_s: float) -> Lease:
+        taken = "".join(lease.devices for lease in Lease.held)
+        return Lease(name, "".join(sorted(set(self.free) - set(taken)))[: self.world_size])
+
+    async def start(self, weights: WeightSource, lease: Lease | None = None) -> Any:
+        self.lease = lease or self.acquire(self.name, 1.0)
+        self.engines.add(self)
+        return self._loaded(weights, 1.0)
+
+    async def wake(self, weights: WeightSource, lease: Lease) -> Any:
+        assert self.state is ReplicaState.PARKED and lease.device_key() == self.lease.device_key()
+        self.lease = lease
+        if self.wake_fails or self.is_dead:
+            await self.stop()
+            raise ReplicaError("does not wake")
+        return self._loaded(weights, 0.1)
+
+    def _loaded(self, weights: WeightSource, engine_s: float) -> Any:
+        self.engine_s, self.state = engine_s, ReplicaState.READY
+        self.versions.append(weights.version)
+        return SimpleNamespace(version=weights.version, checksum="c", seconds=0.0, num_bytes=MIB)
+
+    async def is_lost(self) -> bool:
+        return self.is_dead
+
+    async def host_available_bytes(self) -> int:
+        return self.host_bytes
+
+    async def park(self) -> ParkReport:
+        if self.park_fails:
+            raise ReplicaError("holds too much")
+        self.lease.release()
+        self.state = ReplicaState.PARKED
+        return ParkReport(True, 0.0, 0.1, 0.0, ParkedMemory(5 * MIB, 7 * MIB, self.host_bytes))
+
+    async def release(self) -> ReleaseReport:
+        await self.stop()
+        return ReleaseReport(True, 0.0, 0.2, 0.0)
+
+    async def stop(self) -> None:
+        self.engines.discard(self)
+        self.lease.release()
+        self.state = ReplicaState.RELEASED
+
+
+@pytest.fixture(autouse=True)
+def world(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lease, "held", [], raising=False)
+    monkeypatch.setattr(Lease, "names", set(), raising=False)
+    monkeypatch.setattr(Replica, "engines", set(), raising=False)
+
+
+class Run:
+    """A lot in a run of steps."""
+
+    def __init__(self, folder: Path, **pool: Any) -> None:
+        self.folder = folder
+        self.lot = ParkingLot(PoolConfig(name="elastic", same_device_wait_s=0.1, **pool), EventLog(folder))
+        self.num_ranks = 0
+
+    def start(self, *tps: int, config: str = "") -> list[Any]:
+        self.lot.expect(FleetDecision(1, tuple(ReplicaSpec(tp) for tp in tps), "test"))
+        fresh = []
+        for tp in tps:
+            fresh.append(Replica(self.num_ranks, tp, config))
+            self.num_ranks += 1
+
+        async def bring_up() -> list[Any]:
+            return [replica for replica, _ in await asyncio.gather(*[self.lot.bring_up(one, WEIGHTS) for one in fresh])]
+
+        return asyncio.run(bring_up())
+
+    def retire(self, replicas: list[Any]) -> None:
+        async def retire() -> None:
+            await asyncio.gather(*[self.lot.retire(replica) for replica in replicas])
+
+        asyncio.run(retire())
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        lines = [line for path in self.folder.glob("events-*.jsonl") for line in path.read_text().splitlines()]
+        return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
+
+
+def test_a_parked_engine_serves_the_next_step_on_a_new_lease_with_new_weights(run: Run) -> None:
+    (first,) = run.start(1)
+    run.retire([first])
+    assert Lease.held == [], "a parked engine costs no lease"
+    (second,) = run.start(1)
+    assert second is first and first.versions == [7, 7]
+    (parked,), (woken,) = run.events("replica_parked"), run.events("replica_woken")
+    assert parked["lease"] == woken["parked_as"] != woken["lease"]
+    assert parked["memory"]["device_bytes"] == 5 * MIB and parked["num_gpus"] == 1
+    assert run.lot.num_parked == 0 and run.lot.num_woken == 1
+
+
+def test_single_replicas_may_be_parked_in_the_middle_of_a_rollout(run: Run) -> None:
+    one, two = run.start(1, 1)
+    run.retire([one])
+    assert two.state is ReplicaState.READY and len(Lease.held) == 1
+    (again,) = run.start(1)
+    assert again is one
+
+
+def test_devices_that_went_to_someone_else_cost_a_start_and_end_the_engine(run: Run) -> None:
+    (first,) = run.start(1)
+    run.retire([first])
+    foreign = Lease("foreign", "a")
+    (second,) = run.start(1)
+    assert second is not first and second.lease.device_key() == (("node", frozenset("b")),)
+    assert Replica.engines == {second}, "the engine that could not move is ended, not used on other devices"
+    assert [lease.devices for lease in Lease.held] == ["a", "b"] and foreign in Lease.held
+    (ended,) = run.events("parked_ended")
+    assert "has other devices" in ended["reason"]
+
+
+def test_no_lease_waits_for_devices_when_nothing_of_its_kind_sleeps(run: Run) -> None:
+    run.retire(run.start(1))
+    (wide,) = run.start(2)
+    assert wide.world_size == 2 and run.lot.num_parked == 1
+    (other,) = run.start(1, config="other engine arguments")
+    assert other.versions == [7], "an engine with other arguments is not reused"
+
+
+def test_an_engine_that_died_in_its_sleep_is_started_again(run: Run) -> None:
+    (first,) = run.start(1)
+    run.retire([first])
+    first.is_dead = True
+    (second,) = run.start(1)
+    assert second is not first and Replica.engines == {second} and len(Lease.held) == 1
+    assert run.lot.num_parked == 0
+
+
+def test_one_that_holds_too_much_memory_is_ended(run: Run) -> None:
+    (first,) = run.start(1)
+    first.park_fails = True
+    run.retire([first])
+    assert not Replica.engines and not Lease.held and run.lot.num_parked == 0
+    (released,) = run.events("replica_released")
+    assert released["reason"] == "holds too much"
+
+
+def test_a_dead_one_is_not_parked(run: Run) -> None:
+    (first,) = run.start(1)
+    first.is_dead = True
+    run.retire([first])
+    assert run.lot.num_parked == 0 and not Lease.held
+
+
+@pytest.mark.parametrize("park", ["never", "auto"])
+def test_nothing_is_parked_when_asked_so_or_after_the_last_rollout(tmp_path: Path, park: str) -> None:
+    run = Run(tmp_path, park=park)
+    run.lot.is_last = park == "auto"
+    run.retire(run.start(1))
+    assert run.lot.num_parked == 0 and not Replica.engines
+
+
+def test_there_are_never_more_than_the_largest_fleet(run: Run) -> None:
+    run.retire(run.start(1, 1))
+    run.retire(run.start(2))
+    assert run.lot.num_parked == 2 and len(Replica.engines) == 2
+    assert run.events("parked_ended")[0]["reason"].startswith("more are parked")
+
+
+def test_a_host_that_runs_out_of_memory_gets_it_back(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.retire(run.start(1, 1))
+    asyncio.run(run.lot.make_room())
+    assert run.lot.num_parked == 2
+    monkeypatch.setattr(Replica, "host_bytes", MIB)
+    asyncio.run(run.lot.make_room())
+    assert run.lot.num_parked == 0 and not Replica.engines
+
+
+def test_all_are_ended_at_the_end_even_if_one_can_not_be(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = run.start(1, 1)
+    run.retire([one, two])
+
+    async def survives() -> None:
+        raise ReplicaError("a process survived")
+
+    monkeypatch.setattr(one, "stop", survives)
+    with pytest.raises(ReplicaError, match="survived"):
+        asyncio.run(run.lot.close())
+    assert Replica.engines == {one}
+
+
+def test_two_replicas_that_search_at_once_never_wake_the_same_engine(run: Run) -> None:
+    one, two = run.start(1, 1)
+    run.retire([one, two])
+    Lease("foreign", "a")
+    woken = run.start(1, 1)
+    assert len({id(replica) for replica in woken}) == 2
+    assert Replica.engines == set(woken)
+    assert sorted(lease.devices for lease in Lease.held) == ["a", "b", "c"]

@@ -1,0 +1,158 @@
+"""How a replica falls asleep, and what it does when its server does not: every wait ends, and nothing is kept."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from verl.workers.config import RolloutConfig
+
+from verl_rlhfless.config import PoolConfig
+from verl_rlhfless.errors import ReplicaError
+from verl_rlhfless.live import replica as replica_module
+from verl_rlhfless.live.parked_memory import ParkedMemory
+from verl_rlhfless.live.replica import ElasticReplica, ReplicaState, WeightSource
+
+POOL = PoolConfig(
+    name="elastic", park_residual_bytes=1000, release_timeout_s=0.1, start_timeout_s=0.1, drain_timeout_s=0.1
+)
+WEIGHTS = WeightSource("store", 7, 1.0)
+
+
+class Server:
+    """Answers as a server actor does; what a test replaces may hang or fail."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.answers: dict[str, Callable[[], Any]] = {
+            "num_running": lambda: 0,
+            "park": lambda: ParkedMemory(1000, 5, 9),
+            "stop_engine": lambda: (),
+            "is_alive": lambda: True,
+            "host_available_bytes": lambda: 9,
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        async def answer(*_: Any) -> Any:
+            self.calls.append(name)
+            found = self.answers.get(name, lambda: None)()
+            return await found if asyncio.iscoroutine(found) else found
+
+        return SimpleNamespace(remote=answer)
+
+
+class Lease:
+    def __init__(self, devices: str = "0") -> None:
+        self.name, self.devices, self.is_held = f"lease-{devices}", devices, True
+        self.nodes = [SimpleNamespace(node_id="node", device_ids=(devices,))]
+
+    def device_key(self) -> str:
+        return self.devices
+
+    def release(self, timeout_s: float) -> None:
+        self.is_held = False
+
+
+class WarmPool:
+    def __init__(self) -> None:
+        self.returned: list[Any] = []
+
+    def give_back(self, node_id: str, server: Any) -> None:
+        self.returned.append(server)
+
+
+@pytest.fixture
+def replica(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """One that serves on device 0."""
+    monkeypatch.setattr(replica_module.ray, "kill", lambda *_, **__: None)
+    made: Any = ElasticReplica(3, RolloutConfig(name="vllm", tensor_model_parallel_size=1), {}, POOL, WarmPool())  # type: ignore[arg-type]
+    made._server_handle = Server()
+    made.servers = [made._server_handle]
+    made.lease = Lease()
+    made.state = ReplicaState.READY
+    return made
+
+
+def hang() -> Any:
+    return asyncio.sleep(60)
+
+
+def die() -> Any:
+    raise ray.exceptions.RayActorError
+
+
+def test_a_parked_engine_keeps_its_server_and_gives_its_lease_back(replica: Any) -> None:
+    report = asyncio.run(replica.park())
+    assert report.drained and report.memory.device_bytes == 1000
+    assert replica.state is ReplicaState.PARKED and not replica.lease.is_held
+    assert "stop_engine" not in replica._server_handle.calls and replica._warm_servers.returned == []
+
+
+def test_it_wakes_on_a_lease_of_its_devices_and_loads_the_version(replica: Any) -> None:
+    asyncio.run(replica.park())
+    lease = Lease()
+    replica._server_handle.answers["pull_weights"] = lambda: "report"
+    assert asyncio.run(replica.wake(WEIGHTS, lease)) == "report"
+    assert replica.state is ReplicaState.READY and replica.lease is lease and lease.is_held
+    assert replica._server_handle.calls[-2:] == ["wake", "pull_weights"]
+
+
+@pytest.mark.parametrize(("answer", "why"), [(hang, "did not sleep"), (die, "did not sleep")])
+def test_an_engine_that_does_not_sleep_keeps_its_lease_until_it_is_released(
+    replica: Any, answer: Callable[[], Any], why: str
+) -> None:
+    replica._server_handle.answers["park"] = answer
+    with pytest.raises(ReplicaError, match=why):
+        asyncio.run(replica.park())
+    assert replica.lease.is_held and replica.state is not ReplicaState.PARKED
+
+
+def test_more_device_memory_than_allowed_is_refused_by_its_key(replica: Any) -> None:
+    replica._server_handle.answers["park"] = lambda: ParkedMemory(1001, 5, 9)
+    with pytest.raises(ReplicaError, match=r"1001 bytes.*rlhfless.pool.park_residual_bytes=1000"):
+        asyncio.run(replica.park())
+    assert replica.lease.is_held
+
+
+@pytest.mark.parametrize("broken", ["wake", "pull_weights"])
+def test_one_that_does_not_come_up_is_ended_and_returns_the_new_lease(replica: Any, broken: str) -> None:
+    asyncio.run(replica.park())
+    replica._server_handle.answers[broken] = die
+    lease = Lease()
+    with pytest.raises(ray.exceptions.RayActorError):
+        asyncio.run(replica.wake(WEIGHTS, lease))
+    assert not lease.is_held and replica.state is ReplicaState.RELEASED
+    assert replica._server_handle.calls[-1] == "stop_engine"
+
+
+def test_a_wake_that_hangs_ends_in_time(replica: Any) -> None:
+    asyncio.run(replica.park())
+    replica._server_handle.answers["wake"] = hang
+    lease = Lease()
+    with pytest.raises(ReplicaError, match=r"not ready after 0\.1 s"):
+        asyncio.run(replica.wake(WEIGHTS, lease))
+    assert not lease.is_held
+
+
+def test_other_devices_are_never_woken_on(replica: Any) -> None:
+    asyncio.run(replica.park())
+    with pytest.raises(AssertionError):
+        asyncio.run(replica.wake(WEIGHTS, Lease("1")))
+
+
+def test_a_server_that_never_answers_holds_nobody_up(replica: Any) -> None:
+    replica._server_handle.answers |= {"num_running": hang, "is_alive": hang, "host_available_bytes": hang}
+    assert asyncio.run(replica.is_lost())
+    assert asyncio.run(replica.host_available_bytes()) == 0
+    report = asyncio.run(replica.release())
+    assert not report.drained and not replica.lease.is_held
+
+
+def test_a_stopped_parked_engine_leaves_a_server_for_the_next_start(replica: Any) -> None:
+    asyncio.run(replica.park())
+    asyncio.run(replica.stop())
+    assert replica.state is ReplicaState.RELEASED and replica._warm_servers.returned == [replica._server_handle]

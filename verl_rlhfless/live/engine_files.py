@@ -1,0 +1,52 @@
+"""The sockets of vLLM's processes, which stay behind in the folder for temporary files when an engine is killed.
+
+A connected socket needs no name. So a server's sockets lie in a folder of its own until its engine is up, and the
+folder is removed then: whatever ends the engine later, nothing stays behind. What a server leaves that is killed
+during a start is removed by whoever reaps it, or by the next start on the node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from verl_rlhfless.processes import ProcessKey, end_server, is_running, process_key
+
+_PREFIX = "rlhfless-sockets-"
+_FOLDER_VARIABLE = "VLLM_RPC_BASE_PATH"
+
+
+@contextlib.contextmanager
+def sockets_without_names() -> Iterator[None]:
+    """Let an engine that this process starts meanwhile bind its sockets in a folder that is gone afterwards."""
+    _remove_orphans()
+    folder = _folder_of(process_key(os.getpid()))
+    folder.mkdir(mode=0o700, exist_ok=True)
+    os.environ[_FOLDER_VARIABLE] = str(folder)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def reap_server(server: ProcessKey, known: Iterable[ProcessKey], timeout_s: float) -> tuple[int, ...]:
+    """End a server and its engine as :func:`~verl_rlhfless.processes.end_server` does, and remove their files."""
+    survivors = end_server(server, known, timeout_s)
+    shutil.rmtree(_folder_of(server), ignore_errors=True)
+    return survivors
+
+
+def _remove_orphans() -> None:
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        pid, _, create_ms = folder.name.removeprefix(_PREFIX).partition("-")
+        if pid.isdecimal() and create_ms.isdecimal() and not is_running((int(pid), int(create_ms) / 1e3)):
+            shutil.rmtree(folder, ignore_errors=True)  # of another user: theirs to remove
+
+
+def _folder_of(server: ProcessKey) -> Path:
+    pid, create_time_s = server
+    return Path(tempfile.gettempdir()) / f"{_PREFIX}{pid}-{round(create_time_s * 1e3)}"

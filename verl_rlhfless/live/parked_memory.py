@@ -1,0 +1,36 @@
+"""What an engine still holds while it sleeps: nobody may take it for free."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import psutil
+
+from verl_rlhfless.processes import ProcessKey
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedMemory:
+    """Memory of an engine's processes and of its node.
+
+    Attributes:
+        device_bytes: Most memory in use on one of its devices; 0 where the device is the host. An upper bound: it
+            holds what other parked processes left there, too.
+        host_bytes: Resident host memory of the engine's processes; shared pages count in each.
+        host_available_bytes: Memory that processes of the node can still get.
+    """
+
+    device_bytes: int
+    host_bytes: int
+    host_available_bytes: int
+
+
+def measure_parked(device_bytes: Iterable[int], processes: Iterable[ProcessKey]) -> ParkedMemory:
+    """Return the memory now, from what each worker says of its device [bytes]."""
+    host_bytes = 0
+    for pid, _ in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            host_bytes += psutil.Process(pid).memory_info().rss
+    return ParkedMemory(max(device_bytes), host_bytes, psutil.virtual_memory().available)

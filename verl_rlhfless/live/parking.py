@@ -1,0 +1,231 @@
+"""Parked replicas: engines that sleep without a lease between two rollouts, woken in place of a cold start.
+
+Invariants: an engine wakes only on the devices that it slept on; one that can't is ended before another starts in its
+place; a parked engine that died, or does not wake, costs a start and nothing else. The lot decides nothing by itself:
+whether to park is :mod:`verl_rlhfless.policy.park`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+from collections import Counter, defaultdict
+
+import ray
+
+from verl_rlhfless.config import PoolConfig
+from verl_rlhfless.errors import ReplicaError, RlhflessError
+from verl_rlhfless.live.events import EventLog
+from verl_rlhfless.live.lease import DeviceKey, Lease
+from verl_rlhfless.live.replica import ElasticReplica, ReplicaState, WeightSource
+from verl_rlhfless.live.same_devices import DeviceSearch, lease_devices
+from verl_rlhfless.live.weights import PullReport
+from verl_rlhfless.policy.park import ParkDecision, ParkView, decide_park, worth_waiting_s
+from verl_rlhfless.types import FleetDecision
+
+logger = logging.getLogger(__name__)
+
+_VERSIONS_IN_PROGRESS = 2  # the next weight version on its way into the store, and what replicas load of it
+
+
+class ParkingLot:
+    """Keeps at most as many parked engines as the largest fleet of the run had replicas.
+
+    Attributes:
+        is_last: Set it when no further rollout will come: nothing is parked then.
+    """
+
+    def __init__(self, config: PoolConfig, events: EventLog, can_sleep: bool = True) -> None:
+        self._config = config
+        self._can_sleep = can_sleep
+        self._events = events
+        self._parked: list[ElasticReplica] = []  # the one that sleeps longest first
+        self._uses: Counter[int] = Counter()
+        self._starts_s: dict[int, list[float]] = defaultdict(list)
+        self._wakes_s: dict[int, list[float]] = defaultdict(list)
+        self._relaunches_s: dict[int, list[float]] = defaultdict(list)
+        self._largest_fleet = 0
+        self._version_bytes = 0
+        self.is_last = False
+
+    @property
+    def num_parked(self) -> int:
+        """Engines that sleep now."""
+        return len(self._parked)
+
+    @property
+    def num_woken(self) -> int:
+        """Wakes so far."""
+        return sum(map(len, self._wakes_s.values()))
+
+    def expect(self, decision: FleetDecision) -> None:
+        """Note a fleet of the run: engines of its kinds may be needed again."""
+        for tp, count in Counter(spec.tp for spec in decision.replicas).items():
+            self._uses[tp] = max(self._uses[tp], count)
+        self._largest_fleet = max(self._largest_fleet, len(decision.replicas))
+
+    async def bring_up(self, fresh: ElasticReplica, weights: WeightSource) -> tuple[ElasticReplica, PullReport]:
+        """Return a replica that serves, a woken one if its devices can be had in time, else ``fresh``, started.
+
+        Raises:
+            LeaseTimeoutError: No GPUs in time.
+            ReplicaError: The engine did not start.
+        """
+        lease, gave_way = None, False
+        if self._alike(fresh):
+            search = await asyncio.to_thread(self._search, fresh)
+            lease = fresh.lease = search.lease
+            parked = self._bound_to(lease.device_key(), fresh)
+            if parked is None:
+                gave_way = await self._give_way(fresh, lease)
+            else:
+                report = await self._wake(parked, lease, weights)
+                if report is not None:
+                    return parked, report
+                lease = fresh.lease = None  # returned with the engine that did not wake
+        report = await fresh.start(weights, lease)
+        (self._relaunches_s if gave_way else self._starts_s)[fresh.world_size].append(fresh.engine_s)
+        self._version_bytes = report.num_bytes
+        return fresh, report
+
+    async def retire(self, replica: ElasticReplica) -> None:
+        """Park a replica that has left the router, or end it.
+
+        Raises:
+            ReplicaError: A process survived; the lease is kept.
+            LeaseReleaseError: Ray did not confirm the release in time.
+        """
+        decision = await self._decide(replica)
+        if decision.park:
+            try:
+                await self._park(replica, decision)
+                return
+            except ReplicaError as error:
+                decision = ParkDecision(False, str(error))
+        report = await replica.release()
+        assert replica.lease is not None
+        self._events.write(
+            "replica_released",
+            lease=replica.lease.name,
+            state=replica.state.value,
+            reason=decision.reason,
+            **dataclasses.asdict(report),
+        )
+
+    async def make_room(self) -> None:
+        """End parked engines, the one that sleeps longest first, while their host has no room for the next weights."""
+        for replica in list(self._parked):
+            available = await replica.host_available_bytes()
+            if available < self._reserved_bytes:
+                await self._end(replica, f"the host has {available} bytes left for the next weight version")
+
+    async def close(self) -> None:
+        """End every parked engine.
+
+        Raises:
+            ReplicaError: A process survived; the others are ended all the same.
+        """
+        leaving = list(self._parked)
+        ended = await asyncio.gather(*[self._end(replica, "closed") for replica in leaving], return_exceptions=True)
+        for failure in (outcome for outcome in ended if isinstance(outcome, BaseException)):
+            raise failure
+
+    # ---- wake
+
+    def _alike(self, fresh: ElasticReplica) -> list[ElasticReplica]:
+        return [parked for parked in self._parked if parked.can_serve_for(fresh)]
+
+    def _search(self, fresh: ElasticReplica) -> DeviceSearch:
+        """Lease devices for ``fresh``, those of a parked engine if they can be had; runs in a thread."""
+        number = itertools.count(1)
+
+        def acquire(timeout_s: float) -> Lease:
+            return fresh.acquire(f"{fresh.name}-{next(number)}", timeout_s)
+
+        def release(lease: Lease) -> None:
+            lease.release(self._config.release_timeout_s)
+
+        def wanted() -> set[DeviceKey]:
+            return {parked.lease.device_key() for parked in self._alike(fresh) if parked.lease is not None}
+
+        wait_s = worth_waiting_s(self._view(fresh.world_size, host_available_bytes=0))
+        return lease_devices(acquire, release, wanted, self._config.grant_timeout_s, wait_s)
+
+    def _bound_to(self, key: DeviceKey, fresh: ElasticReplica) -> ElasticReplica | None:
+        """Return the parked engine on these devices that can serve for ``fresh``."""
+        found = [one for one in self._alike(fresh) if one.lease is not None and one.lease.device_key() == key]
+        return found[0] if found else None
+
+    async def _wake(self, parked: ElasticReplica, lease: Lease, weights: WeightSource) -> PullReport | None:
+        """Return what a parked engine loaded, ``None`` if it did not wake: the lease is returned then."""
+        assert parked.lease is not None
+        slept_as = parked.lease.name
+        self._parked.remove(parked)
+        try:
+            report = await parked.wake(weights, lease)
+        except (RlhflessError, ray.exceptions.RayError) as error:
+            logger.warning("rlhfless: parked replica %s did not wake: %s", parked.name, error)
+            self._events.write("parked_ended", parked_as=slept_as, reason=f"did not wake: {error}")
+            return None
+        self._wakes_s[parked.world_size].append(parked.engine_s)
+        self._events.write("replica_woken", lease=lease.name, parked_as=slept_as, seconds=parked.engine_s)
+        return report
+
+    async def _give_way(self, fresh: ElasticReplica, lease: Lease) -> bool:
+        """End a parked engine whose devices did not come, so that ``fresh`` starts in its place; return whether."""
+        leaving = self._alike(fresh)
+        if not leaving:
+            return False
+        try:
+            await self._end(leaving[0], f"lease {lease.name} has other devices")
+        except BaseException:
+            await asyncio.to_thread(lease.release, self._config.release_timeout_s)
+            raise
+        return True
+
+    # ---- park
+
+    async def _decide(self, replica: ElasticReplica) -> ParkDecision:
+        if await replica.is_lost():
+            return ParkDecision(False, "its engine is dead")
+        view = self._view(replica.world_size, await replica.host_available_bytes())
+        return decide_park(self._config.park, view)
+
+    def _view(self, tp: int, host_available_bytes: int) -> ParkView:
+        return ParkView(
+            can_sleep=self._can_sleep,
+            uses_ahead=0 if self.is_last else self._uses[tp],
+            num_parked=sum(parked.world_size == tp for parked in self._parked),
+            starts_s=tuple(self._starts_s[tp]),
+            wakes_s=tuple(self._wakes_s[tp]),
+            relaunches_s=tuple(self._relaunches_s[tp]),
+            same_device_wait_s=self._config.same_device_wait_s,
+            host_available_bytes=host_available_bytes,
+            host_reserved_bytes=self._reserved_bytes,
+        )
+
+    @property
+    def _reserved_bytes(self) -> int:
+        return _VERSIONS_IN_PROGRESS * self._version_bytes
+
+    async def _park(self, replica: ElasticReplica, decision: ParkDecision) -> None:
+        report = await replica.park()
+        assert replica.lease is not None and replica.state is ReplicaState.PARKED
+        self._parked.append(replica)
+        self._events.write(
+            "replica_parked",
+            lease=replica.lease.name,
+            num_gpus=replica.world_size,
+            reason=decision.reason,
+            **dataclasses.asdict(report),
+        )
+        if len(self._parked) > self._largest_fleet:
+            await self._end(self._parked[0], "more are parked than the largest fleet needs")
+
+    async def _end(self, replica: ElasticReplica, reason: str) -> None:
+        self._parked.remove(replica)
+        assert replica.lease is not None
+        self._events.write("parked_ended", parked_as=replica.lease.name, reason=reason)
+        await replica.stop()
