@@ -6,6 +6,8 @@ replica of step k + 1 pulls exactly that version before it is registered.
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from typing import Any
 
 import ray
@@ -20,6 +22,7 @@ from verl_rlhfless.live.fleet import Fleet
 from verl_rlhfless.live.pool import ElasticResourcePoolManager
 from verl_rlhfless.live.replica import WeightSource
 from verl_rlhfless.live.request_trainer import RequestTrainer
+from verl_rlhfless.live.stage import announcement_of
 from verl_rlhfless.live.warm_pool import WarmPool
 from verl_rlhfless.live.weights import create_store
 from verl_rlhfless.live.worker_group import ElasticWorkerGroup
@@ -35,6 +38,8 @@ class ElasticTrainerSync(RequestTrainer):
         self._store_name = f"rlhfless-weights-{ray.get_runtime_context().get_job_id()}"
         _adapt_to_verl(config, settings, self._store_name)
         self._enable_hybrid_replicas = False
+        self._decision: FleetDecision | None = None  # of a step whose fleet was planned
+        self._step_began_s = 0.0
         super().__init__(config, settings)
 
     # ---- set-up
@@ -56,8 +61,17 @@ class ElasticTrainerSync(RequestTrainer):
         self._fleet = Fleet(self.config, self._settings, self._router, self._events, warm_servers)
 
     def _num_warm_servers(self) -> int:
-        wanted = self._settings.pool.warm_servers
-        return max(self._settings.planner.schedule) if wanted is None else wanted
+        wanted, planner = self._settings.pool.warm_servers, self._settings.planner
+        if wanted is not None:
+            return wanted
+        if not self._settings.plans:
+            return max(planner.schedule)
+        return self._largest_fleet(min(self._routing.planning_pool(0).perf))
+
+    def _largest_fleet(self, tp: int) -> int:
+        """Return how many replicas of ``tp`` GPUs a planned fleet has at most."""
+        possible, most = max(1, self._routing.replica_gpus // tp), self._settings.planner.max_replicas
+        return possible if most is None else min(most, possible)
 
     def fit(self, agent_loop_manager: Any) -> None:
         """Train; whatever ends the run, no replica and no lease is left behind."""
@@ -97,8 +111,26 @@ class ElasticTrainerSync(RequestTrainer):
 
     def prepare_step(self) -> dict[str, Any]:
         """Begin to start the step's replicas, and submit its prompts meanwhile: they wait in the router."""
-        self._start_fleet(scheduled_fleet(self.global_steps, self._settings.planner.schedule, self._tp()))
+        self._decision, self._step_began_s = None, time.monotonic()
+        if not self._settings.plans:
+            self._start_fleet(scheduled_fleet(self.global_steps, self._settings.planner.schedule, self._tp()))
         return dict(super().prepare_step())
+
+    def _submit_batch_to_rollout(self, batch: Any) -> int:
+        """Submit prompts as verl does; the first of a step are those that its fleet is planned for."""
+        if self._settings.plans and self._decision is None:
+            self._decision = self._planned_fleet(batch)
+            self._start_fleet(self._decision)
+        return super()._submit_batch_to_rollout(batch)
+
+    def _planned_fleet(self, batch: Any) -> FleetDecision:
+        announced = announcement_of(batch, self.config.actor_rollout_ref.rollout)
+        try:
+            decision: FleetDecision = ray.get(self._router.plan.remote(announced, self._fleet.num_warm))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        self._events.write("planned", **dataclasses.asdict(decision))
+        return decision
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
         """Run verl's step; when no replica came up, say why."""
@@ -114,12 +146,29 @@ class ElasticTrainerSync(RequestTrainer):
     def on_sample_end(self) -> None:
         with marked_timer("rlhfless_release", self.timing_raw):
             self._fleet.wait_started()
-            self._rollout_metrics["rlhfless/num_replicas"] = len(self._fleet.replicas)
             self._fleet.release()
         super().on_sample_end()
+        self._rollout_metrics["rlhfless/num_replicas"] = self._fleet.num_started
+
+    def _consume_sync_metrics(self) -> dict[str, Any]:
+        if self._decision is not None:
+            self._rollout_metrics |= self._account(self._decision)
+        return super()._consume_sync_metrics()
+
+    def _account(self, decision: FleetDecision) -> dict[str, float]:
+        """Record what a planned step was expected to take and took, its replicas' and the trainer's leases together."""
+        step_s = time.monotonic() - self._step_began_s
+        gpu_s = self._fleet.gpu_s + self._routing.trainer_gpus * step_s
+        measured = {"step_s": step_s, "gpu_s": gpu_s, "rollout_s": self._rollout_metrics["rlhfless/rollout_s"]}
+        self._events.write("accounted", step=decision.step, replicas_gpu_s=self._fleet.gpu_s, **measured)
+        assert decision.forecast is not None
+        predicted = {f"predicted_{name}": value for name, value in dataclasses.asdict(decision.forecast).items()}
+        planned = {"planned_replicas": len(decision.replicas), "planned_gpus": decision.num_gpus}
+        return {f"rlhfless/{name}": float(value) for name, value in (measured | predicted | planned).items()}
 
     def on_validate_begin(self) -> None:
-        self._start_fleet(largest_fleet(self.global_steps, self._settings.planner.schedule, self._tp()))
+        schedule = (self._largest_fleet(self._tp()),) if self._settings.plans else self._settings.planner.schedule
+        self._start_fleet(largest_fleet(self.global_steps, schedule, self._tp()))
         self._fleet.wait_started()
 
     def on_validate_end(self) -> None:

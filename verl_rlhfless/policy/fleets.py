@@ -74,7 +74,7 @@ def elastic_fleets(options: Options, costs: StepCosts, goal: Goal, price: float)
     for plan in plans:
         saved_s, added_gpu_s = costs.fused(plan.time_s, plan.gpu_s)
         step_s = goal.caution * (costs.elastic_s + plan.time_s - saved_s)
-        gpu_s = costs.elastic_gpu_s + plan.gpu_s + added_gpu_s
+        gpu_s = costs.trainer_gpu_s(step_s) + plan.gpu_s + added_gpu_s
         replicas = options.count[plan.option].sum(axis=1)
         fits = (replicas >= goal.min_replicas) & (replicas <= (goal.max_replicas or pool.num_gpus))
         for i in np.flatnonzero(fits).tolist():

@@ -35,31 +35,31 @@ def test_the_arm_has_the_chosen_parts_and_the_fleet_that_is_there() -> None:
         migration={"name": "rlhfuse", "tau": 0.6},
         prefix_dedup={"name": "on"},
         predictor={"name": "history"},
-    ).arm(STEP, 3)
+    ).arm(STEP, (2, 2, 2))
     assert (arm.fleet, arm.dispatcher, arm.seed, arm.migration, arm.tau) == ((2, 2, 2), "random", 7, "rlhfuse", 0.6)
     assert arm.keeps_groups and arm.learns and arm.is_resident and arm.truth is None
 
 
 def test_an_elastic_fleet_is_not_resident() -> None:
     elastic = {"pool": {"name": "elastic"}, "weights": {"name": "store"}, "planner": {"name": "fixed"}}
-    assert not settings(**elastic).arm(STEP, 1).is_resident
+    assert not settings(**elastic).arm(STEP, (2,)).is_resident
 
 
 def test_the_oracle_reads_the_lengths_that_are_replayed(tmp_path: Path) -> None:
     trace = write_trace(tmp_path / "t.jsonl", {"a": [1000, 400], "b": [10, 20]})
     oracle = settings(predictor={"name": "oracle"}, replay={"trace": str(trace), "scale": 0.1})
-    truth = oracle.arm(STEP, 1).truth
+    truth = oracle.arm(STEP, (2,)).truth
     assert truth is not None and truth.tolist() == [100, 40, 1, 2]
 
 
 def test_a_paced_run_believes_what_is_declared_even_on_a_gpu() -> None:
-    pool = settings(PaceModel(60.0, tp_speedup={2: 2.0}), ("accelerator_type:H100",)).pool(4)
+    pool = settings(PaceModel(60.0, tp_speedup={2: 2.0}), ("accelerator_type:H100",)).pool((2,) * 4)
     assert pool.perf[2].iteration_s(1, 10) == pytest.approx(0.030, rel=1e-3)
     assert (pool.num_gpus, pool.gpus_per_node) == (8, 8)
 
 
 def test_a_gpu_is_known_by_its_name_and_the_models_shape() -> None:
-    perf = settings(resources=("accelerator_type:H100",), dispatcher={"name": "length_bucket"}).pool(4).perf[2]
+    perf = settings(resources=("accelerator_type:H100",), dispatcher={"name": "length_bucket"}).pool((2,) * 4).perf[2]
     assert perf.gpu.name == "H100" and perf.shape.hidden == 2048
 
 
@@ -67,5 +67,5 @@ def test_a_model_without_a_price_is_refused_unless_nothing_asks_for_one() -> Non
     experts = {**DENSE, "num_experts": 8}
     resources = ("accelerator_type:H100",)
     with pytest.raises(ConfigError, match=r"rlhfless\.dispatcher\.name='length_bucket'.*mixture.*dispatcher=stock"):
-        settings(None, resources, experts, dispatcher={"name": "length_bucket"}).pool(1)
-    assert settings(None, resources, experts).pool(1).perf[2]
+        settings(None, resources, experts, dispatcher={"name": "length_bucket"}).pool((2,))
+    assert settings(None, resources, experts).pool((2,)).perf[2]
