@@ -101,6 +101,11 @@ class PlannerConfig(Section):
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)
+        for name in ("max_step_s", "max_usd_per_step"):
+            if self.name == "fixed" and getattr(self, name) is not None:
+                rule = "limits a planned fleet, and rlhfless.planner.name=fixed plans none"
+                action = "Choose rlhfless/planner=cost_aware, or remove the limit."
+                raise ConfigError(f"{self.KEY}.{name}", getattr(self, name), rule, action)
         if self.max_usd_per_step is not None and self.usd_per_gpu_hour is None:
             rule = "needs the price of a GPU, and rlhfless.planner.usd_per_gpu_hour is not set"
             action = f"Set {self.KEY}.usd_per_gpu_hour=PRICE, or remove the limit."

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +20,7 @@ from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.orders import StartReplica
 from verl_rlhfless.live.replica import ElasticReplica, WeightSource
 from verl_rlhfless.live.warm_pool import WarmPool
+from verl_rlhfless.policy.learnt import ReplicaTimes
 from verl_rlhfless.types import FleetDecision, ReplicaSpec
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,8 @@ class Fleet:
         num_started: Replicas that came up for the last decision, those that have ended since included.
         max_gpus: GPUs that the last decision leased.
         gpu_s: GPU-seconds of the leases of its replicas that have ended.
+        starts: What it took each of its replicas to come up.
+        releases_s: What it took each to end, once it was drained.
     """
 
     def __init__(
@@ -46,6 +50,9 @@ class Fleet:
         self.replicas: list[ElasticReplica] = []
         self.max_gpus = self.num_started = 0
         self.gpu_s = 0.0
+        self.starts: list[ReplicaTimes] = []
+        self.releases_s: list[float] = []
+        self._num_warm = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rlhfless-fleet")
         self._starting: Future[list[str]] | None = None
         self._life: Future[None] | None = None
@@ -62,6 +69,7 @@ class Fleet:
         assert not self.replicas and self._starting is None, "a fleet is released before the next one starts"
         logger.info("rlhfless: step %d: %s", decision.step, decision.reason)
         self.max_gpus, self.num_started, self.gpu_s = decision.num_gpus, 0, 0.0
+        self.starts, self.releases_s, self._num_warm = [], [], self.num_warm
         ray.get(self._router.expect.remote([spec.tp for spec in decision.replicas]))
         candidates = [self._new_replica(spec) for spec in decision.replicas]
         self._starting = Future()
@@ -147,9 +155,14 @@ class Fleet:
         return ""
 
     async def _start_one(self, replica: ElasticReplica, weights: WeightSource) -> None:
+        self._num_warm, is_warm = self._num_warm - 1, self._num_warm > 0
+        asked_s = time.time()
         report = await replica.start(weights)
         self.replicas.append(replica)
         assert replica.lease is not None
+        granted_s = replica.lease.granted_s
+        start_s = time.time() - granted_s - report.seconds
+        self.starts.append(ReplicaTimes(is_warm, granted_s - asked_s, max(0.0, start_s), report.seconds))
         self._events.write(
             "pulled", lease=replica.lease.name, version=report.version, checksum=report.checksum, seconds=report.seconds
         )
@@ -200,6 +213,7 @@ class Fleet:
     async def _release_one(self, replica: ElasticReplica) -> None:
         report = await replica.release()
         assert replica.lease is not None and replica.lease.released_s is not None
+        self.releases_s.append(report.engine_s + report.lease_s)
         self.gpu_s += replica.world_size * (replica.lease.released_s - replica.lease.granted_s)
         self._events.write(
             "replica_released", lease=replica.lease.name, state=replica.state.value, **dataclasses.asdict(report)

@@ -94,12 +94,20 @@ class RequestTrainer(PPOTrainerSync):
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
+        self._restore(LENGTHS_FILE, self._router.restore_lengths)
+
+    def _restore(self, name: str, restore: Any) -> None:
+        """Give the router what a file of the checkpoint holds, if there is one.
+
+        Raises:
+            DataError: The file does not hold such state.
+        """
         trainer = self.config.trainer
         folder = Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"
-        path = (Path(trainer.resume_from_path) if trainer.resume_mode == "resume_path" else folder) / LENGTHS_FILE
+        path = (Path(trainer.resume_from_path) if trainer.resume_mode == "resume_path" else folder) / name
         if self.global_steps and path.exists():
             try:
-                ray.get(self._router.restore_lengths.remote(path.read_text(encoding="utf-8")))
+                ray.get(restore.remote(path.read_text(encoding="utf-8")))
             except ray.exceptions.RayTaskError as error:
                 raise DataError(f"{path}: {error.cause}") from error
 

@@ -24,16 +24,17 @@ from verl_rlhfless.control import run_rollout
 from verl_rlhfless.errors import ReplicaError, UnsupportedError
 from verl_rlhfless.live.announcement import Announcement
 from verl_rlhfless.live.orders import FleetDesk, Order
+from verl_rlhfless.live.planner import LivePlanner
 from verl_rlhfless.live.preload import SERVER_MODULE, import_in_background
 from verl_rlhfless.live.router import ACTOR_OPTIONS, WAITING, Router
-from verl_rlhfless.live.routing import RoutingSettings, decision_of
+from verl_rlhfless.live.routing import RoutingSettings
 from verl_rlhfless.live.samples import Rollout
-from verl_rlhfless.live.tickets import RouterSettings
+from verl_rlhfless.live.tickets import Delta, RouterSettings
 from verl_rlhfless.policy.arm import Policy
 from verl_rlhfless.policy.baselines.stock import NoReaction
-from verl_rlhfless.policy.plan import plan_fleet
+from verl_rlhfless.policy.learnt import CostModel, StepTimes
 from verl_rlhfless.policy.predict import LengthModel, learn
-from verl_rlhfless.policy.snapshot import FINISHED, STARTING, Batch, IntArray, PoolSnapshot, RolloutPlan, RolloutView
+from verl_rlhfless.policy.snapshot import FINISHED, STARTING, Batch, IntArray, RolloutPlan, RolloutView
 from verl_rlhfless.ports import RolloutPorts
 from verl_rlhfless.types import FleetDecision
 
@@ -168,7 +169,9 @@ class RolloutRouter(Router):
         self._routing: RoutingSettings | None = None
         self._lengths = LengthModel()
         self.desk = FleetDesk(1, 0)
-        self._planned: tuple[RolloutPlan, PoolSnapshot] | None = None
+        self._planner: LivePlanner | None = None
+        self._restored_costs = CostModel()  # a checkpoint is loaded before the run's settings come
+        self._last: tuple[Batch, IntArray] | None = None
         self._live: LiveRollout | None = None
         self._control: asyncio.Task[None] | None = None
         self._report: RolloutReport | None = None
@@ -177,7 +180,10 @@ class RolloutRouter(Router):
     async def configure_rollouts(self, settings: RouterSettings, routing: RoutingSettings) -> None:
         """Take the settings of a run, before its first rollout."""
         self._routing = routing
-        self.desk = FleetDesk(routing.tp, routing.replica_gpus)
+        self.desk, self._planner = (
+            FleetDesk(routing.tp, routing.replica_gpus),
+            LivePlanner(routing, self._restored_costs),
+        )
         await self.configure(settings)
 
     async def plan(self, announced: Announcement, num_warm: int) -> FleetDecision:
@@ -190,12 +196,8 @@ class RolloutRouter(Router):
         Raises:
             ConfigError: No fleet meets the deadline or the budget.
         """
-        assert self._routing is not None, "a router is configured before its first rollout"
-        pool, batch = self._routing.planning_pool(num_warm), announced.batch()
-        prediction = self._routing.arm(announced, ()).predict(self._lengths, batch)
-        plan = plan_fleet(pool, batch, prediction, self._routing.goal(), can_fuse=False)
-        self._planned = plan, pool
-        return decision_of(plan, announced.step)
+        assert self._planner is not None, "a router is configured before its first rollout"
+        return self._planner.plan(announced, self._lengths, num_warm)
 
     async def expect(self, tps: Sequence[int]) -> None:
         """Note the size of each replica that is on its way to the next rollout."""
@@ -235,19 +237,21 @@ class RolloutRouter(Router):
             logger.info("rlhfless: step %d: further prompts join without a plan", announced.step)
             return
         await self._control_ended()
-        assert self._routing is not None, "a router is configured before its first rollout"
+        assert self._routing is not None and self._planner is not None, (
+            "a router is configured before its first rollout"
+        )
         servers = await self.get_all_servers()
         fleet = (*(self.desk.tp_of(server) for server in servers), *self.desk.expected)
         if not fleet:
             raise ReplicaError(f"step {announced.step}: no rollout replica is up. Look for the replicas' errors above.")
         batch = announced.batch()
         arm = self._routing.arm(announced, fleet)
-        planned, pool = self._planned or (None, self._routing.pool(fleet))
+        planned, pool = self._planner.next or (None, self._routing.pool(fleet))
         plan, policy = arm.plan(self._lengths, pool, batch), arm.policy(self._lengths)
         if planned is not None:
             plan = replace(plan, price=planned.price)
             policy = self._routing.resizing(arm, policy, self._lengths)
-        self._planned = None
+        self._planner.next = None
         predicted = arm.predict(self._lengths, batch).mean()
         rank = np.empty_like(plan.order)
         rank[plan.order] = np.arange(len(rank))
@@ -274,6 +278,31 @@ class RolloutRouter(Router):
             DataError: The text is no such history.
         """
         self._lengths = LengthModel.from_json(text)
+
+    async def progress(self, server: str, delta: Delta) -> None:
+        """Take a server's report, and how fast its engine is."""
+        await super().progress(server, delta)
+        load = self.book.servers.loads.get(server)
+        if load is not None and self._planner is not None:
+            self._planner.speed.note(server, self.desk.tp_of(server), delta, (load.num_requests, load.context_tokens))
+
+    async def learn_costs(self, times: StepTimes) -> None:
+        """Take what a planned step took; the next plan counts with it."""
+        if self._planner is not None and self._last is not None:
+            await self._planner.learn(self._last, times)
+
+    async def costs(self) -> str:
+        """Return what was measured as JSON text, for the checkpoint."""
+        assert self._planner is not None
+        return self._planner.costs.to_json()
+
+    async def restore_costs(self, text: str) -> None:
+        """Take measured costs from a checkpoint, before ``configure_rollouts``.
+
+        Raises:
+            DataError: The text holds none.
+        """
+        self._restored_costs = CostModel.from_json(text)
 
     async def add_servers(self, servers: dict[str, Any], tp: int | None = None) -> None:
         """Take servers in; each is one of the replicas that the rollout expects, of ``tp`` GPUs or the recipe's."""
@@ -344,6 +373,7 @@ class RolloutRouter(Router):
         view = self.book.view(0.0)
         if (view.generated > 0).all() and (view.state == FINISHED).all():
             self._lengths = learn(self._lengths, batch, view.generated)
+            self._last = batch, view.generated
 
 
 RolloutRouterActor = ray.remote(**ACTOR_OPTIONS)(RolloutRouter)

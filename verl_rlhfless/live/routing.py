@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from verl_rlhfless.config import PlannerConfig, RlhflessConfig
+from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.live.announcement import Announcement
 from verl_rlhfless.live.devices import UNPACED_CPU, Fleet, declared_pool, find_gpu, gpu_pool
 from verl_rlhfless.live.pacing import PACE_ENV, PaceModel
 from verl_rlhfless.live.replay import plan_of
+from verl_rlhfless.live.sizes import legal_sizes
 from verl_rlhfless.policy.arm import Policy
 from verl_rlhfless.policy.elastic import Resizing
 from verl_rlhfless.policy.goal import Goal
@@ -179,30 +180,6 @@ class RoutingSettings:
                 for session in range(group.n)
             ]
         )
-
-
-def legal_sizes(planner: PlannerConfig, model: Mapping[str, Any], num_gpus: int) -> tuple[int, ...]:
-    """Return the tensor-parallel sizes of a plan: those asked for, or every one that the model allows.
-
-    Args:
-        planner: The configuration.
-        model: The model's ``config.json``.
-        num_gpus: Most GPUs of a replica.
-
-    Raises:
-        ConfigError: A size that was asked for does not divide the model's heads, or is too large.
-    """
-    shape = parse_model_config(model, "the model's config.json")
-    possible = shape.split_sizes(num_gpus)
-    for tp in planner.tensor_parallel_sizes or ():
-        if tp not in possible:
-            rule = (
-                f"{tp} must be at most {num_gpus} GPUs and divide the model's {shape.heads} heads and "
-                f"{shape.intermediate} intermediate channels (KV heads: {shape.kv_heads})"
-            )
-            key = "rlhfless.planner.tensor_parallel_sizes"
-            raise ConfigError(key, list(planner.tensor_parallel_sizes or ()), rule, f"Possible: {list(possible)}.")
-    return planner.tensor_parallel_sizes or possible
 
 
 def decision_of(plan: RolloutPlan, step: int) -> FleetDecision:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -26,9 +27,15 @@ from verl_rlhfless.live.stage import announcement_of
 from verl_rlhfless.live.warm_pool import WarmPool
 from verl_rlhfless.live.weights import create_store
 from verl_rlhfless.live.worker_group import ElasticWorkerGroup
+from verl_rlhfless.policy.learnt import StepTimes
 from verl_rlhfless.policy.schedule import largest_fleet, scheduled_fleet
 from verl_rlhfless.types import FleetDecision
 from verl_rlhfless_patches import verl_worker_group
+
+_PHASES = ("reward", "old_log_prob", "ref", "values", "adv", "update_critic", "update_actor")  # verl's timers
+
+COSTS_FILE = "rlhfless_costs.json"
+"""What starts, phases and iterations took, in a checkpoint's folder."""
 
 
 class ElasticTrainerSync(RequestTrainer):
@@ -40,6 +47,7 @@ class ElasticTrainerSync(RequestTrainer):
         self._enable_hybrid_replicas = False
         self._decision: FleetDecision | None = None  # of a step whose fleet was planned
         self._step_began_s = 0.0
+        self._publish_s: float | None = None
         super().__init__(config, settings)
 
     # ---- set-up
@@ -80,6 +88,18 @@ class ElasticTrainerSync(RequestTrainer):
         finally:
             self._fleet.close()
 
+    # ---- checkpoints
+
+    def _save_checkpoint(self) -> None:
+        folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / COSTS_FILE).write_text(ray.get(self._router.costs.remote()), encoding="utf-8")
+        super()._save_checkpoint()
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        self._restore(COSTS_FILE, self._router.restore_costs)
+
     # ---- weights
 
     def _publish(self) -> None:
@@ -99,6 +119,7 @@ class ElasticTrainerSync(RequestTrainer):
     def on_step_end(self) -> None:
         with marked_timer("update_weights", self.timing_raw, color="red"):
             self._publish()
+        self._publish_s = self.timing_raw["update_weights"]
 
     # ---- rollout
 
@@ -135,13 +156,27 @@ class ElasticTrainerSync(RequestTrainer):
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
         """Run verl's step; when no replica came up, say why."""
         try:
-            return super().step(metrics, timing_raw)
+            batch = super().step(metrics, timing_raw)
+            if self._decision is not None:
+                self._learn_costs(timing_raw)
+            return batch
         except Exception as error:
             try:
                 self._fleet.wait_started()
             except ReplicaError as cause:
                 raise cause from error
             raise
+
+    def _learn_costs(self, timing_raw: dict[str, float]) -> None:
+        """Tell the planner what the step took, before a checkpoint is written."""
+        released = self._fleet.releases_s
+        times = StepTimes(
+            starts=tuple(self._fleet.starts),
+            release_s=sum(released) / len(released) if released else None,
+            phases_s=sum(timing_raw.get(name, 0.0) for name in _PHASES),
+            publish_s=self._publish_s,
+        )
+        ray.get(self._router.learn_costs.remote(times))
 
     def on_sample_end(self) -> None:
         with marked_timer("rlhfless_release", self.timing_raw):
