@@ -60,7 +60,8 @@ class LivePlanner:
             nearest = replace(goal, max_step_s=None, max_gpu_s=None, cost_weight=weight)
             plan = plan_fleet(pool, batch, prediction, nearest, can_fuse=False)
             plan = replace(plan, reason=f"{plan.reason}; the nearest to a limit that can't be met: {error}")
-        self._has_planned, self.next = True, (plan, pool)
+        # during the rollout a further replica would find no warm server: the fleet has taken them
+        self._has_planned, self.next = True, (plan, replace(pool, warm={}))
         return decision_of(plan, announced.step)
 
     async def learn(self, done: tuple[Batch, IntArray], times: StepTimes) -> None:

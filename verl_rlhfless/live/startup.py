@@ -70,8 +70,8 @@ def check_run(config: DictConfig, environ: Mapping[str, str]) -> str:
         check_rollout(config, parsed)
     if parsed.is_elastic:
         check_elastic(config)
-        check_budget(config, parsed, environ)
         check_sizes(config, parsed)
+        check_budget(config, parsed, environ)
     check_data_files(config)
     instrument_environment(parsed.instrument)
     if parsed.replay.trace is not None:

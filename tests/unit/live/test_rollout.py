@@ -17,6 +17,7 @@ from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.live.rollout import RolloutRouter
 from verl_rlhfless.live.routing import RoutingSettings
 from verl_rlhfless.live.tickets import Grant, Outcome, OutcomeKind, RouterSettings, SampleKey, SessionEnd, Ticket
+from verl_rlhfless.policy.learnt import ReplicaTimes, StepTimes
 from verl_rlhfless.policy.perf import EngineLimits
 from verl_rlhfless.policy.routing import RoutingPolicy
 
@@ -425,3 +426,35 @@ def test_gpus_are_free_only_after_the_fleet_confirmed_their_return() -> None:
         assert world.router.desk.free_gpus == free + 1
 
     on_planning_router(check, min_replicas=2, max_replicas=2, tensor_parallel_sizes=[1])
+
+
+def test_a_limit_that_later_steps_cannot_meet_does_not_end_the_run() -> None:
+    async def check(world: World) -> None:
+        first = announcement(groups=2, n=1)
+        await world.finish(await start_planned(world, first), tokens=1)
+        await world.router.report()
+        await world.router.learn_costs(StepTimes((), None, phases_s=500.0, publish_s=None))
+        decision = await world.router.plan(announcement(2), num_warm=4)
+        assert "nearest to a limit" in decision.reason and "Feasible" in decision.reason
+
+    on_planning_router(check, max_step_s=60.0)
+
+
+def test_slow_starts_and_phases_of_one_step_are_expected_of_the_next_one() -> None:
+    async def check(world: World) -> None:
+        first = announcement()
+        before = await world.router.plan(announcement(), num_warm=4)
+        await world.finish(await start_planned(world, first), tokens=20)
+        await world.router.report()
+        slow = ReplicaTimes(is_warm=True, grant_s=1.0, start_s=30.0, load_s=2.0)
+        await world.router.learn_costs(StepTimes((slow,), 0.5, phases_s=20.0, publish_s=1.0))
+        after = await world.router.plan(announcement(2), num_warm=4)
+        assert before.forecast is not None and after.forecast is not None
+        assert after.forecast.rollout_s > 33.0
+        assert after.forecast.step_s > after.forecast.rollout_s + 20.0
+        other = RolloutRouter({})
+        await other.restore_costs(await world.router.costs())
+        await other.configure_rollouts(RouterSettings(), settings("elastic", {"name": "cost_aware"}))
+        assert await other.costs() == await world.router.costs()
+
+    on_planning_router(check)
