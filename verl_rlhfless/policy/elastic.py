@@ -43,7 +43,7 @@ class Resizing:
             limits = (self.goal.hysteresis, len(plan.fleet))
             change = consolidate(view, self.refine(view), plan.price, limits)
         moves = routed.moves or change.moves
-        ended = empty_replicas(view, moves) if not change.starts else ()
+        ended = () if routed.moves or change.starts else empty_replicas(view, moves)
         return replace(
             routed,
             starts=change.starts,
