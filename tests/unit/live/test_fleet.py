@@ -104,6 +104,7 @@ class FakeWarmPool:
 
     def __init__(self) -> None:
         self.num_fills = 0
+        self.num_waiting = 1
         self.is_closed = False
 
     def fill(self) -> None:
@@ -288,3 +289,12 @@ def test_replicas_of_different_sizes_start_and_the_router_knows_each(fleet: Flee
     assert router.expected == [2, 1, 1] and sorted(router.tps) == [1, 1, 2]
     assert sorted(replica.world_size for replica in fleet.replicas) == [1, 1, 2] and fleet.max_gpus == 4
     fleet.release()
+
+
+def test_starts_on_a_server_in_waiting_are_told_from_cold_ones(fleet: Fleet) -> None:
+    started(fleet, 1, (2,))
+    assert sorted(start.is_warm for start in fleet.starts) == [False, True], "one server was in waiting"
+    fleet.release()
+    assert len(fleet.releases_s) == 2
+    started(fleet, 2, (1,))
+    assert len(fleet.starts) == 1 and not fleet.releases_s, "each step has its own"
