@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -141,9 +142,18 @@ class RoutingSettings:
             asked = self.config.planner.tensor_parallel_sizes
             action = "Raise rlhfless.pool.max_gpus, or declare tp_speedup in rlhfless.instrument.pace."
             raise ConfigError("rlhfless.planner.tensor_parallel_sizes", asked, rule, action)
-        pool = self._pool(sizes, self.replica_gpus)
+        pool = self._pool(self._holding(sizes), self.replica_gpus)
         trainer = replace(pool.trainer, num_gpus=self.trainer_gpus)
         return replace(pool, trainer=trainer, warm={tp: tp * num_warm for tp in sizes}, keeps_trainer=True)
+
+    def _holding(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the sizes at which a replica holds the model; all of those that were asked for must."""
+        found = []
+        for tp in sizes if self.config.planner.tensor_parallel_sizes is None else ():
+            with contextlib.suppress(ConfigError):
+                self._pool((tp,), tp)
+                found.append(tp)
+        return tuple(found) or sizes
 
     def pool(self, fleet: Sequence[int]) -> PoolSnapshot:
         """Return what is known of replicas of these tensor-parallel sizes.
