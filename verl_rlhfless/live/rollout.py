@@ -180,10 +180,8 @@ class RolloutRouter(Router):
     async def configure_rollouts(self, settings: RouterSettings, routing: RoutingSettings) -> None:
         """Take the settings of a run, before its first rollout."""
         self._routing = routing
-        self.desk, self._planner = (
-            FleetDesk(routing.tp, routing.replica_gpus),
-            LivePlanner(routing, self._restored_costs),
-        )
+        self.desk = FleetDesk(routing.tp, routing.replica_gpus)
+        self._planner = LivePlanner(routing, self._restored_costs)
         await self.configure(settings)
 
     async def plan(self, announced: Announcement, num_warm: int) -> FleetDecision:
@@ -237,9 +235,7 @@ class RolloutRouter(Router):
             logger.info("rlhfless: step %d: further prompts join without a plan", announced.step)
             return
         await self._control_ended()
-        assert self._routing is not None and self._planner is not None, (
-            "a router is configured before its first rollout"
-        )
+        assert self._routing is not None and self._planner is not None, "configured before the first rollout"
         servers = await self.get_all_servers()
         fleet = (*(self.desk.tp_of(server) for server in servers), *self.desk.expected)
         if not fleet:

@@ -17,6 +17,7 @@ from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.live.rollout import RolloutRouter
 from verl_rlhfless.live.routing import RoutingSettings
 from verl_rlhfless.live.tickets import Grant, Outcome, OutcomeKind, RouterSettings, SampleKey, SessionEnd, Ticket
+from verl_rlhfless.policy import routing as routing_module
 from verl_rlhfless.policy.learnt import ReplicaTimes, StepTimes
 from verl_rlhfless.policy.perf import EngineLimits
 from verl_rlhfless.policy.routing import RoutingPolicy
@@ -365,7 +366,11 @@ def test_a_deadline_that_no_fleet_meets_is_refused_before_anything_is_leased() -
     on_planning_router(check, max_step_s=0.1)
 
 
-def test_a_replica_whose_last_sample_ended_is_given_back_while_the_others_decode() -> None:
+def test_a_replica_whose_last_sample_ended_is_given_back_while_the_others_decode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(routing_module, "_LOOK_S", 60.0)  # at once, and not at the next look
+
     async def check(world: World) -> None:
         announced = announcement()
         grants = await start_planned(world, announced)
