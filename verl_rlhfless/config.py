@@ -19,6 +19,19 @@ TRAINER_MODE = "rlhfless_sync"
 _INACTIVE = ("off", "stock", None)
 
 
+def _check_sizes(key: str, value: tuple[Any, ...] | None) -> None:
+    if value is not None and not value:
+        raise ConfigError(key, [], "must not be empty", f"Write {key}=[1,2], or null for every legal size.")
+    wrong = [n for n in value or () if isinstance(n, bool) or not isinstance(n, int) or n < 1]
+    if wrong:
+        raise ConfigError(
+            key,
+            list(value or ()),
+            f"every entry must be an integer >= 1, and {wrong[0]!r} is not",
+            f"Write {key}=[1,2].",
+        )
+
+
 def _check_schedule(key: str, value: tuple[Any, ...]) -> None:
     if not value:
         raise ConfigError(key, [], "must not be empty", f"Give the number of replicas of each step: {key}=[1,2].")
@@ -75,11 +88,39 @@ class WeightsConfig(Section):
 
 @dataclass(frozen=True, slots=True)
 class PlannerConfig(Section):
-    """How many rollout replicas a step leases: ``schedule`` repeats when the run has more steps than entries."""
+    """Which rollout replicas a step leases.
+
+    ``fixed`` starts as many as ``schedule`` says, and repeats it when the run has more steps than entries.
+    ``cost_aware`` plans each step's fleet from predicted lengths: ``cost_weight`` 0 = only time, 1 = only cost;
+    ``max_step_s`` and ``max_usd_per_step`` are limits of a step, the trainer's GPUs included; ``tensor_parallel_sizes``
+    are the sizes to choose from, ``None`` = every one that the model and a node allow.
+    """
 
     KEY: ClassVar[str] = "rlhfless.planner"
-    name: str = one_of("off", "fixed")
+    name: str = one_of("off", "fixed", "cost_aware")
     schedule: tuple[int, ...] = field(default=(1,), metadata={RULE: _check_schedule})
+    cost_weight: float = within(0.0, 1.0, default=0.5)
+    max_step_s: float | None = within(1e-3, default=None)
+    max_usd_per_step: float | None = within(1e-9, default=None)
+    usd_per_gpu_hour: float | None = within(1e-9, default=None)
+    min_replicas: int = within(1, default=1)
+    max_replicas: int | None = within(1, default=None)
+    tensor_parallel_sizes: tuple[int, ...] | None = field(default=None, metadata={RULE: _check_sizes})
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        for name in ("max_step_s", "max_usd_per_step"):
+            if self.name == "fixed" and getattr(self, name) is not None:
+                rule = "limits a planned fleet, and rlhfless.planner.name=fixed plans none"
+                action = "Choose rlhfless/planner=cost_aware, or remove the limit."
+                raise ConfigError(f"{self.KEY}.{name}", getattr(self, name), rule, action)
+        if self.max_usd_per_step is not None and self.usd_per_gpu_hour is None:
+            rule = "needs the price of a GPU, and rlhfless.planner.usd_per_gpu_hour is not set"
+            action = f"Set {self.KEY}.usd_per_gpu_hour=PRICE, or remove the limit."
+            raise ConfigError(f"{self.KEY}.max_usd_per_step", self.max_usd_per_step, rule, action)
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            rule = f"must be at most {self.KEY}.max_replicas={self.max_replicas}"
+            raise ConfigError(f"{self.KEY}.min_replicas", self.min_replicas, rule, "Correct one of the two.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +242,9 @@ class RlhflessConfig:
         if self.predictor.name == "oracle" and self.replay.trace is None:
             rule = "reads true lengths from a replayed trace, and rlhfless.replay.trace is not set"
             raise ConfigError("rlhfless.predictor.name", "oracle", rule, "Set rlhfless.replay.trace=FILE.")
+        if self.plans and self.predictor.name == "off":
+            rule = "plans from predicted lengths, and rlhfless.predictor.name=off predicts none"
+            raise ConfigError("rlhfless.planner.name", "cost_aware", rule, "Choose rlhfless/predictor=history.")
         if self.has_own_rollout:
             return
         for section in (self.predictor, self.dispatcher, self.prefix_dedup, self.migration):
@@ -213,6 +257,11 @@ class RlhflessConfig:
     def is_elastic(self) -> bool:
         """Whether rollout replicas are leased in each step."""
         return self.pool.name == "elastic"
+
+    @property
+    def plans(self) -> bool:
+        """Whether each step's fleet follows from predicted lengths."""
+        return self.planner.name == "cost_aware"
 
     @property
     def has_own_rollout(self) -> bool:

@@ -81,7 +81,9 @@ def _enact(reaction: Reaction, view: RolloutView, ports: RolloutPorts, record: R
         assert not (view.state[move.samples] == FINISHED).any(), "a policy moved a finished sample"
         record.num_migrations += int(is_cut.sum())
         ports.engine.place(move.samples, move.replica)
+    if reaction.releases:
+        ports.pool.release(reaction.releases)
     if reaction.fuse_gpus:
         ports.inference.fuse(reaction.fuse_gpus)
-    if reaction.starts or reaction.moves or reaction.fuse_gpus:
+    if reaction.starts or reaction.moves or reaction.releases or reaction.fuse_gpus:
         record.reactions.append((view.now_s, reaction))

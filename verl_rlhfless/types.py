@@ -101,12 +101,30 @@ class ReplicaSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Forecast:
+    """What the planner expects of a step.
+
+    Attributes:
+        rollout_s: From the request for the fleet to the last sample's end.
+        step_s: The whole step.
+        gpu_s: GPU-seconds of the step, the trainer's included.
+        static_step_s: A step of the best static fleet on the same budget.
+    """
+
+    rollout_s: float
+    step_s: float
+    gpu_s: float
+    static_step_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class FleetDecision:
     """The replicas of one step, with the reason that is logged, asserted on and counted."""
 
     step: int
     replicas: tuple[ReplicaSpec, ...]
     reason: str
+    forecast: Forecast | None = None
 
     @property
     def num_gpus(self) -> int:

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from verl_rlhfless.config import RlhflessConfig, parse_config
+from verl_rlhfless.config import PlannerConfig, RlhflessConfig, parse_config
 
 REQUESTS = {
     "predictor": "history",
@@ -80,6 +80,14 @@ def test_the_values_of_the_groups_are_those_of_the_schema() -> None:
 def test_a_group_and_its_values_are_chosen_with_plain_overrides() -> None:
     config = compose_ppo("+rlhfless=default", "rlhfless/planner=fixed", "rlhfless.planner.schedule=[1,2,1,2]")
     assert read(config).planner.schedule == (1, 2, 1, 2)
+
+
+def test_a_planned_fleet_is_chosen_like_any_part_and_its_limits_are_plain_overrides() -> None:
+    prices = ["rlhfless.planner.max_usd_per_step=2", "rlhfless.planner.usd_per_gpu_hour=3.5"]
+    config = compose_ppo("+rlhfless=default", "rlhfless/planner=cost_aware", *prices)
+    assert set(config.rlhfless.planner) == set(PlannerConfig.__dataclass_fields__) - {"KEY"}
+    planner = read(config).planner
+    assert planner == PlannerConfig("cost_aware", max_usd_per_step=2.0, usd_per_gpu_hour=3.5)
 
 
 def test_every_part_can_be_switched_alone() -> None:

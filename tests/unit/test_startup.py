@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -76,6 +78,16 @@ REFUSED = [
         {},
         ["ray_kwargs.ray_init.num_gpus=4", "need 5"],
     ),
+    (
+        ["rlhfless/planner=cost_aware", "rlhfless.planner.min_replicas=3", "rlhfless.pool.max_gpus=4"],
+        {},
+        ["rlhfless.pool.max_gpus=4", "smallest planned fleet, 3 replicas", "need 5", "rlhfless.planner.min_replicas"],
+    ),
+    (
+        ["rlhfless/planner=cost_aware", "rlhfless.planner.max_usd_per_step=1"],
+        {},
+        ["rlhfless.planner.max_usd_per_step=1.0", "rlhfless.planner.usd_per_gpu_hour=PRICE"],
+    ),
     (["data.train_files=/nowhere/train.parquet"], {}, ["data.train_files='/nowhere/train.parquet'", "missing"]),
     ([], {"VERL_USE_EXTERNAL_PLUGINS": "none"}, ["VERL_USE_EXTERNAL_PLUGINS='none'", "configured but not active"]),
     ([], {"VERL_USE_EXTERNAL_PLUGINS": "a,b"}, ["VERL_USE_EXTERNAL_PLUGINS='a,b'", "configured but not active"]),
@@ -126,6 +138,25 @@ def test_refused_before_anything_starts(
         check_run(recipe("+rlhfless=default", *overrides), environ)
     for part in parts:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("rlhfless.planner.tensor_parallel_sizes=[1,3]", "3 must be at most 6 GPUs and divide the model's 4 heads"),
+        ("rlhfless.planner.tensor_parallel_sizes=[8]", "8 must be at most 6 GPUs"),
+    ],
+)
+def test_a_tensor_parallel_size_that_the_model_cannot_have_is_refused_before_ray_starts(
+    recipe: Compose, tmp_path: Path, override: str, part: str
+) -> None:
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "num_hidden_layers": 2}
+    config = {**sizes, "intermediate_size": 128, "vocab_size": 99}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    overrides = ["rlhfless/planner=cost_aware", "rlhfless.pool.max_gpus=8", f"actor_rollout_ref.model.path={tmp_path}"]
+    check_run(recipe("+rlhfless=default", *overrides), {})
+    with pytest.raises(RlhflessError, match=re.escape(part)):
+        check_run(recipe("+rlhfless=default", *overrides, override), {})
 
 
 def test_an_elastic_run_says_what_is_active(recipe: Compose) -> None:
@@ -267,12 +298,8 @@ def test_any_other_end_of_a_run_is_hydras_business(value: object, capsys: pytest
 )
 def test_what_works_on_the_trainers_gpus_keeps_its_lease(recipe: Compose, overrides: tuple[str, ...], why: str) -> None:
     config = recipe("+rlhfless=default", *overrides)
-    reason = why_lease_is_kept(config, config.rlhfless.pool.suspend_trainer, config.rlhfless.fusion.name)
+    reason = why_lease_is_kept(config, config.rlhfless.pool.suspend_trainer)
     assert reason.startswith(why) and bool(reason) == bool(why)
-
-
-def test_fusion_keeps_the_trainers_lease(recipe: Compose) -> None:
-    assert "rlhfless.fusion.name=on" in why_lease_is_kept(recipe("+rlhfless=default"), "auto", "on")
 
 
 def test_with_a_trainer_that_leaves_the_replicas_may_use_the_whole_budget(recipe: Compose) -> None:

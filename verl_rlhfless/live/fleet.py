@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,9 +18,11 @@ from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import ReplicaError, RlhflessError
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.lease import DeviceKey
+from verl_rlhfless.live.orders import StartReplica
 from verl_rlhfless.live.parking import ParkingLot
 from verl_rlhfless.live.replica import ElasticReplica, WeightSource
 from verl_rlhfless.live.warm_pool import WarmPool
+from verl_rlhfless.policy.learnt import ReplicaTimes
 from verl_rlhfless.types import FleetDecision, ReplicaSpec
 
 logger = logging.getLogger(__name__)
@@ -30,8 +33,12 @@ class Fleet:
 
     Attributes:
         replicas: Those that came up.
+        num_started: Replicas that came up for the last decision, those that have ended since included.
         max_gpus: GPUs that the last decision leased.
         parking: Engines that sleep between two rollouts.
+        gpu_s: GPU-seconds of the leases of its replicas that have ended.
+        starts: What it took each of its replicas to come up.
+        releases_s: What it took each to leave its GPUs, once it was drained.
     """
 
     def __init__(
@@ -45,7 +52,11 @@ class Fleet:
         self._ranks = itertools.count()
         self.replicas: list[ElasticReplica] = []
         self._asked_for: list[ElasticReplica] = []
-        self.max_gpus = 0
+        self.max_gpus = self.num_started = 0
+        self.gpu_s = 0.0
+        self.starts: list[ReplicaTimes] = []
+        self.releases_s: list[float] = []
+        self._num_warm = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rlhfless-fleet")
         self._starting: Future[list[str]] | None = None
         self._life: Future[None] | None = None
@@ -53,13 +64,19 @@ class Fleet:
         self._warm_servers = warm_servers
         self._warm_servers.fill()
 
+    @property
+    def num_warm(self) -> int:
+        """Replicas that would wake a parked engine, or start on a server whose imports are done."""
+        return self.parking.num_parked + self._warm_servers.num_waiting
+
     def start(self, decision: FleetDecision, weights: WeightSource) -> None:
         """Begin to start every replica of the decision at once, and return; the router knows how many will come."""
         assert not self.replicas and self._starting is None, "a fleet is released before the next one starts"
         logger.info("rlhfless: step %d: %s", decision.step, decision.reason)
-        self.max_gpus = decision.num_gpus
+        self.max_gpus, self.num_started, self.gpu_s = decision.num_gpus, 0, 0.0
+        self.starts, self.releases_s, self._num_warm = [], [], self.num_warm
         self.parking.expect(decision)
-        ray.get(self._router.expect.remote(len(decision.replicas)))
+        ray.get(self._router.expect.remote([spec.tp for spec in decision.replicas]))
         candidates = self._asked_for = [self._new_replica(spec) for spec in decision.replicas]
         self._starting = Future()
         self._life = self._thread.submit(asyncio.run, self._live(candidates, weights, self._starting))
@@ -84,29 +101,59 @@ class Fleet:
             return
         failures = self._starting.result()
         self._starting = None
-        if not self.replicas:
+        if not self.num_started:
             raise ReplicaError("no rollout replica came up. " + " | ".join(failures))
 
     async def _live(self, candidates: list[ElasticReplica], weights: WeightSource, started: Future[list[str]]) -> None:
         """Start the replicas, then replace lost ones for as long as the router asks."""
+        orders = asyncio.create_task(self._take_orders(weights))
         try:
             started.set_result(await self._start_all(candidates, weights))
         except BaseException as error:  # noqa: BLE001  handed to the thread that waits for the start
             started.set_exception(error)
+            orders.cancel()
             return
+        await orders
+
+    async def _take_orders(self, weights: WeightSource) -> None:
+        """Start and end replicas as the router asks, side by side, until it asks for no more."""
+        running = []
         with contextlib.suppress(ray.exceptions.RayActorError):  # a router that is gone asks for nothing
-            while (tp := await self._router.wanted.remote()) is not None:
-                await self._give_back_lost()
-                await self._try_start(self._new_replica(ReplicaSpec(tp)), weights)
+            while (order := await self._router.wanted.remote()) is not None:
+                work = self._replace(order.tp, weights) if isinstance(order, StartReplica) else self._end(order.server)
+                running.append(asyncio.create_task(work))
+        await asyncio.gather(*running)
+
+    async def _replace(self, tp: int, weights: WeightSource) -> None:
+        await self._give_back_lost()
+        await self._try_start(self._new_replica(ReplicaSpec(tp)), weights)
+
+    async def _end(self, server: str) -> None:
+        """Release one replica in mid-rollout; one that can't be released is tried again at the end, which raises."""
+        replica = next((replica for replica in self.replicas if replica.server_address == server), None)
+        if replica is None:
+            return  # it died meanwhile, and was released as lost
+        self.replicas.remove(replica)
+        try:
+            await self._release_one(replica)
+        except RlhflessError as error:
+            logger.error("rlhfless: %s could not be released: %s", replica.name, error)
+            self.replicas.append(replica)
+            return
+        await self._router.lease_returned.remote(replica.world_size)
 
     async def _give_back_lost(self) -> None:
         """Return the leases of dead replicas: the next one may need their GPUs."""
-        are_lost = await asyncio.gather(*[replica.is_lost() for replica in self.replicas])
-        lost = [replica for replica, is_lost in zip(self.replicas, are_lost, strict=True) if is_lost]
+        replicas = list(self.replicas)
+        are_lost = await asyncio.gather(*[replica.is_lost() for replica in replicas])
+        lost = [r for r, is_lost in zip(replicas, are_lost, strict=True) if is_lost and r in self.replicas]
         self.replicas = [replica for replica in self.replicas if replica not in lost]
-        for outcome in await asyncio.gather(*[self._release_one(replica) for replica in lost], return_exceptions=True):
+        outcomes = await asyncio.gather(*[self._release_one(replica) for replica in lost], return_exceptions=True)
+        for replica, outcome in zip(lost, outcomes, strict=True):
             if isinstance(outcome, BaseException):
                 logger.error("rlhfless: a lost replica could not be ended: %s", outcome)
+            else:
+                await self._router.lease_returned.remote(replica.world_size)
 
     async def _start_all(self, candidates: list[ElasticReplica], weights: WeightSource) -> list[str]:
         """Return why replicas did not come up."""
@@ -119,18 +166,24 @@ class Fleet:
         except Exception as error:  # noqa: BLE001  told to the router, recorded, and raised if nobody came up
             self._events.write("replica_failed", replica=replica.name, reason=str(error))
             logger.error("rlhfless: %s: %s", replica.name, error)
-            await self._router.give_up_expected.remote()
+            await self._router.give_up_expected.remote(replica.world_size)
             return f"{replica.name}: {error}"
         return ""
 
     async def _start_one(self, fresh: ElasticReplica, weights: WeightSource) -> None:
+        self._num_warm, is_warm = self._num_warm - 1, self._num_warm > 0
+        asked_s = time.time()
         replica, report = await self.parking.bring_up(fresh, weights)
         self.replicas.append(replica)
         assert replica.lease is not None
+        granted_s = replica.lease.granted_s
+        start_s = time.time() - granted_s - report.seconds
+        self.starts.append(ReplicaTimes(is_warm, granted_s - asked_s, max(0.0, start_s), report.seconds))
         self._events.write(
             "pulled", lease=replica.lease.name, version=report.version, checksum=report.checksum, seconds=report.seconds
         )
-        await self._router.add_servers.remote({replica.server_address: replica.server_handle})
+        self.num_started += 1
+        await self._router.add_servers.remote({replica.server_address: replica.server_handle}, replica.world_size)
         self._events.write("replica_ready", lease=replica.lease.name)
 
     def _new_replica(self, spec: ReplicaSpec) -> ElasticReplica:
@@ -179,7 +232,9 @@ class Fleet:
         return [*left, *released]
 
     async def _release_one(self, replica: ElasticReplica) -> None:
-        await self.parking.retire(replica)
+        self.releases_s.append(await self.parking.retire(replica))
+        assert replica.lease is not None and replica.lease.released_s is not None
+        self.gpu_s += replica.world_size * (replica.lease.released_s - replica.lease.granted_s)
 
 
 def _can_sleep(rollout: Any) -> bool:

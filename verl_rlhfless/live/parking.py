@@ -90,8 +90,8 @@ class ParkingLot:
         self._version_bytes = report.num_bytes
         return fresh, report
 
-    async def retire(self, replica: ElasticReplica) -> None:
-        """Park a replica that has left the router, or end it.
+    async def retire(self, replica: ElasticReplica) -> float:
+        """Park a replica that has left the router, or end it; return how long that took once it was drained [s].
 
         Raises:
             ReplicaError: A process survived; the lease is kept.
@@ -100,8 +100,7 @@ class ParkingLot:
         decision = await self._decide(replica)
         if decision.park:
             try:
-                await self._park(replica, decision)
-                return
+                return await self._park(replica, decision)
             except ReplicaError as error:
                 decision = ParkDecision(False, str(error))
         report = await replica.release()
@@ -113,6 +112,7 @@ class ParkingLot:
             reason=decision.reason,
             **dataclasses.asdict(report),
         )
+        return report.engine_s + report.lease_s
 
     async def make_room(self) -> None:
         """End parked engines, the one that sleeps longest first, while their host has no room for the next weights."""
@@ -210,7 +210,7 @@ class ParkingLot:
     def _reserved_bytes(self) -> int:
         return _VERSIONS_IN_PROGRESS * self._version_bytes
 
-    async def _park(self, replica: ElasticReplica, decision: ParkDecision) -> None:
+    async def _park(self, replica: ElasticReplica, decision: ParkDecision) -> float:
         report = await replica.park()
         assert replica.lease is not None and replica.state is ReplicaState.PARKED
         self._parked.append(replica)
@@ -223,6 +223,7 @@ class ParkingLot:
         )
         if len(self._parked) > self._largest_fleet:
             await self._end(self._parked[0], "more are parked than the largest fleet needs")
+        return report.sleep_s + report.lease_s
 
     async def _end(self, replica: ElasticReplica, reason: str) -> None:
         self._parked.remove(replica)

@@ -20,12 +20,13 @@ from verl.workers.rollout.llm_server import LLMServerManager
 
 from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import DataError, ReplicaError
+from verl_rlhfless.live.accelerator import Accelerator
 from verl_rlhfless.live.client import ElasticClient
 from verl_rlhfless.live.completeness import RolloutLedger
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.request_server import RequestReplica
 from verl_rlhfless.live.rollout import RolloutReport
-from verl_rlhfless.live.routing import RoutingSettings
+from verl_rlhfless.live.routing import Nodes, RoutingSettings
 from verl_rlhfless.live.tickets import RouterSettings
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ class RequestTrainer(PPOTrainerSync):
     def _setup(self) -> None:
         LLMServerManager.rollout_replica_class = RequestReplica  # "for recipe to change"
         super()._setup()
-        ray.get(self._router.configure_rollouts.remote(self._router_settings(), self._routing_settings()))
+        self._routing = self._routing_settings()
+        ray.get(self._router.configure_rollouts.remote(self._router_settings(), self._routing))
         logger.info("rlhfless: active: %s", self._settings.active())
 
     @property
@@ -73,10 +75,8 @@ class RequestTrainer(PPOTrainerSync):
 
     def _routing_settings(self) -> RoutingSettings:
         model: HFModelConfig = omega_conf_to_dataclass(self.config.actor_rollout_ref.model)
-        settings = RoutingSettings.of_run(
-            self.config, self._settings, model.hf_config.to_dict(), ray.cluster_resources()
-        )
-        settings.pool(1)  # a model without a performance model is refused now
+        settings = RoutingSettings.of_run(self.config, self._settings, model.hf_config.to_dict(), _nodes())
+        settings.pool((settings.tp,))  # a model without a performance model is refused now
         return settings
 
     def get_llm_client(self) -> ElasticClient:
@@ -94,12 +94,20 @@ class RequestTrainer(PPOTrainerSync):
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
+        self._restore(LENGTHS_FILE, self._router.restore_lengths)
+
+    def _restore(self, name: str, restore: Any) -> None:
+        """Give the router what a file of the checkpoint holds, if there is one.
+
+        Raises:
+            DataError: The file does not hold such state.
+        """
         trainer = self.config.trainer
         folder = Path(trainer.default_local_dir) / f"global_step_{self.global_steps}"
-        path = (Path(trainer.resume_from_path) if trainer.resume_mode == "resume_path" else folder) / LENGTHS_FILE
+        path = (Path(trainer.resume_from_path) if trainer.resume_mode == "resume_path" else folder) / name
         if self.global_steps and path.exists():
             try:
-                ray.get(self._router.restore_lengths.remote(path.read_text(encoding="utf-8")))
+                ray.get(restore.remote(path.read_text(encoding="utf-8")))
             except ray.exceptions.RayTaskError as error:
                 raise DataError(f"{path}: {error.cause}") from error
 
@@ -139,6 +147,13 @@ class RequestTrainer(PPOTrainerSync):
     def _balance_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         self._rollout_ledger.check(batch.keys, self.config.data.train_batch_size)
         return super()._balance_batch(batch, *args, **kwargs)
+
+
+def _nodes() -> Nodes:
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    accelerator = Accelerator.of_platform().resource
+    names = {name for resources in found for name in resources}
+    return Nodes(tuple(int(resources.get(accelerator, 0)) for resources in found), tuple(sorted(names)))
 
 
 def _adapt_to_verl(config: DictConfig, settings: RlhflessConfig) -> None:

@@ -88,6 +88,11 @@ class RequestBook:
         has_dry = any(table.head(r) is None and not self._load(r).num_requests for r in ready)
         return has_dry and any(table.head(r) is not None for r in table.replicas)
 
+    def num_idle_replicas(self) -> int:
+        """Return how many ready replicas have nothing running and nothing waiting."""
+        ready = [r for r in self._announced().replicas if r.state == READY]
+        return sum(not r.num_waiting and not self._load(r).num_requests for r in ready)
+
     # ---- replicas and servers
 
     def add_replica(self, tp: int, server: str | None = None) -> int:
@@ -102,13 +107,17 @@ class RequestBook:
         assert entry.state == STARTING and server in self.servers.loads, (entry.state, server)
         entry.state, entry.server = READY, server
 
-    def drain_replica(self, replica: int) -> None:
-        """Give a replica no more work; what waits there is held, what runs there goes on."""
+    def drain_replica(self, replica: int) -> str | None:
+        """Give a replica no more work, and return its server if it has one.
+
+        What waits there is held, what runs there goes on.
+        """
         entry = self._announced().replicas[replica]
         if entry.server is not None:
             self.drain_server(entry.server)
         else:
             self._announced().retire(entry)
+        return entry.server
 
     def lose_replica(self, replica: int) -> None:
         """Note that a replica is dead: its samples are held, and their clients will report."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,16 +23,20 @@ import ray
 from verl_rlhfless.control import run_rollout
 from verl_rlhfless.errors import ReplicaError, UnsupportedError
 from verl_rlhfless.live.announcement import Announcement
+from verl_rlhfless.live.orders import FleetDesk, Order
+from verl_rlhfless.live.planner import LivePlanner
 from verl_rlhfless.live.preload import SERVER_MODULE, import_in_background
 from verl_rlhfless.live.router import ACTOR_OPTIONS, WAITING, Router
 from verl_rlhfless.live.routing import RoutingSettings
 from verl_rlhfless.live.samples import Rollout
-from verl_rlhfless.live.tickets import RouterSettings
+from verl_rlhfless.live.tickets import Delta, RouterSettings
 from verl_rlhfless.policy.arm import Policy
 from verl_rlhfless.policy.baselines.stock import NoReaction
+from verl_rlhfless.policy.learnt import CostModel, StepTimes
 from verl_rlhfless.policy.predict import LengthModel, learn
 from verl_rlhfless.policy.snapshot import FINISHED, STARTING, Batch, IntArray, RolloutPlan, RolloutView
 from verl_rlhfless.ports import RolloutPorts
+from verl_rlhfless.types import FleetDecision
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +54,8 @@ class RolloutReport:
         rollout_s: From the announcement to the last sample's end.
         router_cpu_s: CPU time of the router's process meanwhile: requests, journal and decisions.
         failure: Why no decisions were made to the end; empty when they were.
+        num_released: Replicas that gave their lease back before the last sample ended.
+        num_started: Replicas that were asked for during the rollout.
     """
 
     step: int
@@ -59,19 +66,23 @@ class RolloutReport:
     rollout_s: float
     router_cpu_s: float
     failure: str = ""
+    num_released: int = 0
+    num_started: int = 0
 
 
 class LiveRollout:
     """The ports of one rollout over the router's book."""
 
-    def __init__(self, router: RolloutRouter, step: int, servers: Sequence[str], num_expected: int) -> None:
-        self._router, self._book = router, router.book
-        self._num_expected = num_expected
+    def __init__(self, router: RolloutRouter, step: int, servers: Sequence[str]) -> None:
+        self._router, self._book, self._desk = router, router.book, router.desk
+        self._expected = list(router.desk.expected)
         self._version = step - 1  # every token of a step comes from the weights of the step before
         self._servers = list(servers)
         self._began_s = time.monotonic()
         self._changed = asyncio.Event()
         self._was_dry = False
+        self._num_idle: float = math.inf  # until every sample has its first place
+        self.num_released = 0
 
     # ---- clock
 
@@ -91,29 +102,34 @@ class LiveRollout:
 
     def on_change(self) -> None:
         """Take note of any change of the book; most need no decision."""
-        is_dry = self._book.has_dry_replica()
-        if self._book.is_done or (is_dry and not self._was_dry):
+        is_dry, num_idle = self._book.has_dry_replica(), self._book.num_idle_replicas()
+        if self._book.is_done or (is_dry and not self._was_dry) or num_idle > self._num_idle:
             self._changed.set()
-        self._was_dry = is_dry
+        self._was_dry, self._num_idle = is_dry, num_idle
 
     # ---- replicas
 
     def start(self, tps: Sequence[int]) -> None:
         """Add replicas; those whose server is up are ready, the others are expected or asked for."""
         for tp in tps:
-            if self._servers:
-                self._book.add_replica(tp, self._servers.pop(0))
+            server = next((server for server in self._servers if self._desk.tp_of(server) == tp), None)
+            if server is not None:
+                self._servers.remove(server)
+                self._book.add_replica(tp, server)
                 continue
             replica = self._book.add_replica(tp)
-            if self._num_expected:
-                self._num_expected -= 1
+            if tp in self._expected:
+                self._expected.remove(tp)
             elif not self._router.want_replica(tp):
                 self._book.lose_replica(replica)
 
     def release(self, replicas: Sequence[int]) -> None:
-        """Give replicas no more work."""
+        """Give replicas no more work; an elastic one's lease is given back with its last request."""
         for replica in replicas:
-            self._book.drain_replica(replica)
+            server = self._book.drain_replica(replica)
+            if server is not None:
+                self.num_released += 1
+                self._desk.end(server)
 
     # ---- requests
 
@@ -123,7 +139,7 @@ class LiveRollout:
 
     def observe(self) -> RolloutView:
         """Return the rollout as it is now."""
-        return self._book.view(self.now_s())
+        return self._book.view(self.now_s(), self._desk.free_gpus)
 
     def is_done(self) -> bool:
         """Return whether every announced sample is complete."""
@@ -152,8 +168,10 @@ class RolloutRouter(Router):
         import_in_background(SERVER_MODULE)
         self._routing: RoutingSettings | None = None
         self._lengths = LengthModel()
-        self._num_expected = self._num_wanted = 0
-        self._wanted: asyncio.Queue[int | None] = asyncio.Queue()
+        self.desk = FleetDesk(1, 0)
+        self._planner: LivePlanner | None = None
+        self._restored_costs = CostModel()  # a checkpoint is loaded before the run's settings come
+        self._last: tuple[Batch, IntArray] | None = None
         self._live: LiveRollout | None = None
         self._control: asyncio.Task[None] | None = None
         self._report: RolloutReport | None = None
@@ -162,11 +180,26 @@ class RolloutRouter(Router):
     async def configure_rollouts(self, settings: RouterSettings, routing: RoutingSettings) -> None:
         """Take the settings of a run, before its first rollout."""
         self._routing = routing
+        self.desk = FleetDesk(routing.tp, routing.replica_gpus)
+        self._planner = LivePlanner(routing, self._restored_costs)
         await self.configure(settings)
 
-    async def expect(self, num_replicas: int) -> None:
-        """Note how many replicas are on their way to the next rollout."""
-        self._num_expected = num_replicas
+    async def plan(self, announced: Announcement, num_warm: int) -> FleetDecision:
+        """Return the fleet for a step, before any of it is leased; ``announce`` follows when it begins to start.
+
+        Args:
+            announced: The step.
+            num_warm: Replicas that would start on a server whose imports are done.
+
+        Raises:
+            ConfigError: No fleet meets the deadline or the budget.
+        """
+        assert self._planner is not None, "a router is configured before its first rollout"
+        return self._planner.plan(announced, self._lengths, num_warm)
+
+    async def expect(self, tps: Sequence[int]) -> None:
+        """Note the size of each replica that is on its way to the next rollout."""
+        self.desk.expect(tps)
 
     def want_replica(self, tp: int) -> bool:
         """Ask the fleet for a replica in place of lost ones; return whether one may come.
@@ -174,21 +207,23 @@ class RolloutRouter(Router):
         Resident replicas can't be replaced, and a rollout that loses one after the other is not worth more leases.
         """
         assert self._routing is not None
-        if not self._routing.config.is_elastic or self._num_wanted >= self.settings.max_retries:
+        if not self._routing.config.is_elastic or self.desk.num_started >= self.settings.max_retries:
             return False
-        self._num_wanted += 1
-        self._num_expected += 1
-        self._wanted.put_nowait(tp)
+        self.desk.start(tp)
         return True
 
     @ray.method(concurrency_group=WAITING)
-    async def wanted(self) -> int | None:
-        """Return the tensor-parallel size of a replica as soon as one more is needed, ``None`` once none will be."""
-        return await self._on_own_loop(self._wanted.get())
+    async def wanted(self) -> Order | None:
+        """Return the next replica to start or to end, as soon as there is one; ``None`` once there will be none."""
+        return await self._on_own_loop(self.desk.orders.get())
 
     async def stop_wanting(self) -> None:
         """End the call that waits in ``wanted``: the fleet is released."""
-        self._wanted.put_nowait(None)
+        self.desk.orders.put_nowait(None)
+
+    async def lease_returned(self, tp: int) -> None:
+        """Note that a replica's GPUs were given back during the rollout."""
+        self.desk.returned(tp)
 
     async def announce(self, announced: Announcement) -> None:
         """Plan a step for the replicas that are up or expected; prompts may be submitted from then on.
@@ -200,23 +235,26 @@ class RolloutRouter(Router):
             logger.info("rlhfless: step %d: further prompts join without a plan", announced.step)
             return
         await self._control_ended()
-        assert self._routing is not None, "a router is configured before its first rollout"
+        assert self._routing is not None and self._planner is not None, "configured before the first rollout"
         servers = await self.get_all_servers()
-        count = len(servers) + self._num_expected
-        if not count:
+        fleet = (*(self.desk.tp_of(server) for server in servers), *self.desk.expected)
+        if not fleet:
             raise ReplicaError(f"step {announced.step}: no rollout replica is up. Look for the replicas' errors above.")
         batch = announced.batch()
-        arm = self._routing.arm(announced, count)
-        pool = self._routing.pool(count)
-        plan = arm.plan(self._lengths, pool, batch)
+        arm = self._routing.arm(announced, fleet)
+        planned, pool = self._planner.next or (None, self._routing.pool(fleet))
+        plan, policy = arm.plan(self._lengths, pool, batch), arm.policy(self._lengths)
+        if planned is not None:
+            plan = replace(plan, price=planned.price)
+            policy = self._routing.resizing(arm, policy, self._lengths)
+        self._planner.next = None
         predicted = arm.predict(self._lengths, batch).mean()
         rank = np.empty_like(plan.order)
         rank[plan.order] = np.arange(len(rank))
         self.begin(Rollout(batch, announced.samples(), rank, predicted, pool))
-        self._live = LiveRollout(self, announced.step, servers, self._num_expected)
-        self._num_wanted = 0
+        self._live = LiveRollout(self, announced.step, servers)
         ports = RolloutPorts(self._live, self._live, self._live, self._live, self._live)
-        control = self._run((arm.policy(self._lengths), plan, ports), batch, self._live)
+        control = self._run((policy, plan, ports), batch, self._live)
         self._control = asyncio.get_running_loop().create_task(control)
         await asyncio.sleep(0)  # the loop has placed every sample when the caller goes on to submit
 
@@ -237,18 +275,44 @@ class RolloutRouter(Router):
         """
         self._lengths = LengthModel.from_json(text)
 
-    async def add_servers(self, servers: dict[str, Any]) -> None:
-        """Take servers in; each is one of the replicas that the rollout expects."""
+    async def progress(self, server: str, delta: Delta) -> None:
+        """Take a server's report, and how fast its engine is."""
+        await super().progress(server, delta)
+        load = self.book.servers.loads.get(server)
+        if load is not None and self._planner is not None:
+            self._planner.speed.note(server, self.desk.tp_of(server), delta, (load.num_requests, load.context_tokens))
+
+    async def learn_costs(self, times: StepTimes) -> None:
+        """Take what a planned step took; the next plan counts with it."""
+        if self._planner is not None and self._last is not None:
+            await self._planner.learn(self._last, times)
+
+    async def costs(self) -> str:
+        """Return what was measured as JSON text, for the checkpoint."""
+        assert self._planner is not None
+        return self._planner.costs.to_json()
+
+    async def restore_costs(self, text: str) -> None:
+        """Take measured costs from a checkpoint, before ``configure_rollouts``.
+
+        Raises:
+            DataError: The text holds none.
+        """
+        self._restored_costs = CostModel.from_json(text)
+
+    async def add_servers(self, servers: dict[str, Any], tp: int | None = None) -> None:
+        """Take servers in; each is one of the replicas that the rollout expects, of ``tp`` GPUs or the recipe's."""
         await super().add_servers(servers)
         for server in servers:
-            if server in self.book.servers.loads and (replica := self._arrived()) is not None:
+            if server in self.book.servers.loads and (replica := self._arrived(tp, server)) is not None:
                 self.book.replica_ready(replica, server)
         self._look_now()
 
-    async def give_up_expected(self) -> None:
-        """Note that one of the replicas that were expected will not come."""
-        if (replica := self._arrived()) is not None:
+    async def give_up_expected(self, tp: int) -> None:
+        """Note that one of the replicas that were expected will not come; its GPUs are given back."""
+        if (replica := self._arrived(tp)) is not None:
             self.book.lose_replica(replica)
+        self.desk.returned(tp)
         self._look_now()
 
     def lose_server(self, server: str, reason: str) -> None:
@@ -256,12 +320,12 @@ class RolloutRouter(Router):
         super().lose_server(server, reason)
         self._look_now()
 
-    def _arrived(self) -> int | None:
-        """Return the replica of the running rollout that waits longest for its server, if any does."""
-        self._num_expected = max(0, self._num_expected - 1)
+    def _arrived(self, tp: int | None, server: str | None = None) -> int | None:
+        """Return the replica of the running rollout and of this size that waits longest for its server, if any does."""
+        size = self.desk.arrived(tp, server)
         if self._live is None:
             return None
-        starting = [r.replica for r in self._live.observe().replicas if r.state == STARTING]
+        starting = [r.replica for r in self._live.observe().replicas if r.state == STARTING and r.tp == size]
         return starting[0] if starting else None
 
     def _look_now(self) -> None:
@@ -296,6 +360,8 @@ class RolloutRouter(Router):
             rollout_s=live.now_s(),
             router_cpu_s=time.process_time() - began_cpu_s,
             failure=failure,
+            num_released=live.num_released,
+            num_started=self.desk.num_started,
         )
         self._live = None
 
@@ -303,6 +369,7 @@ class RolloutRouter(Router):
         view = self.book.view(0.0)
         if (view.generated > 0).all() and (view.state == FINISHED).all():
             self._lengths = learn(self._lengths, batch, view.generated)
+            self._last = batch, view.generated
 
 
 RolloutRouterActor = ray.remote(**ACTOR_OPTIONS)(RolloutRouter)

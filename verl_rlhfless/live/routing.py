@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,27 @@ from verl_rlhfless.live.announcement import Announcement
 from verl_rlhfless.live.devices import UNPACED_CPU, Fleet, declared_pool, find_gpu, gpu_pool
 from verl_rlhfless.live.pacing import PACE_ENV, PaceModel
 from verl_rlhfless.live.replay import plan_of
+from verl_rlhfless.live.sizes import legal_sizes
+from verl_rlhfless.live.suspendable import why_lease_is_kept
+from verl_rlhfless.policy.arm import Policy
+from verl_rlhfless.policy.elastic import Resizing
+from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.perf import EngineLimits
+from verl_rlhfless.policy.predict import LengthModel
 from verl_rlhfless.policy.routing import Routing
 from verl_rlhfless.policy.shapes import parse_model_config
-from verl_rlhfless.policy.snapshot import PoolSnapshot
+from verl_rlhfless.policy.snapshot import PoolSnapshot, RolloutPlan
+from verl_rlhfless.types import FleetDecision, Forecast, ReplicaSpec
 
 _UNKNOWN_KV_TOKENS = 2**24  # an engine tells its own; the declared device's is only used to plan
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """The cluster: GPUs of each node, and the names of all resources."""
+
+    num_gpus: tuple[int, ...]
+    resources: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +53,9 @@ class RoutingSettings:
         model: The model's ``config.json``.
         pace: The declared device; ``None`` when iterations are not paced.
         resources: Names of the cluster's resources.
+        trainer_gpus: GPUs of the trainer's lease.
+        replica_gpus: Most GPUs that replicas of an elastic fleet may lease together.
+        keeps_trainer: The trainer holds its lease during every rollout too.
     """
 
     config: RlhflessConfig
@@ -46,30 +66,44 @@ class RoutingSettings:
     model: Mapping[str, Any]
     pace: PaceModel | None
     resources: tuple[str, ...]
+    trainer_gpus: int = 0
+    replica_gpus: int = 0
+    keeps_trainer: bool = True
 
     @classmethod
-    def of_run(
-        cls, run: Any, config: RlhflessConfig, model: Mapping[str, Any], resources: Iterable[str]
-    ) -> RoutingSettings:
-        """Return the settings of a run of ``verl.trainer.main_ppo`` with the configuration ``run``."""
+    def of_run(cls, run: Any, config: RlhflessConfig, model: Mapping[str, Any], nodes: Nodes) -> RoutingSettings:
+        """Return the settings of a run of ``verl.trainer.main_ppo`` with the configuration ``run``.
+
+        Args:
+            run: verl's configuration.
+            config: The plugin's.
+            model: The model's ``config.json``.
+            nodes: The cluster.
+        """
         rollout = run.actor_rollout_ref.rollout
         pace = os.environ.get(PACE_ENV)
+        trainer_gpus = run.trainer.n_gpus_per_node * run.trainer.nnodes
+        budget = config.pool.max_gpus or sum(nodes.num_gpus)
+        keeps_trainer = bool(why_lease_is_kept(run, config.pool.suspend_trainer))
         return cls(
             config=config,
             tp=rollout.tensor_model_parallel_size,
-            gpus_per_node=run.trainer.n_gpus_per_node,
+            gpus_per_node=max(nodes.num_gpus, default=0) if config.plans else run.trainer.n_gpus_per_node,
             limits=EngineLimits(rollout.max_num_seqs, rollout.max_num_batched_tokens, rollout.gpu_memory_utilization),
             response_length=rollout.response_length,
             model=model,
             pace=PaceModel.parse(pace) if pace else None,
-            resources=tuple(resources),
+            resources=nodes.resources,
+            trainer_gpus=trainer_gpus,
+            replica_gpus=max(0, budget - trainer_gpus) if keeps_trainer else budget,
+            keeps_trainer=keeps_trainer,
         )
 
-    def arm(self, announced: Announcement, num_replicas: int) -> Routing:
-        """Return the policy of one step."""
+    def arm(self, announced: Announcement, fleet: Sequence[int]) -> Routing:
+        """Return the policy of one step on replicas of these tensor-parallel sizes."""
         config = self.config
         return Routing(
-            fleet=(self.tp,) * num_replicas,
+            fleet=tuple(fleet),
             dispatcher=config.dispatcher.name,
             migration=config.migration.name,
             keeps_groups=config.prefix_dedup.name == "on",
@@ -80,15 +114,69 @@ class RoutingSettings:
             truth=self._truth(announced) if config.predictor.name == "oracle" else None,
         )
 
-    def pool(self, num_replicas: int) -> PoolSnapshot:
-        """Return what is known of the replicas: declared, from a data sheet, or measured on this kind of host.
+    def resizing(self, arm: Routing, routing: Policy, lengths: LengthModel) -> Resizing:
+        """Return the policy of a rollout whose fleet was planned, around the one that routes."""
+        consolidates = self.config.migration.name == "cut_and_migrate"
+        return Resizing(routing, partial(arm.refine, lengths), self.goal(), consolidates)
+
+    def goal(self) -> Goal:
+        """Return what a plan is to achieve."""
+        planner = self.config.planner
+        price = None if planner.usd_per_gpu_hour is None else planner.usd_per_gpu_hour / 3600
+        limit = planner.max_usd_per_step
+        return Goal(
+            cost_weight=planner.cost_weight,
+            max_step_s=planner.max_step_s,
+            max_gpu_s=None if limit is None or price is None else limit / price,
+            min_replicas=planner.min_replicas,
+            max_replicas=planner.max_replicas,
+            usd_per_gpu_s=price,
+        )
+
+    def planning_pool(self, num_warm: int) -> PoolSnapshot:
+        """Return what a plan may lease; ``num_warm`` replicas would start on a server whose imports are done.
+
+        Raises:
+            ConfigError: No tensor-parallel size is possible.
+        """
+        sizes = legal_sizes(self.config.planner, self.model, min(self.gpus_per_node, self.replica_gpus))
+        if self.pace is not None:
+            sizes = tuple(tp for tp in sizes if tp == 1 or tp in self.pace.tp_speedup)
+        if not sizes:
+            rule = f"leaves no size that fits on {self.replica_gpus} GPUs for replicas and is declared"
+            asked = self.config.planner.tensor_parallel_sizes
+            action = "Raise rlhfless.pool.max_gpus, or declare tp_speedup in rlhfless.instrument.pace."
+            raise ConfigError("rlhfless.planner.tensor_parallel_sizes", asked, rule, action)
+        pool = self._pool(self._holding(sizes), self.replica_gpus)
+        trainer = replace(pool.trainer, num_gpus=self.trainer_gpus)
+        warm = {tp: tp * num_warm for tp in sizes}
+        return replace(pool, trainer=trainer, warm=warm, keeps_trainer=self.keeps_trainer, has_resident=False)
+
+    def _holding(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the sizes at which a replica holds the model; all of those that were asked for must."""
+        found = []
+        for tp in sizes if self.config.planner.tensor_parallel_sizes is None else ():
+            with contextlib.suppress(ConfigError):
+                self._pool((tp,), tp)
+                found.append(tp)
+        return tuple(found) or sizes
+
+    def pool(self, fleet: Sequence[int]) -> PoolSnapshot:
+        """Return what is known of replicas of these tensor-parallel sizes.
+
+        Declared, from a data sheet, or measured on this kind of host.
 
         Raises:
             ConfigError: The policy needs a price of an iteration, and there is none for this model or GPU.
         """
-        fleet = Fleet((self.tp,), num_replicas * self.tp, self.gpus_per_node, self.limits, _UNKNOWN_KV_TOKENS)
+        return self._pool(tuple(sorted(set(fleet))), sum(fleet))
+
+    def _pool(self, sizes: tuple[int, ...], num_gpus: int) -> PoolSnapshot:
+        fleet = Fleet(sizes, num_gpus, self.gpus_per_node, self.limits, _UNKNOWN_KV_TOKENS)
         gpu = None if self.pace else find_gpu(self.resources)
-        if gpu is None or self.config.is_placement_fixed:  # a fixed placement asks for no price
+        if gpu is None or (
+            self.config.is_placement_fixed and not self.config.plans
+        ):  # a fixed placement asks for no price
             return declared_pool(fleet, self.pace or UNPACED_CPU)
         try:
             return gpu_pool(fleet, parse_model_config(self.model, "the model's config.json"), gpu)
@@ -108,3 +196,12 @@ class RoutingSettings:
                 for session in range(group.n)
             ]
         )
+
+
+def decision_of(plan: RolloutPlan, step: int) -> FleetDecision:
+    """Return the decision that a plan is, with what it expects."""
+    rollout_s, step_s = plan.predicted_rollout_s, plan.predicted_step_s
+    gpu_s, static_step_s = plan.predicted_gpu_s, plan.static_step_s
+    assert rollout_s is not None and step_s is not None and gpu_s is not None and static_step_s is not None
+    forecast = Forecast(rollout_s, step_s, gpu_s, static_step_s)
+    return FleetDecision(step, tuple(ReplicaSpec(tp) for tp in plan.fleet), plan.reason, forecast)

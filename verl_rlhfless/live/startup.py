@@ -6,6 +6,7 @@ into warnings, therefore a failed check leaves through ``SystemExit``.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
 from verl_rlhfless.errors import ConfigError, DataError, LeaseLostError, RlhflessError, UnsupportedError
 from verl_rlhfless.live.instrument import instrument_environment
 from verl_rlhfless.live.seams import check_prefix_grouper, check_seams
+from verl_rlhfless.live.sizes import legal_sizes
 from verl_rlhfless.live.suspendable import why_lease_is_kept
 from verl_rlhfless.versions import REQUIREMENTS, check_requirement
 
@@ -30,6 +32,7 @@ PLUGIN_NAME = "rlhfless"
 _MODE_KEY = "trainer.v1.trainer_mode"
 _ROLLOUT = "actor_rollout_ref.rollout"
 _STRATEGIES = ("fsdp", "fsdp2", "megatron")
+_MOST_GPUS = 1024  # of one replica, where the run sets no limit
 _POLICY_KEY = "VERL_USE_EXTERNAL_PLUGINS"
 
 
@@ -79,6 +82,7 @@ def check_run(config: DictConfig, environ: Mapping[str, str]) -> str:
     if parsed.is_elastic:
         check_elastic(config)
         check_parking(config, parsed)
+        check_sizes(config, parsed)
         check_budget(config, parsed, environ)
     check_data_files(config)
     instrument_environment(parsed.instrument)
@@ -189,11 +193,14 @@ def check_adapters(config: DictConfig) -> None:
 
 
 def check_budget(config: DictConfig, parsed: RlhflessConfig, environ: Mapping[str, str]) -> None:
-    """Check that trainer and largest scheduled fleet fit into ``max_gpus`` and into a local cluster of known size."""
+    """Check that trainer and the fleet fit into ``max_gpus`` and into a local cluster of known size.
+
+    The fleet is the largest scheduled one, or the smallest that may be planned.
+    """
     trainer = config.trainer.n_gpus_per_node * config.trainer.nnodes
-    tp, replicas = config.actor_rollout_ref.rollout.tensor_model_parallel_size, max(parsed.planner.schedule)
-    kept = why_lease_is_kept(config, parsed.pool.suspend_trainer, parsed.fusion.name)
-    needed = trainer + replicas * tp if kept else max(trainer, replicas * tp)
+    fleet, key_of_fleet = _asked_fleet(config, parsed)
+    kept = why_lease_is_kept(config, parsed.pool.suspend_trainer)
+    needed = trainer + sum(fleet) if kept else max(trainer, sum(fleet))
     ray_init = OmegaConf.select(config, "ray_kwargs.ray_init") or {}
     limits = {"rlhfless.pool.max_gpus": parsed.pool.max_gpus}
     if ray_init.get("address") is None and "RAY_ADDRESS" not in environ:
@@ -203,10 +210,35 @@ def check_budget(config: DictConfig, parsed: RlhflessConfig, environ: Mapping[st
             raise ConfigError(
                 key,
                 limit,
-                f"the trainer's {trainer} GPUs and the largest scheduled fleet, {replicas} replicas of {tp} GPUs, "
-                f"need {needed}" + (f" ({kept})" if kept else ""),
-                f"Raise it to {needed}, or lower trainer.n_gpus_per_node or rlhfless.planner.schedule.",
+                f"the trainer's {trainer} GPUs and the {'smallest planned' if parsed.plans else 'largest scheduled'} "
+                f"fleet, {len(fleet)} replicas of {fleet[0]} GPUs, need {needed}" + (f" ({kept})" if kept else ""),
+                f"Raise it to {needed}, or lower trainer.n_gpus_per_node or {key_of_fleet}.",
             )
+
+
+def _asked_fleet(config: DictConfig, parsed: RlhflessConfig) -> tuple[tuple[int, ...], str]:
+    """Return the replicas that a run needs in any case, and the key that asks for so many."""
+    planner = parsed.planner
+    if not parsed.plans:
+        tp = config.actor_rollout_ref.rollout.tensor_model_parallel_size
+        return (tp,) * max(planner.schedule), "rlhfless.planner.schedule"
+    sizes = planner.tensor_parallel_sizes or (1,)
+    return (min(sizes),) * planner.min_replicas, "rlhfless.planner.min_replicas"
+
+
+def check_sizes(config: DictConfig, parsed: RlhflessConfig) -> None:
+    """Check the tensor-parallel sizes of planned fleets against the model, if it is on this machine."""
+    if not parsed.plans or not isinstance(path := OmegaConf.select(config, "actor_rollout_ref.model.path"), str):
+        return
+    file, limit = Path(path).expanduser() / "config.json", parsed.pool.max_gpus
+    if not file.is_file():
+        return
+    try:
+        model = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: not valid JSON ({error}). Correct the model's configuration.") from error
+    trainer = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    legal_sizes(parsed.planner, model, _MOST_GPUS if limit is None else limit - trainer)
 
 
 def check_data_files(config: DictConfig) -> None:
@@ -274,6 +306,6 @@ def _task_overrides(config: DictConfig) -> Sequence[str]:
 
 def _describe(active: Mapping[str, str], parsed: RlhflessConfig) -> str:
     parts = [f"{section}={name}" for section, name in active.items()]
-    if parsed.is_elastic:
+    if parsed.is_elastic and not parsed.plans:
         parts.append(f"schedule={list(parsed.planner.schedule)}")
     return " ".join(parts)

@@ -5,19 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 
-def why_lease_is_kept(run_config: Any, suspend_trainer: str, fusion: str) -> str:
+def why_lease_is_kept(run_config: Any, suspend_trainer: str) -> str:
     """Return why the trainer never leaves its devices in this run; empty when it may.
 
     Args:
         run_config: verl's configuration.
         suspend_trainer: ``rlhfless.pool.suspend_trainer``.
-        fusion: ``rlhfless.fusion.name``.
     """
     reward = run_config.reward.reward_model
     reasons = {
         "rlhfless.pool.suspend_trainer=never": suspend_trainer == "never",
         "a colocated reward model works on the trainer's GPUs": reward.enable and not reward.enable_resource_pool,
-        f"rlhfless.fusion.name={fusion} works on the trainer's GPUs during the rollout": fusion != "off",
         "only FSDP's state is known to leave its device and come back": run_config.actor_rollout_ref.actor.strategy
         not in ("fsdp", "fsdp2"),
     }

@@ -6,6 +6,9 @@ replica of step k + 1 pulls exactly that version before it is registered.
 
 from __future__ import annotations
 
+import dataclasses
+import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,15 +26,22 @@ from verl_rlhfless.live.host_memory import check_nodes, count_parameters, measur
 from verl_rlhfless.live.pool import TRAINER_POOL, ElasticResourcePoolManager
 from verl_rlhfless.live.replica import WeightSource
 from verl_rlhfless.live.request_trainer import RequestTrainer
+from verl_rlhfless.live.stage import announcement_of
 from verl_rlhfless.live.suspendable import why_lease_is_kept
 from verl_rlhfless.live.suspended_checkpoint import save_suspended
 from verl_rlhfless.live.trainer_lease import Gpus, TrainerLease
 from verl_rlhfless.live.warm_pool import WarmPool
 from verl_rlhfless.live.weights import create_store
 from verl_rlhfless.live.worker_group import ElasticWorkerGroup
+from verl_rlhfless.policy.learnt import StepTimes
 from verl_rlhfless.policy.schedule import largest_fleet, scheduled_fleet
 from verl_rlhfless.types import FleetDecision
 from verl_rlhfless_patches import verl_worker_group
+
+_PHASES = ("reward", "old_log_prob", "ref", "values", "adv", "update_critic", "update_actor")  # verl's timers
+
+COSTS_FILE = "rlhfless_costs.json"
+"""What starts, phases and iterations took, in a checkpoint's folder."""
 
 
 class ElasticTrainerSync(RequestTrainer):
@@ -42,6 +52,9 @@ class ElasticTrainerSync(RequestTrainer):
         _adapt_to_verl(config, settings, self._store_name)
         self._data_state: Any = None  # of the data loader, before the prompts of a rollout without a trainer
         self._enable_hybrid_replicas = False
+        self._decision: FleetDecision | None = None  # of a step whose fleet was planned
+        self._step_began_s = 0.0
+        self._publish_s: float | None = None
         super().__init__(config, settings)
 
     # ---- set-up
@@ -71,7 +84,7 @@ class ElasticTrainerSync(RequestTrainer):
             HostMemoryError: The message names node, holders and shortage.
         """
         model: HFModelConfig = omega_conf_to_dataclass(self.config.actor_rollout_ref.model)
-        kept = why_lease_is_kept(self.config, self._settings.pool.suspend_trainer, self._settings.fusion.name)
+        kept = why_lease_is_kept(self.config, self._settings.pool.suspend_trainer)
         memory = memory_of_run(self.config, self._settings, count_parameters(model), can_suspend=not kept)
         for account in check_nodes(memory, measure_nodes()):
             parts = {need.what: need.num_bytes for need in account.needs}
@@ -83,13 +96,22 @@ class ElasticTrainerSync(RequestTrainer):
         def budget() -> int:
             return int(ray.cluster_resources().get(pool.accelerator.resource, 0)) if max_gpus is None else max_gpus
 
-        kept = why_lease_is_kept(self.config, self._settings.pool.suspend_trainer, self._settings.fusion.name)
+        kept = why_lease_is_kept(self.config, self._settings.pool.suspend_trainer)
         gpus = Gpus(pool.world_size, budget)
         return TrainerLease(self.actor_rollout_wg, gpus, self._settings.pool, self._events, kept)
 
     def _num_warm_servers(self) -> int:
-        wanted = self._settings.pool.warm_servers
-        return max(self._settings.planner.schedule) if wanted is None else wanted
+        wanted, planner = self._settings.pool.warm_servers, self._settings.planner
+        if wanted is not None:
+            return wanted
+        if not self._settings.plans:
+            return max(planner.schedule)
+        return self._largest_fleet(min(self._routing.planning_pool(0).perf))
+
+    def _largest_fleet(self, tp: int) -> int:
+        """Return how many replicas of ``tp`` GPUs a planned fleet has at most."""
+        possible, most = max(1, self._routing.replica_gpus // tp), self._settings.planner.max_replicas
+        return possible if most is None else min(most, possible)
 
     def fit(self, agent_loop_manager: Any) -> None:
         """Train; whatever ends the run, no replica and no lease is left behind."""
@@ -98,6 +120,18 @@ class ElasticTrainerSync(RequestTrainer):
         finally:
             self._trainer_lease.close()
             self._fleet.close()
+
+    # ---- checkpoints
+
+    def _save_checkpoint(self) -> None:
+        folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / COSTS_FILE).write_text(ray.get(self._router.costs.remote()), encoding="utf-8")
+        super()._save_checkpoint()
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        self._restore(COSTS_FILE, self._router.restore_costs)
 
     # ---- weights
 
@@ -119,29 +153,51 @@ class ElasticTrainerSync(RequestTrainer):
     def on_step_end(self) -> None:
         with marked_timer("update_weights", self.timing_raw, color="red"):
             self._publish()
+        self._publish_s = self.timing_raw["update_weights"]
 
     # ---- rollout
 
     def _tp(self) -> int:
         return int(self.config.actor_rollout_ref.rollout.tensor_model_parallel_size)
 
-    def _start_fleet(self, decision: FleetDecision) -> None:
+    def _start_fleet(self, decision: FleetDecision, *, is_validation: bool = False) -> None:
         source = WeightSource(self._store_name, self._version, self._settings.weights.pull_timeout_s)
+        self._trainer_lease.before_rollout(decision.num_gpus, is_validation=is_validation)
         self._fleet.start(decision, source)
+        self._trainer_lease.during_rollout(self._fleet)
 
     def prepare_step(self) -> dict[str, Any]:
         """Begin to start the step's replicas, and submit its prompts meanwhile: they wait in the router."""
-        fleet = scheduled_fleet(self.global_steps, self._settings.planner.schedule, self._tp())
-        if self._trainer_lease.before_rollout(fleet.num_gpus).is_suspended:
+        self._decision, self._step_began_s = None, time.monotonic()
+        if not self._trainer_lease.kept_because:
             self._data_state = self.train_dataloader.state_dict()
-        self._start_fleet(fleet)
-        self._trainer_lease.during_rollout(self._fleet)
+        if not self._settings.plans:
+            self._start_fleet(scheduled_fleet(self.global_steps, self._settings.planner.schedule, self._tp()))
         return dict(super().prepare_step())
+
+    def _submit_batch_to_rollout(self, batch: Any) -> int:
+        """Submit prompts as verl does; the first of a step are those that its fleet is planned for."""
+        if self._settings.plans and self._decision is None:
+            self._decision = self._planned_fleet(batch)
+            self._start_fleet(self._decision)
+        return super()._submit_batch_to_rollout(batch)
+
+    def _planned_fleet(self, batch: Any) -> FleetDecision:
+        announced = announcement_of(batch, self.config.actor_rollout_ref.rollout)
+        try:
+            decision: FleetDecision = ray.get(self._router.plan.remote(announced, self._fleet.num_warm))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        self._events.write("planned", **dataclasses.asdict(decision))
+        return decision
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
         """Run verl's step; when no replica came up, say why."""
         try:
-            return super().step(metrics, timing_raw)
+            batch = super().step(metrics, timing_raw)
+            if self._decision is not None:
+                self._learn_costs(timing_raw)
+            return batch
         except Exception as error:
             try:
                 self._fleet.wait_started()
@@ -149,21 +205,47 @@ class ElasticTrainerSync(RequestTrainer):
                 raise cause from error
             raise
 
+    def _learn_costs(self, timing_raw: dict[str, float]) -> None:
+        """Tell the planner what the step took, before a checkpoint is written."""
+        released = self._fleet.releases_s
+        times = StepTimes(
+            starts=tuple(self._fleet.starts),
+            release_s=sum(released) / len(released) if released else None,
+            phases_s=sum(timing_raw.get(name, 0.0) for name in _PHASES),
+            publish_s=self._publish_s,
+        )
+        ray.get(self._router.learn_costs.remote(times))
+
     def on_sample_end(self) -> None:
         with marked_timer("rlhfless_release", self.timing_raw):
             self._fleet.wait_started()
-            self._rollout_metrics["rlhfless/num_replicas"] = len(self._fleet.replicas)
             self._fleet.parking.is_last = self._is_last_rollout(validates=self.config.trainer.test_freq > 0)
             self._fleet.release()
         super().on_sample_end()
+        self._rollout_metrics["rlhfless/num_replicas"] = self._fleet.num_started
         with marked_timer("rlhfless_resume", self.timing_raw):
             self._rollout_metrics |= self._take_back(self.global_steps - 1, self._data_state)
 
+    def _consume_sync_metrics(self) -> dict[str, Any]:
+        if self._decision is not None:
+            self._rollout_metrics |= self._account(self._decision)
+        return super()._consume_sync_metrics()
+
+    def _account(self, decision: FleetDecision) -> dict[str, float]:
+        """Record what a planned step was expected to take and took, its replicas' and the trainer's leases together."""
+        step_s = time.monotonic() - self._step_began_s
+        given_back_gpu_s = self._rollout_metrics.get("rlhfless/trainer_gpu_s_given_back", 0.0)
+        gpu_s = self._fleet.gpu_s + self._routing.trainer_gpus * step_s - given_back_gpu_s
+        measured = {"step_s": step_s, "gpu_s": gpu_s, "rollout_s": self._rollout_metrics["rlhfless/rollout_s"]}
+        self._events.write("accounted", step=decision.step, replicas_gpu_s=self._fleet.gpu_s, **measured)
+        assert decision.forecast is not None
+        predicted = {f"predicted_{name}": value for name, value in dataclasses.asdict(decision.forecast).items()}
+        planned = {"planned_replicas": len(decision.replicas), "planned_gpus": decision.num_gpus}
+        return {f"rlhfless/{name}": float(value) for name, value in (measured | predicted | planned).items()}
+
     def on_validate_begin(self) -> None:
-        fleet = largest_fleet(self.global_steps, self._settings.planner.schedule, self._tp())
-        self._trainer_lease.before_rollout(fleet.num_gpus, is_validation=True)
-        self._start_fleet(fleet)
-        self._trainer_lease.during_rollout(self._fleet)
+        schedule = (self._largest_fleet(self._tp()),) if self._settings.plans else self._settings.planner.schedule
+        self._start_fleet(largest_fleet(self.global_steps, schedule, self._tp()), is_validation=True)
         self._fleet.wait_started()
 
     def on_validate_end(self) -> None:

@@ -29,6 +29,8 @@ _CROWDING = np.array([0.0, 0.3, 1.0, 3.0])
 """Added price of holding a GPU to the deadline, so that lanes together fit into the budget."""
 
 _PRICE_FACTORS = np.array([0.0, 0.25, 1.0, 2.0, 12.0])
+_FASTEST = 1e6
+"""Further price where the trainer's lease runs meanwhile: the fastest fleet may then be the cheapest, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,8 @@ def elastic_fleets(options: Options, costs: StepCosts, goal: Goal, price: float)
         goal: Limits on replicas, and whether lanes may be split.
         price: GPU-seconds that one second is worth.
     """
-    pool, units, prices = costs.pool, costs.units, _PRICE_FACTORS * price
+    pool, units = costs.pool, costs.units
+    prices = np.append(_PRICE_FACTORS * price, [_FASTEST] if pool.keeps_trainer else [])
     start_s = costs.start_s(options)
     whole = _Choices.of(frontier(pool, options, units.lane(units.order), prices), options, start_s)
     plans = [_Plans(whole.time_s, whole.gpu_s, ((len(units.order),),) * len(whole.time_s), whole.option[:, None])]
@@ -74,7 +77,7 @@ def elastic_fleets(options: Options, costs: StepCosts, goal: Goal, price: float)
     for plan in plans:
         saved_s, added_gpu_s = costs.fused(plan.time_s, plan.gpu_s)
         step_s = goal.caution * (costs.elastic_s + plan.time_s - saved_s)
-        gpu_s = costs.elastic_gpu_s + plan.gpu_s + added_gpu_s
+        gpu_s = costs.trainer_gpu_s(step_s) + plan.gpu_s + added_gpu_s
         replicas = options.count[plan.option].sum(axis=1)
         fits = (replicas >= goal.min_replicas) & (replicas <= (goal.max_replicas or pool.num_gpus))
         for i in np.flatnonzero(fits).tolist():

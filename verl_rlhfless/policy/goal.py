@@ -80,6 +80,12 @@ def infeasible(goal: Goal, choices: Sequence[tuple[float, float]]) -> ConfigErro
     return ConfigError(f"{_KEY}.max_step_s", deadline, rule, f"Within it the least is {_money(goal, least)}.")
 
 
+def too_few(goal: Goal) -> ConfigError:
+    """Return the error for limits on replicas that no fleet on the budget meets."""
+    rule = f"no fleet on this budget of GPUs has that many and at most {_KEY}.max_replicas={goal.max_replicas}"
+    return ConfigError(f"{_KEY}.min_replicas", goal.min_replicas, rule, "Lower it, or raise rlhfless.pool.max_gpus.")
+
+
 def _money(goal: Goal, gpu_s: float) -> str:
     if goal.usd_per_gpu_s is None:
         return f"{gpu_s:.0f} GPU-seconds"

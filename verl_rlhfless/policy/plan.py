@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from verl_rlhfless.policy.affinity import affine_groups
 from verl_rlhfless.policy.dispatch import least_requests, longest_first
 from verl_rlhfless.policy.fleets import Candidate, LaneFleet, elastic_fleets
-from verl_rlhfless.policy.goal import Goal, infeasible
+from verl_rlhfless.policy.goal import Goal, infeasible, too_few
 from verl_rlhfless.policy.predict import Prediction
 from verl_rlhfless.policy.snapshot import Batch, FloatArray, IntArray, PoolSnapshot, RolloutPlan
 from verl_rlhfless.policy.stages import Options, options_for
-from verl_rlhfless.policy.step_costs import Reference, StepCosts
+from verl_rlhfless.policy.step_costs import Reference, StepCosts, static_gpus
 from verl_rlhfless.policy.units import Units
 
 __all__ = ["Goal", "plan_fleet", "static_step_s", "time_price"]
@@ -38,16 +38,17 @@ _TIE = 0.007
 def time_price(pool: PoolSnapshot, goal: Goal) -> float:
     """Return how many GPU-seconds one second is worth.
 
-    ``(1 - w) / w * C_ref / T_ref``, and a static fleet costs the budget.
+    ``(1 - w) / w * C_ref / T_ref``, and a static fleet costs the budget. A trainer that keeps its lease costs as long.
     """
     weight = max(goal.cost_weight, 1e-6)
-    return (1 - weight) / weight * pool.trainer.num_gpus
+    held = pool.trainer.num_gpus if pool.keeps_trainer else 0
+    return (1 - weight) / weight * (static_gpus(pool) + held) + held
 
 
 def static_step_s(pool: PoolSnapshot, batch: Batch, prior: Prediction) -> float:
     """Return the predicted seconds of a step of the best uniform static fleet."""
     costs = StepCosts.of(pool, Units.build(batch, prior), can_fuse=False)
-    return costs.static_reference(_options(pool)).step_s
+    return costs.static_reference(_options(pool, Goal())).step_s
 
 
 def plan_fleet(
@@ -58,14 +59,14 @@ def plan_fleet(
     Raises:
         ConfigError: The deadline or the budget cannot be met; the message says what could be.
     """
-    options = _options(pool)
+    options = _options(pool, goal)
     units = Units.build(batch, prior)
     costs = StepCosts.of(pool, units, can_fuse=can_fuse)
     ref, price = costs.static_reference(options), time_price(pool, goal)
     static = LaneFleet(len(units.order), ref.tp, pool.trainer.num_gpus // ref.tp)
-    resident = Candidate((static,), ref.step_s, ref.gpu_s, is_resident=True)
-    transition_gpu_s = costs.transition_s * pool.trainer.num_gpus
-    chosen, why = _choose([resident, *elastic_fleets(options, costs, goal, price)], (ref, transition_gpu_s), goal)
+    resident = [] if not pool.has_resident else [Candidate((static,), ref.step_s, ref.gpu_s, is_resident=True)]
+    transition_gpu_s = 0.0 if pool.keeps_trainer else costs.transition_s * pool.trainer.num_gpus
+    chosen, why = _choose([*resident, *elastic_fleets(options, costs, goal, price)], (ref, transition_gpu_s), goal)
     if chosen.is_resident:
         reason = f"resident TP{ref.tp}: {why}; saving 0"
     else:
@@ -79,23 +80,28 @@ def plan_fleet(
         price=_HURRY * price if goal.is_notslower else price,
         predicted_step_s=chosen.step_s,
         predicted_gpu_s=chosen.gpu_s,
+        predicted_rollout_s=None if chosen.is_resident else costs.rollout_s(chosen.step_s / goal.caution),
         static_step_s=ref.step_s,
         reason=reason,
     )
 
 
-def _options(pool: PoolSnapshot) -> Options:
-    return options_for(pool, tuple((tp, pool.trainer.num_gpus // tp) for tp in pool.perf))
+def _options(pool: PoolSnapshot, goal: Goal) -> Options:
+    limits = {goal.min_replicas, goal.max_replicas or goal.min_replicas} if pool.keeps_trainer else set()
+    asked = [(tp, count) for tp in pool.perf for count in limits if tp * count <= pool.num_gpus]
+    return options_for(pool, (*((tp, static_gpus(pool) // tp) for tp in pool.perf), *asked))
 
 
 def _choose(candidates: list[Candidate], static: tuple[Reference, float], goal: Goal) -> tuple[Candidate, str]:
     """Return the best candidate and why; ``static`` holds the reference and the GPU-seconds of leaving it."""
     ref, transition_gpu_s = static
-    resident = candidates[0]
+    resident = next((c for c in candidates if c.is_resident), None)
 
     def objective(c: Candidate) -> float:
         return goal.objective(c.step_s / ref.step_s, c.gpu_s / ref.gpu_s)
 
+    if not candidates:
+        raise too_few(goal)
     allowed = [c for c in candidates if goal.allows(c.step_s, c.gpu_s)]
     if not allowed:
         raise infeasible(goal, [(c.step_s, c.gpu_s) for c in candidates])
@@ -104,16 +110,16 @@ def _choose(candidates: list[Candidate], static: tuple[Reference, float], goal: 
         paying = [c for c in allowed if c.is_resident or c.gpu_s <= ref.gpu_s - goal.payback * transition_gpu_s]
         best = min((c for c in paying if c.step_s <= limit_s), key=lambda c: (c.gpu_s, c.step_s), default=None)
         if best is None:
-            return min(paying, key=lambda c: (c.step_s, c.gpu_s)), f"the fastest, to catch up {-goal.slack_s:.1f} s"
+            fastest = min(paying or allowed, key=lambda c: (c.step_s, c.gpu_s))
+            return fastest, f"the fastest, to catch up {-goal.slack_s:.1f} s"
         return best, "least cost with a step no longer than static's"
     least = min(objective(c) for c in allowed)
     best = min((c for c in allowed if objective(c) <= least * (1 + _TIE)), key=lambda c: (c.step_s, c.gpu_s))
-    gain = (objective(resident) - objective(best)) * ref.gpu_s / max(goal.cost_weight, 1e-6)
-    if best is not resident and resident in allowed and gain < goal.payback * transition_gpu_s:
-        return (
-            resident,
-            f"a gain worth {gain:.0f} GPU s does not repay {goal.payback:.1f} x {transition_gpu_s:.0f} of transition",
-        )
+    if resident is not None and best is not resident and resident in allowed:
+        gain = (objective(resident) - objective(best)) * ref.gpu_s / max(goal.cost_weight, 1e-6)
+        if gain < goal.payback * transition_gpu_s:
+            needed = f"{goal.payback:.1f} x {transition_gpu_s:.0f} of transition"
+            return resident, f"a gain worth {gain:.0f} GPU s does not repay {needed}"
     why = "no elastic fleet is better" if best.is_resident else f"objective {objective(best):.2f} against 1.00"
     return best, why
 

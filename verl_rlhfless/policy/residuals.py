@@ -70,7 +70,8 @@ class Residuals:
     def nodes(self) -> FloatArray:
         """16 errors that stand for equal shares of all."""
         shares = 1 - (np.arange(16) + 0.5) / 16
-        return np.interp(shares, self._curve[::-1], _FINE[::-1])[::-1].copy()
+        nodes: FloatArray = np.interp(shares, self._curve[::-1], _FINE[::-1])[::-1].copy()
+        return nodes
 
 
 def _index(z: FloatArray) -> NDArray[np.int32]:

@@ -55,12 +55,15 @@ class ModelShape:
         return min(tp, self.kv_heads)
 
     def legal_tp(self, gpus_per_node: int) -> tuple[int, ...]:
-        """Return the tensor-parallel sizes that vLLM accepts inside one node, smallest first."""
+        """Return the tensor-parallel sizes that vLLM accepts and that fill a node, smallest first."""
+        return tuple(tp for tp in self.split_sizes(gpus_per_node) if gpus_per_node % tp == 0)
+
+    def split_sizes(self, num_gpus: int) -> tuple[int, ...]:
+        """Return the tensor-parallel sizes up to ``num_gpus`` that vLLM accepts, smallest first."""
         return tuple(
             tp
-            for tp in range(1, gpus_per_node + 1)
-            if gpus_per_node % tp == 0
-            and self.heads % tp == 0
+            for tp in range(1, num_gpus + 1)
+            if self.heads % tp == 0
             and self.intermediate % tp == 0
             and (self.kv_heads % tp == 0 or tp % self.kv_heads == 0)
         )

@@ -71,6 +71,8 @@ class PoolSnapshot:
         warm: Tensor-parallel size -> GPUs whose engine of that size is parked and only has to wake.
         has_kv_transfer: Whether a replica can take a moved sample's keys and values from another one; vLLM as verl
             runs it cannot, it recomputes.
+        keeps_trainer: The trainer holds its lease during the rollout too, beside ``num_gpus``.
+        has_resident: Whether a step may also run on engines that share the trainer's lease, as stock's do.
     """
 
     num_gpus: int
@@ -79,6 +81,8 @@ class PoolSnapshot:
     trainer: TrainerPerf
     warm: Mapping[int, int] = field(default_factory=dict)
     has_kv_transfer: bool = False
+    keeps_trainer: bool = False
+    has_resident: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,7 @@ class RolloutPlan:
         first_look_s: Seconds after the start until the controller looks for the first time.
         price: GPU-seconds that one second of this step is worth, for decisions during the rollout.
         predicted_step_s / predicted_gpu_s: What the planner expects of the whole step.
+        predicted_rollout_s: Of that, from the request for the fleet to the last sample's end; elastic fleets only.
         static_step_s: What it expects of the best static fleet.
         reason: Why this fleet.
     """
@@ -112,6 +117,7 @@ class RolloutPlan:
     price: float = 0.0
     predicted_step_s: float | None = None
     predicted_gpu_s: float | None = None
+    predicted_rollout_s: float | None = None
     static_step_s: float | None = None
     reason: str = ""
 
@@ -178,6 +184,8 @@ class Reaction:
         fuse_gpus: Further freed GPUs that begin inference on finished samples.
         next_look_s: Time of the next look.
         reason: Why, empty when nothing changes.
+        releases: Replicas that get no more work and give their lease back with their last request; where empty replicas
+            end by themselves, as in the simulator, nothing need be said of those.
     """
 
     next_look_s: float
@@ -185,3 +193,4 @@ class Reaction:
     moves: tuple[Move, ...] = ()
     fuse_gpus: int = 0
     reason: str = ""
+    releases: tuple[int, ...] = ()

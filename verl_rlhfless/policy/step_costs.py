@@ -1,6 +1,7 @@
 """What a step takes beside its rollout: transitions, the trainer's phases, inference that the tail hides.
 
-The best uniform static fleet, to which every plan is compared, is here too.
+The best uniform static fleet, to which every plan is compared, is here too. Where the trainer keeps its lease during
+the rollout, that fleet stands beside the trainer and is never given back; else it is resident, stock's way.
 """
 
 from __future__ import annotations
@@ -54,20 +55,27 @@ class StepCosts:
 
     @property
     def transition_s(self) -> float:
-        """Leased seconds to publish the weights and to suspend and resume the trainer."""
+        """Leased seconds to publish the weights and, unless it keeps its lease, to suspend and resume the trainer."""
         trainer = self.pool.trainer
+        if self.pool.keeps_trainer:
+            return trainer.publish_s
         return trainer.publish_s + 2 * trainer.state_copy_s + trainer.times.resume_s
 
     @property
     def elastic_s(self) -> float:
         """Seconds of an elastic step beside start and decoding."""
         times = self.pool.trainer.times
-        return self.transition_s + 2 * times.grant_s + times.park_s + self.phases_s
+        num_grants = 1 if self.pool.keeps_trainer else 2
+        return self.transition_s + num_grants * times.grant_s + times.park_s + self.phases_s
 
-    @property
-    def elastic_gpu_s(self) -> float:
-        """GPU-seconds of an elastic step beside its replicas."""
-        return (self.transition_s + self.phases_s) * self.pool.trainer.num_gpus
+    def rollout_s(self, step_s: float) -> float:
+        """Return how long an elastic step of ``step_s`` takes from the request for its fleet to its last sample."""
+        return step_s - self.elastic_s + self.pool.trainer.times.grant_s
+
+    def trainer_gpu_s(self, step_s: FloatArray) -> FloatArray | float:
+        """Return the GPU-seconds of an elastic step beside its replicas."""
+        held_s = step_s if self.pool.keeps_trainer else self.transition_s + self.phases_s
+        return held_s * self.pool.trainer.num_gpus
 
     def start_s(self, options: Options) -> FloatArray:
         """Return [M] leased seconds until an option's replicas are usable."""
@@ -101,15 +109,31 @@ class StepCosts:
         return self.tokens * self.units.early_share(_EARLY)
 
     def static_reference(self, options: Options) -> Reference:
-        """Return the best uniform static fleet on the trainer's GPUs, stock's way (hybrid wake, reshard, sleep)."""
-        pool, trainer, times = self.pool, self.pool.trainer, self.pool.trainer.times
+        """Return the best uniform static fleet on the same budget."""
+        pool, trainer = self.pool, self.pool.trainer
         time_s, _ = stay(pool, options, self.units.lane(self.units.order))
+        held = static_gpus(pool) + (trainer.num_gpus if pool.keeps_trainer else 0)
         best: Reference | None = None
         for tp in sorted(pool.perf):
-            rollout_s = float(time_s[options.index(tp, trainer.num_gpus // tp)])
-            wake_s = times.hybrid_wake_s if tp in pool.warm or not pool.warm else times.cold_start_s
-            step_s = wake_s + trainer.reshard_s + rollout_s + times.hybrid_sleep_s + self.phases_s
+            rollout_s = float(time_s[options.index(tp, static_gpus(pool) // tp)])
+            step_s = self._static_s(tp, rollout_s)
             if best is None or step_s < best.step_s:
-                best = Reference(tp, step_s, step_s * trainer.num_gpus)
+                best = Reference(tp, step_s, step_s * held)
         assert best is not None
         return best
+
+    def _static_s(self, tp: int, rollout_s: float) -> float:
+        """Return a static step's seconds: weights loaded by replicas that never end, or stock's hybrid way.
+
+        Stock wakes its colocated engines, reshards the weights, and puts them to sleep.
+        """
+        pool, trainer, times = self.pool, self.pool.trainer, self.pool.trainer.times
+        if pool.keeps_trainer:
+            return trainer.publish_s + pool.perf[tp].load_s + rollout_s + self.phases_s
+        wake_s = times.hybrid_wake_s if tp in pool.warm or not pool.warm else times.cold_start_s
+        return wake_s + trainer.reshard_s + rollout_s + times.hybrid_sleep_s + self.phases_s
+
+
+def static_gpus(pool: PoolSnapshot) -> int:
+    """Return the GPUs that a static fleet decodes on."""
+    return pool.num_gpus if pool.keeps_trainer else pool.trainer.num_gpus

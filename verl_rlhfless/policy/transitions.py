@@ -86,7 +86,10 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class TrainerPerf:
-    """Seconds of the trainer's phases on ``num_gpus`` GPUs (FSDP over all of them)."""
+    """Seconds of the trainer's phases on ``num_gpus`` GPUs (FSDP over all of them).
+
+    ``slowness`` is the factor by which measured phases took longer than modelled.
+    """
 
     shape: ModelShape
     gpu: GpuType
@@ -94,6 +97,7 @@ class TrainerPerf:
     recipe: Recipe = field(default_factory=Recipe)
     times: LeaseTimes = field(default_factory=LeaseTimes)
     efficiencies: Efficiencies = field(default_factory=Efficiencies)
+    slowness: float = 1.0
 
     def _forward_flops(self, tokens: float, mean_context: float) -> float:
         attention = 4 * self.shape.layers * self.shape.heads * self.shape.head_dim * mean_context / 2
@@ -114,7 +118,7 @@ class TrainerPerf:
         if tokens <= 0:
             return 0.0
         one = self._pass_s(tokens, mean_context, (1.0, 1.0, self.recipe.mfu_infer))
-        return self.recipe.inference_passes * (one + self.recipe.phase_s)
+        return self.slowness * self.recipe.inference_passes * (one + self.recipe.phase_s)
 
     def update_s(self, tokens: float, mean_context: float) -> float:
         """Return the seconds of the actor's (and the critic's) update.
@@ -124,7 +128,7 @@ class TrainerPerf:
         one = self._pass_s(tokens, mean_context, (4.0, 3.0, self.recipe.mfu_train))
         state = FSDP_STATE_BYTES_PER_PARAM * self.shape.params / self.num_gpus
         optimizer = 2 * state / (self.gpu.hbm_bytes_per_s * self.efficiencies.hbm)
-        return (1 + int(self.recipe.has_critic)) * (one + optimizer + self.recipe.phase_s)
+        return self.slowness * (1 + int(self.recipe.has_critic)) * (one + optimizer + self.recipe.phase_s)
 
     @property
     def state_copy_s(self) -> float:

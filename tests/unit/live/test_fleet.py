@@ -7,7 +7,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +19,10 @@ from verl_rlhfless.errors import ReplicaError
 from verl_rlhfless.live import fleet as fleet_module
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.fleet import Fleet
+from verl_rlhfless.live.orders import EndReplica, Order, StartReplica
 from verl_rlhfless.live.replica import ReleaseReport, WeightSource
 from verl_rlhfless.policy.schedule import scheduled_fleet
+from verl_rlhfless.types import FleetDecision, ReplicaSpec
 
 _WEIGHTS = WeightSource("store", version=7, timeout_s=1.0)
 
@@ -37,7 +39,7 @@ class FakeReplica:
         self.name = f"r{rank}"
         self.world_size = rollout.tensor_model_parallel_size
         self.server_address, self.server_handle = f"host:{rank}", f"handle-{rank}"
-        self.lease = SimpleNamespace(name=f"rlhfless/replica/r{rank}")
+        self.lease = SimpleNamespace(name=f"rlhfless/replica/r{rank}", granted_s=10.0, released_s=13.0)
         self.state = SimpleNamespace(value="released")
         self.is_released = self.is_dead = False
         self.engine_s = 1.0
@@ -70,26 +72,34 @@ class FakeRouter:
 
     def __init__(self) -> None:
         self.servers: dict[str, Any] = {}
-        self.expected = self.given_up = 0
+        self.expected: list[int] = []
+        self.tps: list[int] = []
+        self.returned: list[int] = []
+        self.given_up = 0
+        self.lease_returned = SimpleNamespace(remote=self._returned)
         self.expect = SimpleNamespace(remote=self._expect)
         self.give_up_expected = SimpleNamespace(remote=self._give_up)
         self.add_servers = SimpleNamespace(remote=self._add)
         self.remove_servers = SimpleNamespace(remote=self._remove)
         self.wanted = SimpleNamespace(remote=self._wanted)
         self.stop_wanting = SimpleNamespace(remote=lambda: self.wishes.put(None))
-        self.wishes: queue.Queue[int | None] = queue.Queue()
+        self.wishes: queue.Queue[Order | None] = queue.Queue()
 
-    async def _wanted(self) -> int | None:
+    async def _wanted(self) -> Order | None:
         return await asyncio.to_thread(self.wishes.get)
 
-    def _expect(self, count: int) -> None:
-        self.expected = count
+    def _expect(self, tps: list[int]) -> None:
+        self.expected = list(tps)
 
-    async def _give_up(self) -> None:
-        self.given_up += 1
+    async def _give_up(self, tp: int) -> None:
+        self.given_up += tp
 
-    async def _add(self, servers: dict[str, Any]) -> None:
+    async def _returned(self, tp: int) -> None:
+        self.returned.append(tp)
+
+    async def _add(self, servers: dict[str, Any], tp: int) -> None:
         self.servers.update(servers)
+        self.tps.append(tp)
 
     async def _remove(self, addresses: list[str]) -> None:
         for address in addresses:
@@ -101,6 +111,7 @@ class FakeWarmPool:
 
     def __init__(self) -> None:
         self.num_fills = 0
+        self.num_waiting = 1
         self.is_closed = False
 
     def fill(self) -> None:
@@ -138,9 +149,16 @@ def started(fleet: Fleet, *decision: Any, tp: int = 1) -> None:
     fleet.wait_started()
 
 
+def until(is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_replicas_serve_until_they_are_released(fleet: Fleet, router: FakeRouter) -> None:
     started(fleet, 1, (2,), tp=2)
-    assert fleet.max_gpus == 4 and router.expected == 2
+    assert fleet.max_gpus == 4 and router.expected == [2, 2]
     assert router.servers == {"host:0": "handle-0", "host:1": "handle-1"}
     replicas = list(fleet.replicas)
     fleet.release()
@@ -165,7 +183,7 @@ def test_step_goes_on_with_the_replicas_that_came_up(fleet: Fleet, router: FakeR
 def test_replicas_start_while_the_caller_submits_its_prompts(fleet: Fleet, router: FakeRouter) -> None:
     fleet_module.ElasticReplica.may_start = threading.Event()
     fleet.start(scheduled_fleet(1, (1,), tp=1), _WEIGHTS)
-    assert router.expected == 1 and not router.servers
+    assert router.expected == [1] and not router.servers
     fleet_module.ElasticReplica.may_start.set()
     fleet.wait_started()
     assert list(router.servers) == ["host:0"]
@@ -214,12 +232,10 @@ def test_a_lost_replica_gives_its_lease_back_before_the_one_that_replaces_it_sta
     started(fleet, 1, (2,))
     dead, healthy = fleet.replicas
     dead.is_dead = True
-    router.wishes.put(1)
-    deadline = time.monotonic() + 10
-    while "host:2" not in router.servers:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    router.wishes.put(StartReplica(1))
+    until(lambda: "host:2" in router.servers)
     assert dead.is_released and not healthy.is_released
+    assert router.returned == [1], "its GPUs are free again"
     fleet.release()
     assert healthy.is_released and not fleet.replicas
 
@@ -227,7 +243,7 @@ def test_a_lost_replica_gives_its_lease_back_before_the_one_that_replaces_it_sta
 def test_a_router_that_is_gone_during_the_start_is_an_error_and_no_endless_wait(
     fleet: Fleet, router: FakeRouter
 ) -> None:
-    async def is_gone() -> None:
+    async def is_gone(_: int) -> None:
         raise fleet_module.ray.exceptions.RayActorError
 
     router.give_up_expected = SimpleNamespace(remote=is_gone)
@@ -238,3 +254,54 @@ def test_a_router_that_is_gone_during_the_start_is_an_error_and_no_endless_wait(
         fleet._starting.result(timeout=10)
     fleet.release()
     assert not fleet.replicas
+
+
+def test_a_replica_that_the_router_ends_gives_its_lease_back_while_the_others_serve(
+    fleet: Fleet, router: FakeRouter
+) -> None:
+    started(fleet, 1, (2,))
+    ended, serving = fleet.replicas
+    router.wishes.put(EndReplica(ended.server_address))
+    until(lambda: router.returned == [1])
+    assert ended.is_released and not serving.is_released
+    fleet.release()
+    assert serving.is_released and fleet.num_started == 2
+    assert fleet.gpu_s == 2 * 3.0
+
+
+def test_a_replica_may_end_while_another_one_still_starts(fleet: Fleet, router: FakeRouter) -> None:
+    started(fleet, 1, (1,))
+    (serving,) = fleet.replicas
+    fleet_module.ElasticReplica.may_start = threading.Event()
+    router.wishes.put(StartReplica(1))
+    router.wishes.put(EndReplica(serving.server_address))
+    until(lambda: serving.is_released)
+    fleet_module.ElasticReplica.may_start.set()
+    fleet.release()
+    assert router.returned == [1]
+
+
+def test_a_replica_that_cannot_be_ended_fails_the_release_and_not_the_rollout(fleet: Fleet, router: FakeRouter) -> None:
+    fleet_module.ElasticReplica.release_fails = frozenset({0})
+    started(fleet, 1, (2,))
+    router.wishes.put(EndReplica("host:0"))
+    with pytest.raises(ReplicaError, match="engine 0 survived"):
+        fleet.release()
+    assert router.returned == [], "its GPUs are not free"
+
+
+def test_replicas_of_different_sizes_start_and_the_router_knows_each(fleet: Fleet, router: FakeRouter) -> None:
+    fleet.start(FleetDecision(1, (ReplicaSpec(2), ReplicaSpec(1), ReplicaSpec(1)), "mixed"), _WEIGHTS)
+    fleet.wait_started()
+    assert router.expected == [2, 1, 1] and sorted(router.tps) == [1, 1, 2]
+    assert sorted(replica.world_size for replica in fleet.replicas) == [1, 1, 2] and fleet.max_gpus == 4
+    fleet.release()
+
+
+def test_starts_on_a_server_in_waiting_are_told_from_cold_ones(fleet: Fleet) -> None:
+    started(fleet, 1, (2,))
+    assert sorted(start.is_warm for start in fleet.starts) == [False, True], "one server was in waiting"
+    fleet.release()
+    assert len(fleet.releases_s) == 2
+    started(fleet, 2, (1,))
+    assert len(fleet.starts) == 1 and not fleet.releases_s, "each step has its own"

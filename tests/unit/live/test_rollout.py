@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 
 from verl_rlhfless.config import parse_config
-from verl_rlhfless.errors import ReplicaError
+from verl_rlhfless.errors import ConfigError, ReplicaError
 from verl_rlhfless.live import rollout as rollout_module
 from verl_rlhfless.live.announcement import Announcement, Group
+from verl_rlhfless.live.orders import EndReplica, StartReplica
 from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.live.rollout import RolloutRouter
 from verl_rlhfless.live.routing import RoutingSettings
 from verl_rlhfless.live.tickets import Grant, Outcome, OutcomeKind, RouterSettings, SampleKey, SessionEnd, Ticket
+from verl_rlhfless.policy import routing as routing_module
+from verl_rlhfless.policy.learnt import ReplicaTimes, StepTimes
 from verl_rlhfless.policy.perf import EngineLimits
 from verl_rlhfless.policy.routing import RoutingPolicy
 
@@ -45,10 +48,17 @@ _POOLS: dict[str, dict[str, Any]] = {
 }
 
 
-def settings(pool: str, **parts: str) -> RoutingSettings:
+_MODEL = {
+    "num_attention_heads": 4, "hidden_size": 128, "num_key_value_heads": 2, "num_hidden_layers": 2,
+    "intermediate_size": 256, "vocab_size": 512,
+}  # fmt: skip
+_PACE = PaceModel(60.0, 2.0, 0.1, tp_speedup={2: 1.6})
+
+
+def settings(pool: str, planner: dict[str, Any] | None = None, **parts: str) -> RoutingSettings:
     chosen = {section: {"name": name} for section, name in {**PARTS, **parts}.items()}
-    config = parse_config({**_POOLS[pool], **chosen})
-    return RoutingSettings(config, 1, 4, EngineLimits(8, 8192), 100, {}, PaceModel(60.0, 2.0, 0.1), ())
+    config = parse_config({**_POOLS[pool], **({"planner": planner} if planner else {}), **chosen})
+    return RoutingSettings(config, 1, 4, EngineLimits(8, 8192), 100, _MODEL, _PACE, (), 2, 4)
 
 
 def announcement(step: int = 1, groups: int = 4, n: int = 2) -> Announcement:
@@ -89,7 +99,7 @@ class World:
 
 
 def on_router(
-    test: Callable[[World], Coroutine[Any, Any, None]], servers: int = 2, pool: str = "resident", **parts: str
+    test: Callable[[World], Coroutine[Any, Any, None]], servers: int = 2, pool: str = "resident", **parts: Any
 ) -> None:
     async def run() -> None:
         router = RolloutRouter({f"host:{n}": Server() for n in range(servers)})
@@ -146,7 +156,7 @@ def test_lengths_of_a_step_are_learnt_and_survive_a_checkpoint() -> None:
 def test_prompts_that_come_before_their_replicas_wait_for_them() -> None:
     async def check(world: World) -> None:
         announced = announcement()
-        await world.router.expect(2)
+        await world.router.expect([1, 1])
         await world.router.announce(announced)
         assert await world.submit(announced) == []
         await world.router.add_servers({"host:a": Server()})
@@ -163,7 +173,7 @@ def test_prompts_that_come_before_their_replicas_wait_for_them() -> None:
 def test_looks_before_any_replica_is_up_decide_nothing() -> None:
     async def check(world: World) -> None:
         announced = announcement()
-        await world.router.expect(1)
+        await world.router.expect([1])
         await world.router.announce(announced)
         await world.submit(announced)
         world.router._look_now()
@@ -179,12 +189,12 @@ def test_looks_before_any_replica_is_up_decide_nothing() -> None:
 def test_a_replica_that_will_not_come_leaves_its_samples_to_the_others() -> None:
     async def check(world: World) -> None:
         announced = announcement()
-        await world.router.expect(2)
+        await world.router.expect([1, 1])
         await world.router.announce(announced)
         await world.submit(announced)
         await world.router.add_servers({"host:a": Server()})
         grants = await world.more()
-        await world.router.give_up_expected()
+        await world.router.give_up_expected(1)
         while len(grants) < 8:
             grants += await world.more()
         assert {grant.server for grant in grants} == {"host:a"}
@@ -217,7 +227,7 @@ def test_the_only_replica_of_an_elastic_fleet_is_replaced() -> None:
         grants = await world.submit(announced)
         await world.router.lose_servers(["host:0"], "killed")
         assert await world.finish(grants, OutcomeKind.LOST) == []
-        assert await asyncio.wait_for(world.router.wanted(), 5) == 1
+        assert await asyncio.wait_for(world.router.wanted(), 5) == StartReplica(1)
         await world.router.add_servers({"host:new": Server()})
         again = await world.more()
         assert len(again) == len(grants) and {grant.server for grant in again} == {"host:new"}
@@ -236,7 +246,7 @@ def test_a_fleet_that_loses_one_replica_after_the_other_gives_up() -> None:
         await world.router.lose_servers(["host:0"], "killed")
         for _ in range(world.router.settings.max_retries):
             await asyncio.wait_for(world.router.wanted(), 5)
-            await world.router.give_up_expected()
+            await world.router.give_up_expected(1)
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(world.router.wanted(), 0.2)
 
@@ -320,3 +330,138 @@ def test_looks_do_not_run_hot_when_a_dry_replica_stays_dry() -> None:
 
 def test_the_actor_of_the_plugin_seam_is_the_router() -> None:
     assert rollout_module.RolloutRouterActor.__ray_metadata__.modified_class.__name__ == "RolloutRouter"
+
+
+def on_planning_router(test: Callable[[World], Coroutine[Any, Any, None]], **planner: Any) -> None:
+    on_router(test, servers=0, pool="elastic", planner={"name": "cost_aware", **planner})
+
+
+async def start_planned(world: World, announced: Announcement) -> list[Grant]:
+    """Plan a step, start every replica of its fleet, and return what may start."""
+    decision = await world.router.plan(announced, num_warm=4)
+    await world.router.expect([spec.tp for spec in decision.replicas])
+    await world.router.announce(announced)
+    for number, spec in enumerate(decision.replicas):
+        await world.router.add_servers({f"host:{number}": Server()}, spec.tp)
+    return await world.submit(announced)
+
+
+def test_a_step_is_planned_from_its_prompts_within_the_limits() -> None:
+    async def check(world: World) -> None:
+        decision = await world.router.plan(announcement(groups=16, n=8), num_warm=4)
+        assert len(decision.replicas) >= 2 and decision.num_gpus <= 4
+        forecast = decision.forecast
+        assert forecast is not None and 0 < forecast.rollout_s < forecast.step_s
+        assert forecast.gpu_s > 2 * forecast.step_s, "the trainer's two GPUs are leased all the time"
+        assert "static" in decision.reason
+
+    on_planning_router(check, min_replicas=2)
+
+
+def test_a_deadline_that_no_fleet_meets_is_refused_before_anything_is_leased() -> None:
+    async def check(world: World) -> None:
+        with pytest.raises(ConfigError, match=r"rlhfless\.planner\.max_step_s=0\.1.*Feasible: \d"):
+            await world.router.plan(announcement(), num_warm=4)
+
+    on_planning_router(check, max_step_s=0.1)
+
+
+def test_a_replica_whose_last_sample_ended_is_given_back_while_the_others_decode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(routing_module, "_LOOK_S", 60.0)  # at once, and not at the next look
+
+    async def check(world: World) -> None:
+        announced = announcement()
+        grants = await start_planned(world, announced)
+        first = [grant for grant in grants if grant.server == "host:0"]
+        others = [grant for grant in grants if grant.server != "host:0"]
+        assert first and others
+        for _ in range(20):  # the looks at what has happened so far
+            await asyncio.sleep(0)
+        await world.finish(first)
+        order = await asyncio.wait_for(world.router.wanted(), 5)
+        assert order == EndReplica("host:0")
+        assert await world.router.get_all_servers() == ["host:1"]
+        await world.finish(others)
+        report = await world.router.report()
+        assert report is not None and (report.num_released, report.failure) == (1, "")
+
+    on_planning_router(check, min_replicas=2, max_replicas=2, tensor_parallel_sizes=[1])
+
+
+def test_with_a_fixed_schedule_every_replica_stays_to_the_end() -> None:
+    async def check(world: World) -> None:
+        announced = announcement()
+        await world.router.expect([1, 1])
+        await world.router.announce(announced)
+        await world.router.add_servers({"host:0": Server()}, 1)
+        await world.router.add_servers({"host:1": Server()}, 1)
+        grants = await world.submit(announced)
+        await world.finish([grant for grant in grants if grant.server == "host:0"])
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(world.router.wanted(), 0.8)
+
+    on_router(check, servers=0, pool="elastic", migration="off")
+
+
+def test_the_router_fills_a_mixed_fleet_by_size_whatever_comes_first() -> None:
+    async def check(world: World) -> None:
+        announced = announcement()
+        await world.router.expect([2, 1])
+        await world.router.announce(announced)
+        await world.router.add_servers({"narrow": Server()}, 1)
+        await world.router.add_servers({"wide": Server()}, 2)
+        live = world.router._live
+        assert live is not None
+        assert [(r.tp, r.state) for r in live.observe().replicas] == [(2, "ready"), (1, "ready")]
+        assert world.router.book._announced().replicas[0].server == "wide"
+        await world.finish(await world.submit(announced))
+
+    on_router(check, servers=0, pool="elastic")
+
+
+def test_gpus_are_free_only_after_the_fleet_confirmed_their_return() -> None:
+    async def check(world: World) -> None:
+        announced = announcement()
+        grants = await start_planned(world, announced)
+        free = world.router.desk.free_gpus
+        await world.finish([grant for grant in grants if grant.server == "host:0"])
+        await asyncio.wait_for(world.router.wanted(), 5)
+        assert world.router.desk.free_gpus == free
+        await world.router.lease_returned(1)
+        assert world.router.desk.free_gpus == free + 1
+
+    on_planning_router(check, min_replicas=2, max_replicas=2, tensor_parallel_sizes=[1])
+
+
+def test_a_limit_that_later_steps_cannot_meet_does_not_end_the_run() -> None:
+    async def check(world: World) -> None:
+        first = announcement(groups=2, n=1)
+        await world.finish(await start_planned(world, first), tokens=1)
+        await world.router.report()
+        await world.router.learn_costs(StepTimes((), None, phases_s=500.0, publish_s=None))
+        decision = await world.router.plan(announcement(2), num_warm=4)
+        assert "nearest to a limit" in decision.reason and "Feasible" in decision.reason
+
+    on_planning_router(check, max_step_s=60.0)
+
+
+def test_slow_starts_and_phases_of_one_step_are_expected_of_the_next_one() -> None:
+    async def check(world: World) -> None:
+        first = announcement()
+        before = await world.router.plan(announcement(), num_warm=4)
+        await world.finish(await start_planned(world, first), tokens=20)
+        await world.router.report()
+        slow = ReplicaTimes(is_warm=True, grant_s=1.0, start_s=30.0, load_s=2.0)
+        await world.router.learn_costs(StepTimes((slow,), 0.5, phases_s=20.0, publish_s=1.0))
+        after = await world.router.plan(announcement(2), num_warm=4)
+        assert before.forecast is not None and after.forecast is not None
+        assert after.forecast.rollout_s > 33.0
+        assert after.forecast.step_s > after.forecast.rollout_s + 20.0
+        other = RolloutRouter({})
+        await other.restore_costs(await world.router.costs())
+        await other.configure_rollouts(RouterSettings(), settings("elastic", {"name": "cost_aware"}))
+        assert await other.costs() == await world.router.costs()
+
+    on_planning_router(check)

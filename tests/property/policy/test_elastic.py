@@ -1,0 +1,92 @@
+"""Planned fleets and their changes stay inside their bounds, whatever the batch and whatever the view."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.property.policy.test_policies import POOL, batches, views
+from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.policy.elastic import Resizing
+from verl_rlhfless.policy.goal import Goal
+from verl_rlhfless.policy.plan import plan_fleet
+from verl_rlhfless.policy.predict import LengthModel, learn, predict
+from verl_rlhfless.policy.routing import Routing
+from verl_rlhfless.policy.snapshot import FINISHED, GONE, READY, Batch, RolloutView
+
+BESIDE = replace(POOL, num_gpus=12, keeps_trainer=True)
+
+
+@settings(deadline=None, max_examples=40)
+@given(batches(), st.floats(0, 1), st.integers(1, 4), st.integers(0, 4))
+def test_a_fleet_beside_the_trainer_is_elastic_and_inside_its_limits(
+    case: tuple[Batch, np.ndarray],  # type: ignore[type-arg]
+    weight: float,
+    least: int,
+    more: int,
+) -> None:
+    batch, lengths = case
+    prior = predict(learn(LengthModel(), batch, lengths), batch)
+    plan = plan_fleet(BESIDE, batch, prior, Goal(weight, min_replicas=least, max_replicas=least + more))
+    assert not plan.is_resident and not plan.is_static
+    assert sum(plan.fleet) <= BESIDE.num_gpus and all(tp in BESIDE.perf for tp in plan.fleet)
+    assert least <= len(plan.fleet) <= least + more
+    assert plan.predicted_rollout_s is not None and plan.predicted_step_s is not None and plan.predicted_gpu_s
+    assert 0 < plan.predicted_rollout_s < plan.predicted_step_s
+    assert plan.predicted_gpu_s > BESIDE.trainer.num_gpus * plan.predicted_step_s, "the trainer pays all the time"
+
+
+@settings(deadline=None, max_examples=20)
+@given(batches())
+def test_more_weight_on_cost_never_costs_more(case: tuple[Batch, np.ndarray]) -> None:  # type: ignore[type-arg]
+    batch, lengths = case
+    prior = predict(learn(LengthModel(), batch, lengths), batch)
+    fast, cheap = (plan_fleet(BESIDE, batch, prior, Goal(weight)) for weight in (0.0, 1.0))
+    assert fast.predicted_step_s is not None and cheap.predicted_step_s is not None
+    assert fast.predicted_gpu_s is not None and cheap.predicted_gpu_s is not None
+    assert fast.predicted_step_s <= cheap.predicted_step_s * 1.01
+    assert cheap.predicted_gpu_s <= fast.predicted_gpu_s * 1.01
+
+
+@settings(deadline=None, max_examples=20)
+@given(batches(), st.integers(13, 99))
+def test_more_replicas_than_gpus_are_refused_in_one_line(
+    case: tuple[Batch, np.ndarray],  # type: ignore[type-arg]
+    least: int,
+) -> None:
+    batch, _ = case
+    with pytest.raises(ConfigError, match=r"^rlhfless\.planner\.min_replicas=.*Lower it"):
+        plan_fleet(BESIDE, batch, predict(LengthModel(), batch), Goal(min_replicas=least))
+
+
+@settings(deadline=None, max_examples=80)
+@given(views(), st.floats(0.01, 200), st.sampled_from(["length_bucket", "stock"]), st.booleans())
+def test_a_look_ends_only_empty_replicas_and_starts_only_what_fits(
+    view: RolloutView, price: float, dispatcher: str, consolidates: bool
+) -> None:
+    ready = tuple(replace(r, state=READY) for r in view.replicas)  # some of them hold nothing
+    free = max(0, view.pool.num_gpus - sum(r.tp for r in ready))
+    view = replace(view, replicas=ready, free_gpus=free)
+    arm = Routing(tuple(r.tp for r in ready), dispatcher, "cut_and_migrate", is_resident=False)
+    model = learn(LengthModel(), view.batch, np.maximum(view.generated, 1))
+    plan = replace(arm.plan(model, view.pool, view.batch), price=price)
+    policy = Resizing(arm.policy(model), partial(arm.refine, model), Goal(), consolidates)
+    reaction = policy.react(view, plan)
+    assert repr(reaction) == repr(policy.react(view, plan))
+    meant = view.replica_of.copy()
+    for move in reaction.moves:
+        assert (view.state[move.samples] != FINISHED).all()
+        assert view.replicas[move.replica].state != GONE and move.replica not in reaction.releases
+        meant[move.samples] = move.replica
+    assert not set(reaction.releases) & set(meant[view.state != FINISHED].tolist())
+    assert len(reaction.releases) == len(set(reaction.releases))
+    if len(view.alive):
+        assert len(reaction.releases) < len(view.replicas), "somebody serves what is left"
+    assert sum(reaction.starts) <= free
+    assert not (reaction.starts and reaction.releases)
+    assert reaction.next_look_s > view.now_s

@@ -1,0 +1,94 @@
+"""What was measured reaches the next plan, survives a checkpoint, and a broken state is refused in one line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.unit.policy.paced import POOL
+from verl_rlhfless.errors import DataError
+from verl_rlhfless.live.devices import Fleet, declared_pool
+from verl_rlhfless.live.pacing import PaceModel
+from verl_rlhfless.policy.calibrate import IterationSample
+from verl_rlhfless.policy.learnt import CostModel, ReplicaTimes, StepTimes, apply, learn_speed, learn_step
+from verl_rlhfless.policy.perf import EngineLimits
+from verl_rlhfless.policy.snapshot import Batch
+
+BATCH = Batch(1, ("a", "b"), np.repeat(np.arange(2), 4), np.full(8, 100), 200)
+LENGTHS = np.full(8, 150)
+TIMES = StepTimes((ReplicaTimes(True, 0.2, 12.0, 0.4), ReplicaTimes(False, 0.4, 50.0, 0.6)), 0.7, 9.0, 1.5)
+TWO_SIZES = declared_pool(
+    Fleet((1, 2), 4, 4, EngineLimits(8, 8192), 10**6), PaceModel(60.0, 2.0, 0.1, tp_speedup={2: 1.5})
+)
+
+
+def learnt(times: StepTimes = TIMES, model: CostModel | None = None) -> CostModel:
+    return learn_step(model or CostModel(), POOL, (BATCH, LENGTHS), times)
+
+
+def samples(pace: PaceModel) -> list[IterationSample]:
+    return [IterationSample(n, 200 * n, 0, pace.iteration_s(1, n, 200 * n, 0)) for n in (1, 2, 3, 4, 5, 6, 7, 8)]
+
+
+def test_nothing_measured_changes_nothing() -> None:
+    assert apply(CostModel(), POOL) == POOL
+
+
+def test_starts_phases_and_publication_of_a_step_are_what_the_next_plan_counts_with() -> None:
+    pool = apply(learnt(), POOL)
+    times, trainer = pool.trainer.times, pool.trainer
+    assert times.grant_s == pytest.approx(0.3)
+    assert (times.wake_s, times.cold_start_s, times.park_s) == pytest.approx((12.0, 50.0, 0.7))
+    assert pool.perf[1].load_s == pytest.approx(0.5)
+    assert trainer.publish_s == pytest.approx(1.5)
+    tokens = float(BATCH.prompt_tokens.sum() + LENGTHS.sum())
+    assert trainer.inference_s(tokens, tokens / 8) + trainer.update_s(tokens, tokens / 8) == pytest.approx(9.0)
+
+
+def test_a_start_that_was_not_seen_keeps_its_figure() -> None:
+    only_cold = replace(TIMES, starts=TIMES.starts[1:], release_s=None, publish_s=None)
+    times = apply(learnt(only_cold), POOL).trainer.times
+    assert times.cold_start_s == pytest.approx(50.0)
+    assert (times.wake_s, times.park_s) == (POOL.trainer.times.wake_s, POOL.trainer.times.park_s)
+
+
+def test_later_steps_move_a_figure_half_way() -> None:
+    again = learnt(replace(TIMES, release_s=1.7), learnt())
+    assert again.release_s == pytest.approx(1.2)
+
+
+def test_a_device_that_is_slower_than_declared_is_believed_slower() -> None:
+    slower = PaceModel(90.0, 2.0, 0.1)
+    model = learn_speed(CostModel(), POOL.perf, {1: samples(slower)})
+    assert apply(model, POOL).perf[1].iteration_s(5, 1000) == pytest.approx(slower.iteration_s(1, 5, 1000, 0), rel=0.02)
+
+
+def test_a_size_that_never_ran_is_as_much_slower_as_the_one_that_did() -> None:
+    model = learn_speed(CostModel(), TWO_SIZES.perf, {1: samples(PaceModel(120.0, 2.0, 0.1))})
+    assert apply(model, TWO_SIZES).perf[2].iteration_s(1, 1) == pytest.approx(0.122 / 1.5, rel=0.05)
+
+
+def test_a_few_iterations_change_nothing() -> None:
+    assert learn_speed(CostModel(), POOL.perf, {1: samples(PaceModel(90.0))[:3]}) == CostModel()
+
+
+def test_the_state_survives_a_checkpoint() -> None:
+    model = learn_speed(learnt(), POOL.perf, {1: samples(PaceModel(90.0))})
+    assert CostModel.from_json(model.to_json()) == model
+    assert CostModel.from_json(CostModel().to_json()) == CostModel()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{}", "[1]", '{"format": "rlhfless-lengths/1"}', CostModel().to_json()[:-5],
+        CostModel().to_json().replace('"grant_s": null', '"grant_s": -1'),
+        CostModel().to_json().replace('"grant_s": null', '"grant": 1'),
+        CostModel().to_json().replace('"speeds": {}', '"speeds": {"1": [1.0]}'),
+    ],
+)  # fmt: skip
+def test_a_broken_state_is_refused_and_says_what_to_do(text: str) -> None:
+    with pytest.raises(DataError, match="Delete the state file"):
+        CostModel.from_json(text)

@@ -1,0 +1,71 @@
+"""The planner of live runs: each step's fleet from predicted lengths, and from what earlier steps really took."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+
+from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.live.announcement import Announcement
+from verl_rlhfless.live.routing import RoutingSettings, decision_of
+from verl_rlhfless.live.speed import SpeedMeter
+from verl_rlhfless.policy.learnt import CostModel, StepTimes, apply, learn_speed, learn_step
+from verl_rlhfless.policy.plan import plan_fleet
+from verl_rlhfless.policy.predict import LengthModel
+from verl_rlhfless.policy.snapshot import Batch, IntArray, PoolSnapshot, RolloutPlan
+from verl_rlhfless.types import FleetDecision
+
+logger = logging.getLogger(__name__)
+
+
+class LivePlanner:
+    """Plans, and learns what plans should count with.
+
+    Attributes:
+        costs: What was measured so far.
+        speed: Measures the engines while they run.
+        next: The plan of the step that is announced next, and the pool that it was made for.
+    """
+
+    def __init__(self, routing: RoutingSettings, costs: CostModel) -> None:
+        self._routing = routing
+        self.costs, self.speed = costs, SpeedMeter()
+        self.next: tuple[RolloutPlan, PoolSnapshot] | None = None
+        self._has_planned = False
+
+    def plan(self, announced: Announcement, lengths: LengthModel, num_warm: int) -> FleetDecision:
+        """Return the fleet for a step.
+
+        The first plan of a run refuses limits that no fleet meets; later ones come as near as they can and say so.
+
+        Args:
+            announced: The step.
+            lengths: What is known of response lengths.
+            num_warm: Replicas that would start on a server whose imports are done.
+
+        Raises:
+            ConfigError: No fleet meets the deadline or the budget.
+        """
+        pool, batch = apply(self.costs, self._routing.planning_pool(num_warm)), announced.batch()
+        prediction = self._routing.arm(announced, ()).predict(lengths, batch)
+        goal = self._routing.goal()
+        try:
+            plan = plan_fleet(pool, batch, prediction, goal, can_fuse=False)
+        except ConfigError as error:
+            if not self._has_planned:
+                raise
+            logger.warning("rlhfless: step %d: %s", announced.step, error)
+            weight = 1.0 if goal.max_step_s is None else 0.0
+            nearest = replace(goal, max_step_s=None, max_gpu_s=None, cost_weight=weight)
+            plan = plan_fleet(pool, batch, prediction, nearest, can_fuse=False)
+            plan = replace(plan, reason=f"{plan.reason}; the nearest to a limit that can't be met: {error}")
+        # during the rollout a further replica would find no warm server: the fleet has taken them
+        self._has_planned, self.next = True, (plan, replace(pool, warm={}))
+        return decision_of(plan, announced.step)
+
+    async def learn(self, done: tuple[Batch, IntArray], times: StepTimes) -> None:
+        """Take what a step took; ``done`` holds its prompts and lengths."""
+        declared = self._routing.planning_pool(0)
+        self.costs = learn_step(self.costs, declared, done, times)
+        self.costs = await asyncio.to_thread(learn_speed, self.costs, declared.perf, self.speed.samples)

@@ -1,0 +1,183 @@
+"""What starts, trainer phases and engine iterations really took, so that a plan counts that and not a data sheet.
+
+Each figure is an EWMA of what was measured; until there is a first measurement the pool's own figure stands.
+
+Invariants: applying an empty model changes nothing; state round-trips through JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from verl_rlhfless.errors import DataError
+from verl_rlhfless.policy.calibrate import IterationSample, calibrate
+from verl_rlhfless.policy.perf import EnginePerf
+from verl_rlhfless.policy.snapshot import Batch, IntArray, PoolSnapshot
+
+FORMAT = "rlhfless-costs/1"
+
+_RATE = 0.5
+_LEAST_SAMPLES = 8
+_SECONDS = ("grant_s", "warm_start_s", "cold_start_s", "load_s", "release_s", "publish_s")
+_SPEEDS = ("hbm", "prefill", "launch_s", "per_seq_s")
+_LEAST = 1e-9  # an efficiency is fitted in its logarithm, and a declared device may have one of zero
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaTimes:
+    """One replica: from request to grant, from grant to a running engine (weights not included), and the weight load.
+
+    ``is_warm``: it started on a server whose imports were done.
+    """
+
+    is_warm: bool
+    grant_s: float
+    start_s: float
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """What one step took: its replicas' starts, their release, the trainer's phases, and publishing the weights."""
+
+    starts: tuple[ReplicaTimes, ...]
+    release_s: float | None
+    phases_s: float
+    publish_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Measured figures; ``None`` = not measured yet.
+
+    Attributes:
+        phases: Factor by which the trainer's phases take longer than modelled.
+        speeds: Tensor-parallel size -> factor on each of ``hbm``, ``prefill``, ``launch_s`` and ``per_seq_s``.
+    """
+
+    grant_s: float | None = None
+    warm_start_s: float | None = None
+    cold_start_s: float | None = None
+    load_s: float | None = None
+    release_s: float | None = None
+    publish_s: float | None = None
+    phases: float | None = None
+    speeds: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the state as JSON text."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> CostModel:
+        """Return the state that ``to_json`` wrote.
+
+        Raises:
+            DataError: The text is no such state.
+        """
+        try:
+            values = json.loads(text)
+            if values.pop("format") != FORMAT:
+                raise ValueError(f"format must be {FORMAT!r}")
+            speeds = {int(tp): tuple(map(_positive, of)) for tp, of in values.pop("speeds").items()}
+            if any(len(of) != len(_SPEEDS) for of in speeds.values()):
+                raise ValueError(f"speeds must have {len(_SPEEDS)} factors each")
+            figures = {name: None if value is None else _positive(value) for name, value in values.items()}
+            return cls(speeds=speeds, **figures)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"measured costs: {error}. Delete the state file to start without them.") from error
+
+
+def _positive(value: object) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0:  # type: ignore[operator, arg-type]
+        raise ValueError(f"{value!r} is not a number >= 0")
+    return float(value)  # type: ignore[arg-type]
+
+
+def learn_step(model: CostModel, pool: PoolSnapshot, done: tuple[Batch, IntArray], times: StepTimes) -> CostModel:
+    """Return the model after a step.
+
+    Args:
+        model: What was measured before.
+        pool: The pool as declared, nothing applied.
+        done: The step's prompts and lengths, [B] int64.
+        times: What was measured.
+    """
+    batch, lengths = done
+    tokens = float(batch.prompt_tokens.sum() + lengths.sum())
+    context = tokens / batch.num_samples
+    modelled_s = pool.trainer.inference_s(tokens, context) + pool.trainer.update_s(tokens, context)
+    seen: dict[str, list[float]] = {
+        "grant_s": [start.grant_s for start in times.starts],
+        "warm_start_s": [start.start_s for start in times.starts if start.is_warm],
+        "cold_start_s": [start.start_s for start in times.starts if not start.is_warm],
+        "load_s": [start.load_s for start in times.starts],
+        "release_s": [] if times.release_s is None else [times.release_s],
+        "publish_s": [] if times.publish_s is None else [times.publish_s],
+        "phases": [times.phases_s / modelled_s],
+    }
+    mixed: dict[str, Any] = {
+        name: _mix(getattr(model, name), sum(values) / len(values)) for name, values in seen.items() if values
+    }
+    return replace(model, **mixed)
+
+
+def learn_speed(
+    model: CostModel, perf: Mapping[int, EnginePerf], samples: Mapping[int, Sequence[IterationSample]]
+) -> CostModel:
+    """Return the model after iterations were measured, by tensor-parallel size; too few of a size change nothing.
+
+    Args:
+        model: What was measured before.
+        perf: The replicas as declared, nothing applied.
+        samples: Measured iterations, those of earlier steps included.
+    """
+    speeds = dict(model.speeds)
+    for tp, of in samples.items():
+        if tp in perf and len(of) >= _LEAST_SAMPLES:
+            declared = _scaled(perf[tp], ())
+            fitted = calibrate(declared, of).perf.efficiencies
+            speeds[tp] = tuple(getattr(fitted, name) / getattr(declared.efficiencies, name) for name in _SPEEDS)
+    return replace(model, speeds=speeds)
+
+
+def apply(model: CostModel, pool: PoolSnapshot) -> PoolSnapshot:
+    """Return the pool with what was measured; a size that never ran has the factors of the nearest one that did."""
+    times = pool.trainer.times
+    known = {name: getattr(model, name) for name in _SECONDS if getattr(model, name) is not None}
+    moved = {"warm_start_s": "wake_s", "release_s": "park_s"}
+    figures = {moved.get(name, name): value for name, value in known.items() if name not in ("load_s", "publish_s")}
+    if model.publish_s is not None:
+        figures["publish_bytes_per_s"] = pool.trainer.shape.weight_bytes / max(model.publish_s, _LEAST)
+    trainer = replace(pool.trainer, times=replace(times, **figures), slowness=model.phases or 1.0)
+    perf = {tp: _with_load(_applied(model, tp, engine), model.load_s) for tp, engine in pool.perf.items()}
+    return replace(pool, perf=perf, trainer=trainer)
+
+
+def _applied(model: CostModel, tp: int, perf: EnginePerf) -> EnginePerf:
+    if not model.speeds:
+        return perf
+    nearest = min(model.speeds, key=lambda known: (abs(math.log(known / tp)), known))
+    return _scaled(perf, model.speeds[nearest])
+
+
+def _scaled(perf: EnginePerf, factors: Sequence[float]) -> EnginePerf:
+    of = {name: max(getattr(perf.efficiencies, name), _LEAST) for name in _SPEEDS}
+    scaled = {name: of[name] * factor for name, factor in zip(_SPEEDS, factors, strict=True)} if factors else of
+    return replace(perf, efficiencies=replace(perf.efficiencies, **scaled))
+
+
+def _with_load(perf: EnginePerf, load_s: float | None) -> EnginePerf:
+    if load_s is None:
+        return perf
+    host = perf.efficiencies.host * perf.load_s / max(load_s, _LEAST)
+    return replace(perf, efficiencies=replace(perf.efficiencies, host=host))
+
+
+def _mix(old: float | None, new: float) -> float:
+    return new if old is None else (1 - _RATE) * old + _RATE * new
