@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
 from verl_rlhfless.errors import ConfigError, DataError, RlhflessError, UnsupportedError
+from verl_rlhfless.live.fusion_check import check_fusion
 from verl_rlhfless.live.instrument import instrument_environment
 from verl_rlhfless.live.seams import check_prefix_grouper, check_seams
 from verl_rlhfless.versions import REQUIREMENTS, check_requirement
@@ -68,6 +69,8 @@ def check_run(config: DictConfig, environ: Mapping[str, str]) -> str:
     if parsed.is_elastic:
         check_elastic(config)
         check_budget(config, parsed, environ)
+    if parsed.fusion.name == "on":
+        check_fusion(config)
     check_data_files(config)
     instrument_environment(parsed.instrument)
     if parsed.replay.trace is not None:

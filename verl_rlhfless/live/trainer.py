@@ -17,6 +17,7 @@ from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
 from verl_rlhfless.errors import ConfigError, ReplicaError
 from verl_rlhfless.live import weight_engine
 from verl_rlhfless.live.fleet import Fleet
+from verl_rlhfless.live.fusion_trainer import FusionTrainer
 from verl_rlhfless.live.pool import ElasticResourcePoolManager
 from verl_rlhfless.live.replica import WeightSource
 from verl_rlhfless.live.request_trainer import RequestTrainer
@@ -28,7 +29,7 @@ from verl_rlhfless.types import FleetDecision
 from verl_rlhfless_patches import verl_worker_group
 
 
-class ElasticTrainerSync(RequestTrainer):
+class ElasticTrainerSync(FusionTrainer):
     """Synchronous PPO / GRPO whose rollout replicas are leased, loaded, drained and released inside every step."""
 
     def __init__(self, config: DictConfig, settings: RlhflessConfig) -> None:
