@@ -38,6 +38,13 @@ def test_an_elastic_step_pays_for_its_replicas_from_grant_to_release(tmp_path):
     assert (figures(run, 1).gpu.max_gpus, figures(run, 2).gpu.max_gpus) == (3, 4)
 
 
+def test_a_trainer_that_infers_beside_the_rollout_is_busy(tmp_path):
+    run = elastic_run(tmp_path)
+    before = figures(run, 1).gpu.busy
+    run.append("events-1.jsonl", {"event": "fused", "t": 113.0, "seconds": 0.5, "step": 1})
+    assert figures(run, 1).gpu.busy == before + 2 * 0.5
+
+
 def test_replicas_are_counted_in_both_arms(tmp_path):
     for name in ("stock", "elastic"):
         (tmp_path / name).mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from verl_rlhfless.config import RlhflessConfig, parse_config
+from verl_rlhfless.config import FusionConfig, RlhflessConfig, parse_config
 
 REQUESTS = {
     "predictor": "history",
@@ -80,6 +81,12 @@ def test_the_values_of_the_groups_are_those_of_the_schema() -> None:
 def test_a_group_and_its_values_are_chosen_with_plain_overrides() -> None:
     config = compose_ppo("+rlhfless=default", "rlhfless/planner=fixed", "rlhfless.planner.schedule=[1,2,1,2]")
     assert read(config).planner.schedule == (1, 2, 1, 2)
+
+
+def test_fusion_is_switched_on_with_one_override() -> None:
+    default = read(compose_ppo("+rlhfless=default"))
+    fused = read(compose_ppo("+rlhfless=default", "rlhfless/fusion=on"))
+    assert fused == dataclasses.replace(default, fusion=FusionConfig(name="on"))
 
 
 def test_every_part_can_be_switched_alone() -> None:

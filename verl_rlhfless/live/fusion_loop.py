@@ -104,8 +104,9 @@ class FusionLoop:
             self._thread.join(timeout_s)
             if self._thread.is_alive():
                 raise RlhflessError(
-                    f"step {self.step}: fused inference went on for rlhfless.fusion.end_timeout_s={timeout_s:g} after the "
-                    "rollout. Look for the trainer workers' errors above, raise it, or set rlhfless/fusion=off."
+                    f"step {self.step}: fused inference went on after the rollout for more than "
+                    f"rlhfless.fusion.end_timeout_s={timeout_s:g}. Look for the trainer workers' errors above, "
+                    "raise it, or set rlhfless/fusion=off."
                 )
             self.work.wait_s += time.monotonic() - began_s
             self._thread = None
