@@ -145,7 +145,7 @@ class FusionLoop:
 def finished_samples(listed: Mapping[str, Mapping[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Return the tags of samples that are in the training partition with all their fields, by key.
 
-    verl keeps a group's status there too, under its prompt's key. A sample's tags arrive after its fields.
+    A sample's tags arrive after its fields. verl keeps groups there too, whose status is another word.
     """
     entries = listed.get(_PARTITION, {})
-    return {key: tag for key, tag in entries.items() if not tag.get("is_prompt") and tag.get("status") == "success"}
+    return {key: tag for key, tag in entries.items() if tag.get("status") == "success"}

@@ -128,7 +128,8 @@ class RecallingGroup:
         unknown = _aligned(batch.keys, memory.results, phase.quantum(self._group))
         recalled = [key for key in batch.keys if key not in unknown]
         if unknown:
-            self._compute(batch.select_keys([key for key in batch.keys if key in unknown]), memory)
+            is_verls_own = not recalled and not self._memory.is_open  # in verl's order, so that not a bit differs
+            self._compute(batch if is_verls_own else self._balanced(batch, unknown), memory)
         if recalled:
             columns = zip(*(memory.results[key] for key in recalled), strict=True)
             fields = {name: _jagged(column) for name, column in zip(phase.fields, columns, strict=True)}
@@ -137,8 +138,12 @@ class RecallingGroup:
             memory.num_recalled, memory.num_computed = len(recalled), len(unknown)
         return Inferred(len(batch))
 
+    def _balanced(self, batch: KVBatchMeta, keys: set[str]) -> KVBatchMeta:
+        part = batch.select_keys([key for key in batch.keys if key in keys])
+        balance(part, self._phase.dp_size(self._group))
+        return part
+
     def _compute(self, batch: KVBatchMeta, memory: PhaseMemory) -> None:
-        balance(batch, self._phase.dp_size(self._group))
         began_s = time.monotonic()
         output = getattr(self._group, self._phase.call)(batch)
         ray.get(list(getattr(output, "futures", ())))  # verl's critic returns before its workers are done

@@ -8,8 +8,6 @@ import torch
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 
-PROMPT_TOKENS = 2
-
 
 class FakeQueue:
     """Fields and tags by key; answers only with fields that all asked keys have, as the real one does."""
@@ -36,10 +34,11 @@ class FakeQueue:
         }
         return TensorDict(columns, batch_size=len(keys))
 
-    def kv_batch_put(self, keys: list[str], partition_id: str, fields: TensorDict) -> None:
+    def kv_batch_put(self, keys: list[str], partition_id: str, fields: TensorDict) -> KVBatchMeta:
         for name, column in fields.items():
             for key, row in zip(keys, column.unbind(), strict=True):
                 self.fields[key][name] = row
+        return self.batch(*keys)
 
 
 class FakeGroup:
