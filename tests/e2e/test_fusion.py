@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 _STEPS = 2
 _LENGTHS = [8, 12, 40, 160]  # of each group's samples: the last one is the tail
-_PACE = {"base_ms": 40.0}
+_PACE = {"base_ms": 40.0, "per_inference_token_us": 500.0}
 _PHASES = {"_compute_old_log_prob", "_compute_ref_log_prob", "_compute_values"}
 
 

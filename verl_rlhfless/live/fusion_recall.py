@@ -146,7 +146,8 @@ class RecallingGroup:
     def _compute(self, batch: KVBatchMeta, memory: PhaseMemory) -> None:
         began_s = time.monotonic()
         output = getattr(self._group, self._phase.call)(batch)
-        ray.get(list(getattr(output, "futures", ())))  # verl's critic returns before its workers are done
+        if futures := getattr(output, "futures", None):  # verl's critic returns before its workers are done
+            ray.get(futures)
         memory.calls.append((num_tokens(batch), time.monotonic() - began_s))
         if self._memory.is_open:
             fields = list(self._phase.fields)

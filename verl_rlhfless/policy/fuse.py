@@ -67,16 +67,15 @@ class CallCost:
 def fit_cost(calls: Sequence[tuple[int, float]]) -> CallCost:
     """Return the cost that fits measured calls ``(tokens, seconds)`` best, neither part of it negative.
 
-    Calls of one size tell nothing of the part that is the same for all: it is then taken as 0.
+    Where the calls don't tell the parts apart (one size, a first call slower than larger ones) all is taken to be for
+    tokens: a chunk too many costs less than none at all.
     """
     tokens, seconds = np.array(calls, dtype=np.float64).T
     spread = tokens - tokens.mean()
-    token_s = float(spread @ seconds / (spread @ spread)) if spread.any() else float(seconds.mean() / tokens.mean())
+    token_s = float(spread @ seconds / (spread @ spread)) if spread.any() else 0.0
     call_s = float(seconds.mean() - token_s * tokens.mean())
-    if token_s < 0:
-        return CallCost(float(seconds.mean()), 0.0)
-    if call_s < 0:
-        return CallCost(0.0, float(seconds @ tokens / (tokens @ tokens)))
+    if token_s <= 0 or call_s < 0:
+        return CallCost(0.0, float(seconds.sum() / tokens.sum()))
     return CallCost(call_s, token_s)
 
 

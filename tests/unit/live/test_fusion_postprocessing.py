@@ -19,6 +19,7 @@ LENGTHS = {f"u{group}_{session}_0": 4 + group + session for group in range(2) fo
 KEYS = tuple(LENGTHS)
 PROMPT_TOKENS = 3
 PHASES = ("_compute_old_log_prob", "_compute_ref_log_prob", "_compute_values")
+_waited: list[str] = []
 RESULTS = ("old_log_probs", "entropy", "ref_log_prob", "values")
 
 
@@ -27,7 +28,7 @@ class CriticGroup(FakeGroup):
 
     def infer_batch(self, batch: Any) -> Any:
         self.compute_log_prob(batch)
-        return SimpleNamespace(futures=[])
+        return SimpleNamespace(futures=list(batch.keys))
 
 
 class Recipe(FusionTrainer):
@@ -50,8 +51,11 @@ class Recipe(FusionTrainer):
 @pytest.fixture
 def queue(monkeypatch: pytest.MonkeyPatch) -> FakeQueue:
     made = FakeQueue()
+    waits = SimpleNamespace(get=_waited.extend)
     for module in (trainer_base, fusion_recall):
         monkeypatch.setattr(module, "tq", made)
+        monkeypatch.setattr(module, "ray", waits)
+    _waited.clear()
     for key, tokens in LENGTHS.items():
         made.finish(key, tokens=PROMPT_TOKENS + tokens)
         mask = {"response_mask": torch.nested.as_nested_tensor([torch.ones(tokens)], layout=torch.jagged)}
@@ -85,6 +89,7 @@ def test_a_fused_step_ends_with_the_batch_and_the_metrics_of_an_unfused_one(queu
     metrics = infer(fused, queue, KEYS)
     assert results(queue) == expected
     assert metrics == alone and "actor/entropy" in alone
+    assert sorted(_waited) == sorted([*KEYS, *KEYS]), "unfused and fused, the critic is waited for"
     for group in (fused.actor_rollout_wg, fused.ref_policy_wg, fused.critic_wg):
         assert sorted(key for call in group.calls for key in call) == sorted(KEYS), "each sample once in each phase"
 
