@@ -176,10 +176,14 @@ class MigrationConfig(Section):
 
 @dataclass(frozen=True, slots=True)
 class FusionConfig(Section):
-    """Inference on finished samples starts after the rollout in this version."""
+    """Whether inference on finished samples begins on the trainer's GPUs while the tail of the rollout still runs.
+
+    ``end_timeout_s`` bounds the wait for the last such call when the rollout is over.
+    """
 
     KEY: ClassVar[str] = "rlhfless.fusion"
-    name: str = one_of("off")
+    name: str = one_of("off", "on")
+    end_timeout_s: float = within(0.1, default=600.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +222,7 @@ class RlhflessConfig:
     def __post_init__(self) -> None:
         self._check_elastic_parts()
         self._check_request_parts()
+        self._check_fusion()
 
     def _check_elastic_parts(self) -> None:
         together = {section.KEY: section.name for section in (self.pool, self.weights, self.planner)}
@@ -252,6 +257,15 @@ class RlhflessConfig:
                 rule = "needs our router, and rlhfless.pool.name=off leaves verl's in place"
                 action = "Choose rlhfless/pool=resident or rlhfless/pool=elastic, or start from +rlhfless=default."
                 raise ConfigError(f"{section.KEY}.name", section.name, rule, action)
+
+    def _check_fusion(self) -> None:
+        if self.fusion.name == "off" or self.is_elastic:
+            return
+        rule = "needs trainer GPUs that are idle during the rollout, and rlhfless.pool.name=off is stock verl"
+        if self.pool.name == "resident":
+            rule = "rlhfless.pool.name=resident keeps a replica on every trainer GPU until the rollout ends"
+        action = "Use rlhfless/pool=elastic (+rlhfless=default), or rlhfless/fusion=off."
+        raise ConfigError("rlhfless.fusion.name", self.fusion.name, rule, action)
 
     @property
     def is_elastic(self) -> bool:

@@ -47,6 +47,13 @@ def test_a_trainer_that_came_back_is_usable_when_it_says_so_and_costs_nothing_me
     assert states(figures(run, 2).gpu) == (2 * 11, 2 * 5, 2 * (1 + 3.5), 2 * 1.5)
 
 
+def test_a_trainer_that_infers_beside_the_rollout_is_busy(tmp_path):
+    run = elastic_run(tmp_path)
+    before = figures(run, 1).gpu.busy
+    run.append("events-1.jsonl", {"event": "fused", "t": 113.0, "seconds": 0.5, "step": 1})
+    assert figures(run, 1).gpu.busy == before + 2 * 0.5
+
+
 def test_replicas_are_counted_in_both_arms(tmp_path):
     for name in ("stock", "elastic"):
         (tmp_path / name).mkdir()

@@ -88,6 +88,14 @@ BAD = [
     ({**ELASTIC, "predictor": {"name": "oracle"}}, "rlhfless.predictor.name", "replayed trace", "replay.trace=FILE"),
     ({**ELASTIC, "pool": {"name": "resident"}}, "rlhfless.weights.name", "verl's own replicas", "rlhfless/weights=off"),
     ({**ELASTIC, "weights": {}}, "rlhfless.weights.name", "only together", "+rlhfless=default"),
+    ({"fusion": {"name": "on"}}, "rlhfless.fusion.name", "stock verl", "rlhfless/pool=elastic"),
+    (
+        {"pool": {"name": "resident"}, "fusion": {"name": "on"}},
+        "rlhfless.fusion.name",
+        "a replica on every trainer GPU",
+        "rlhfless/fusion=off",
+    ),
+    ({**ELASTIC, "fusion": {"end_timeout_s": 0}}, "rlhfless.fusion.end_timeout_s", ">= 0.1", "=600"),
     ({"planner": {"name": "fixed"}}, "rlhfless.pool.name", "rlhfless.planner.name=fixed", "+rlhfless=off"),
 ]
 
@@ -146,6 +154,10 @@ def test_replay_and_instrument_count_as_active() -> None:
 
 def test_a_bare_yaml_off_means_off() -> None:
     assert parse_config({"fusion": {"name": False}}).fusion.name == "off"
+
+
+def test_fusion_goes_with_an_elastic_pool() -> None:
+    assert parse_config({**ELASTIC, "fusion": {"name": "on"}}).active()["fusion"] == "on"
 
 
 def test_a_bare_yaml_on_means_on() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from verl_rlhfless.config import PlannerConfig, RlhflessConfig, parse_config
+from verl_rlhfless.config import FusionConfig, PlannerConfig, RlhflessConfig, parse_config
 
 REQUESTS = {
     "predictor": "history",
@@ -88,6 +89,12 @@ def test_a_planned_fleet_is_chosen_like_any_part_and_its_limits_are_plain_overri
     assert set(config.rlhfless.planner) == set(PlannerConfig.__dataclass_fields__) - {"KEY"}
     planner = read(config).planner
     assert planner == PlannerConfig("cost_aware", max_usd_per_step=2.0, usd_per_gpu_hour=3.5)
+
+
+def test_fusion_is_switched_on_with_one_override() -> None:
+    default = read(compose_ppo("+rlhfless=default"))
+    fused = read(compose_ppo("+rlhfless=default", "rlhfless/fusion=on"))
+    assert fused == dataclasses.replace(default, fusion=FusionConfig(name="on"))
 
 
 def test_every_part_can_be_switched_alone() -> None:

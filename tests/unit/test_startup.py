@@ -50,6 +50,17 @@ REFUSED = [
         {},
         ["trainer.v1.trainer_mode='sync'", "override 'trainer.v1.trainer_mode=sync'"],
     ),
+    (["rlhfless/fusion=on", "algorithm.filter_groups.enable=True"], {}, ["filter_groups.enable=True", "fusion=off"]),
+    (
+        ["rlhfless/fusion=on", "trainer.v1.sampler.custom_sampler.name=Mine"],
+        {},
+        ["custom_sampler.name='Mine'", "rlhfless/fusion=off"],
+    ),
+    (
+        ["rlhfless/fusion=on", "algorithm.adv_estimator=grpo", "algorithm.rollout_correction.bypass_mode=True"],
+        {},
+        ["bypass_mode=True", "nothing to infer"],
+    ),
     (["rlhfless/pool=off"], {}, ["rlhfless.pool.name='off'", "only together"]),
     (["rlhfless.planner.name=magic"], {}, ["rlhfless.planner.name='magic'", "off, fixed"]),
     (["rlhfless.planner.schedule=[1,0]"], {}, ["rlhfless.planner.schedule=[1, 0]", "integer >= 1"]),

@@ -125,6 +125,11 @@ class ElasticResourcePoolManager(ResourcePoolManager):
     grant_timeout_s: float = _GRANT_TIMEOUT_S
     elastic_pools: tuple[str, ...] = (TRAINER_POOL,)
 
+    @property
+    def is_leased(self) -> bool:
+        """Whether every elastic pool holds its GPUs now."""
+        return all(self.resource_pool_dict[name].lease is not None for name in self.elastic_pools)
+
     def create_resource_pool(self) -> None:
         """Build every pool of the specification, without leasing anything yet.
 

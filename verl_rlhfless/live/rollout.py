@@ -13,8 +13,9 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,10 @@ from verl_rlhfless.live.routing import RoutingSettings
 from verl_rlhfless.live.samples import Rollout
 from verl_rlhfless.live.tickets import Delta, RouterSettings
 from verl_rlhfless.policy.arm import Policy
+from verl_rlhfless.policy.balance import remaining_s
 from verl_rlhfless.policy.baselines.stock import NoReaction
 from verl_rlhfless.policy.learnt import CostModel, StepTimes
-from verl_rlhfless.policy.predict import LengthModel, learn
+from verl_rlhfless.policy.predict import LengthModel, Prediction, learn
 from verl_rlhfless.policy.snapshot import FINISHED, STARTING, Batch, IntArray, RolloutPlan, RolloutView
 from verl_rlhfless.ports import RolloutPorts
 from verl_rlhfless.types import FleetDecision
@@ -173,6 +175,7 @@ class RolloutRouter(Router):
         self._restored_costs = CostModel()  # a checkpoint is loaded before the run's settings come
         self._last: tuple[Batch, IntArray] | None = None
         self._live: LiveRollout | None = None
+        self._refine: Callable[[RolloutView], Prediction] | None = None
         self._control: asyncio.Task[None] | None = None
         self._report: RolloutReport | None = None
         self.listeners.append(self._on_change)
@@ -253,6 +256,7 @@ class RolloutRouter(Router):
         rank[plan.order] = np.arange(len(rank))
         self.begin(Rollout(batch, announced.samples(), rank, predicted, pool))
         self._live = LiveRollout(self, announced.step, servers)
+        self._refine = partial(arm.refine, self._lengths)
         ports = RolloutPorts(self._live, self._live, self._live, self._live, self._live)
         control = self._run((policy, plan, ports), batch, self._live)
         self._control = asyncio.get_running_loop().create_task(control)
@@ -262,6 +266,13 @@ class RolloutRouter(Router):
         """Return what was done for the last rollout, when it has ended; ``None`` when none was announced."""
         await self._control_ended()
         return self._report
+
+    async def remaining_s(self) -> float:
+        """Return the predicted seconds until the last sample of the announced rollout is complete; 0 = none runs."""
+        if self._live is None or self._refine is None or self._live.is_done():
+            return 0.0
+        view = self._live.observe()
+        return remaining_s(view, self._refine(view))
 
     async def lengths(self) -> str:
         """Return the length history as JSON text, for the checkpoint."""

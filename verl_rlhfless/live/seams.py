@@ -37,6 +37,7 @@ _TRAINER_HOOKS = (
     "_save_checkpoint",
     "on_init_end",
     "on_step_end",
+    "on_sample_begin",
     "on_sample_end",
     "on_validate_begin",
     "on_validate_end",
@@ -45,6 +46,10 @@ SEAMS = (
     Seam(_TRAINER, "register_trainer", ("name",)),
     Seam(_TRAINER, "get_trainer_cls", ("name",)),
     *(Seam(_TRAINER, f"PPOTrainer.{hook}", ("self",)) for hook in _TRAINER_HOOKS),
+    *(
+        Seam(_TRAINER, f"PPOTrainer._compute_{phase}", ("batch", "metrics"))
+        for phase in ("old_log_prob", "ref_log_prob", "values")
+    ),
     Seam("verl.plugin.platform", "PlatformRegistry.register"),
     Seam("verl.single_controller.ray.base", "RayWorkerGroup._init_with_resource_pool", ("resource_pool",)),
     Seam("verl.workers.rollout.router", "GlobalRequestLoadBalancer.add_servers", ("servers",)),

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
 from verl_rlhfless.errors import ConfigError, DataError, LeaseLostError, RlhflessError, UnsupportedError
+from verl_rlhfless.live.fusion_check import check_fusion
 from verl_rlhfless.live.instrument import instrument_environment
 from verl_rlhfless.live.seams import check_prefix_grouper, check_seams
 from verl_rlhfless.live.sizes import legal_sizes
@@ -84,6 +85,8 @@ def check_run(config: DictConfig, environ: Mapping[str, str]) -> str:
         check_parking(config, parsed)
         check_sizes(config, parsed)
         check_budget(config, parsed, environ)
+    if parsed.fusion.name == "on":
+        check_fusion(config)
     check_data_files(config)
     instrument_environment(parsed.instrument)
     if parsed.replay.trace is not None:

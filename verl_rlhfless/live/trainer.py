@@ -22,6 +22,7 @@ from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
 from verl_rlhfless.errors import ConfigError, DeviceMismatchError, LeaseLostError, LeaseTimeoutError, ReplicaError
 from verl_rlhfless.live import weight_engine
 from verl_rlhfless.live.fleet import Fleet
+from verl_rlhfless.live.fusion_trainer import FusionTrainer
 from verl_rlhfless.live.host_memory import check_nodes, count_parameters, measure_nodes, memory_of_run
 from verl_rlhfless.live.pool import TRAINER_POOL, ElasticResourcePoolManager
 from verl_rlhfless.live.replica import WeightSource
@@ -44,7 +45,7 @@ COSTS_FILE = "rlhfless_costs.json"
 """What starts, phases and iterations took, in a checkpoint's folder."""
 
 
-class ElasticTrainerSync(RequestTrainer):
+class ElasticTrainerSync(FusionTrainer):
     """Synchronous PPO / GRPO whose rollout replicas are leased, loaded, drained and released inside every step."""
 
     def __init__(self, config: DictConfig, settings: RlhflessConfig) -> None:
@@ -156,6 +157,9 @@ class ElasticTrainerSync(RequestTrainer):
         self._publish_s = self.timing_raw["update_weights"]
 
     # ---- rollout
+
+    def _may_fuse(self) -> bool:
+        return super()._may_fuse() and not self._trainer_lease.decision.is_suspended
 
     def _tp(self) -> int:
         return int(self.config.actor_rollout_ref.rollout.tensor_model_parallel_size)

@@ -19,7 +19,7 @@ import numpy as np
 from verl_rlhfless.policy.affinity import PrefixBook
 from verl_rlhfless.policy.perf import EnginePerf
 from verl_rlhfless.policy.predict import Prediction
-from verl_rlhfless.policy.snapshot import FloatArray, IntArray
+from verl_rlhfless.policy.snapshot import FINISHED, FloatArray, IntArray, RolloutView
 
 _DEPTHS = 32
 
@@ -154,6 +154,17 @@ class Workload:
         iteration_s = turns * self._fixed_s[at] + alive * self._per_request_s[at] + reads * self._per_read_s[at]
         seconds: FloatArray = iteration_s @ self._width + prefill * self._per_prefill_s[at]
         return seconds
+
+
+def remaining_s(view: RolloutView, prediction: Prediction) -> float:
+    """Return the expected seconds until the last sample is complete if each stays on the replica that has it."""
+    outlook = Outlook.build(prediction, view.generated, view.batch.prompt_tokens)
+    work = Workload([view.pool.perf[replica.tp] for replica in view.replicas], outlook)
+    for replica in view.replicas:
+        here = np.flatnonzero((view.replica_of == replica.replica) & (view.state != FINISHED))
+        if len(here):
+            work.add(replica.replica, outlook.unit(here, 0.0))
+    return float(work.end_s().max(initial=0.0))
 
 
 def _log_none(alive: FloatArray) -> FloatArray:

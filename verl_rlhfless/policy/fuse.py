@@ -1,15 +1,21 @@
-"""Inter-stage fusion: how many freed GPUs begin the forward-only phases on finished samples while the tail runs.
+"""Inter-stage fusion: which GPUs begin the forward-only phases on finished samples while the tail runs, and when.
 
 The phases are those of the recipe: old log-prob, reference, critic and model reward. Samples go in the order in which
 they finished.
 
 RLHFuse (arXiv 2409.13221, section 4) fuses whenever GPUs are free. Differs from the paper: with elastic leases a
-freed GPU has a price, so GPUs fuse only when the shorter step is worth more than loading the models on them.
+freed GPU has a price, so GPUs fuse only when the shorter step is worth more than loading the models on them
+(``fuse_gpus``). The trainer's own GPUs hold the models and are paid for: they take chunk after chunk (``next_chunk``).
 """
 
 from __future__ import annotations
 
-from verl_rlhfless.policy.snapshot import FINISHED, PoolSnapshot, RolloutView
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from verl_rlhfless.policy.snapshot import FINISHED, IntArray, PoolSnapshot, RolloutView
 
 
 def fuse_gpus(view: RolloutView, remaining_s: float, price: float, is_leased: bool) -> int:
@@ -45,3 +51,52 @@ def fuse_gpus(view: RolloutView, remaining_s: float, price: float, is_leased: bo
 def fits(pool: PoolSnapshot) -> bool:
     """Return whether one GPU holds the weights of every forward-only model, which fused inference needs."""
     return pool.trainer.fuse_bytes < 0.8 * pool.trainer.gpu.memory_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CallCost:
+    """What an inference call takes: ``call_s`` whatever its size, and ``token_s`` for each token [s]."""
+
+    call_s: float
+    token_s: float
+
+    def __add__(self, other: CallCost) -> CallCost:
+        return CallCost(self.call_s + other.call_s, self.token_s + other.token_s)
+
+
+def fit_cost(calls: Sequence[tuple[int, float]]) -> CallCost:
+    """Return the cost that fits measured calls ``(tokens, seconds)`` best, neither part of it negative.
+
+    Where the calls don't tell the parts apart (one size, a first call slower than larger ones) all is taken to be for
+    tokens: a chunk too many costs less than none at all.
+    """
+    tokens, seconds = np.array(calls, dtype=np.float64).T
+    spread = tokens - tokens.mean()
+    token_s = float(spread @ seconds / (spread @ spread)) if spread.any() else 0.0
+    call_s = float(seconds.mean() - token_s * tokens.mean())
+    if token_s <= 0 or call_s < 0:
+        return CallCost(0.0, float(seconds.sum() / tokens.sum()))
+    return CallCost(call_s, token_s)
+
+
+def next_chunk(tokens: IntArray, quantum: int, cost: CallCost | None, remaining_s: float) -> int:
+    """Return how many of the finished samples, from the first on, the trainer infers now; 0 = none for now.
+
+    A chunk that ends before the rollout is free. One that ends later delays the step by work that would follow anyway,
+    so all that it costs is one call more: it starts if more than that is done by the end of the rollout.
+
+    Args:
+        tokens: [S] tokens of the finished samples that were not taken yet, in the order in which they finished.
+        quantum: The number of samples must be a multiple of this.
+        cost: Of a chunk in all phases; ``None`` = not measured yet, and the smallest chunk measures it.
+        remaining_s: Predicted seconds until the rollout ends.
+    """
+    ready = len(tokens) // quantum * quantum
+    if not ready or remaining_s <= 0:
+        return 0
+    if cost is None:
+        return quantum
+    chunk_s = cost.call_s + cost.token_s * np.cumsum(tokens)[quantum - 1 : ready : quantum]
+    at = max(0, int((chunk_s <= remaining_s).sum()) - 1)
+    is_worth_it = min(float(chunk_s[at]), remaining_s) > cost.call_s
+    return (at + 1) * quantum if is_worth_it else 0

@@ -79,10 +79,11 @@ def build_timeline(observed: Observed) -> Timeline:
     """Return the run on one time axis."""
     steps = step_times(observed.logged_s, observed.metrics)
     phases = [phase for time in steps for phase in trainer_phases(time.timer, observed.metrics[time.step])]
+    fused = [Window(e["t"] - e["seconds"], e["t"]) for e in observed.events if e["event"] == "fused"]
     return Timeline(
         steps=tuple(steps),
         leases=tuple(_lease_spans(observed, steps, phases)),
-        phases=tuple(_on_trainer_leases(phases, observed.holds)),
+        phases=tuple(_on_trainer_leases([*phases, *fused], observed.holds)),
         generation=tuple(_engine_spans(observed)),
         parked=tuple(_parked_spans(observed.events)),
         watched_until_s=observed.host[-1].t if observed.host else max(observed.logged_s.values(), default=0.0),

@@ -123,6 +123,22 @@ def test_an_announced_rollout_is_served_and_reported() -> None:
     on_router(check)
 
 
+def test_the_rest_of_a_rollout_is_predicted_while_it_runs_and_nothing_is_left_without_one() -> None:
+    async def check(world: World) -> None:
+        assert await world.router.remaining_s() == 0.0
+        announced = announcement()
+        await world.router.announce(announced)
+        grants = await world.submit(announced)
+        before = await world.router.remaining_s()
+        assert before > 0.0
+        await world.finish(grants[:-1])
+        assert 0.0 < await world.router.remaining_s() < before
+        await world.finish(grants[-1:])
+        assert await world.router.remaining_s() == 0.0
+
+    on_router(check)
+
+
 def test_samples_of_a_group_share_a_replica_and_groups_spread() -> None:
     async def check(world: World) -> None:
         announced = announcement()

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from tests.unit.policy.paced import POOL
-from verl_rlhfless.policy.balance import Outlook, Workload, assign, best_move
-from verl_rlhfless.policy.predict import Prediction
+from verl_rlhfless.policy.balance import Outlook, Workload, assign, best_move, remaining_s
+from verl_rlhfless.policy.predict import Prediction, exact
+from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, Batch, ReplicaView, RolloutView
 
 
 def outlook(*left: int, generated: int = 0, prompt: int = 0) -> Outlook:
@@ -86,3 +87,17 @@ def test_of_unknown_lengths_the_larger_batch_is_the_later_one() -> None:
     view = Outlook.build(prediction, np.zeros(12, dtype=np.int64), np.zeros(12, dtype=np.int64))
     end_s = workload(view, list(range(10)), [10, 11]).end_s()
     assert end_s[0] > 1.3 * end_s[1]
+
+
+def test_a_rollout_lasts_as_long_as_its_longest_sample_that_is_not_finished() -> None:
+    batch = Batch(1, ("p",), np.zeros(3, dtype=np.int64), np.full(3, 20), 500)
+    replicas = (ReplicaView(0, 1, READY, 0, 1, 0), ReplicaView(1, 1, READY, 0, 1, 0))
+    generated, where = np.array([400, 100, 100]), np.array([0, 0, 1])
+
+    def left_s(*state: int) -> float:
+        view = RolloutView(1.0, batch, POOL, generated, np.array(state, dtype=np.int8), where, replicas, 0, 0, 0)
+        return remaining_s(view, exact(np.array([400, 300, 150])))
+
+    assert left_s(FINISHED, RUNNING, RUNNING) == pytest.approx(200 * 0.062, rel=0.05)
+    assert left_s(FINISHED, FINISHED, RUNNING) == pytest.approx(50 * 0.062, rel=0.05)
+    assert left_s(FINISHED, FINISHED, FINISHED) == 0.0

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.unit.sim.cases import cell, steps
-from verl_rlhfless.policy.fuse import fits, fuse_gpus
-from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, ReplicaView, RolloutView
+from verl_rlhfless.policy.fuse import CallCost, fit_cost, fits, fuse_gpus, next_chunk
+from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, IntArray, ReplicaView, RolloutView
 from verl_rlhfless.policy.transitions import RECIPES
 
 DATA = steps(1, 64, 8, mean=2000.0, cap=16384)
@@ -55,3 +55,59 @@ def test_models_that_do_not_fit_on_one_gpu_together_are_not_fused() -> None:
         assert fits(pool) == is_possible
         chosen = fuse_gpus(replace(view(recipe), pool=pool), 40.0, 100.0, is_leased=False)
         assert (chosen > 0) == is_possible
+
+
+def test_the_cost_of_calls_is_a_part_for_each_call_and_one_for_each_token() -> None:
+    cost = fit_cost([(100, 1.2), (400, 1.8), (1000, 3.0)])
+    assert (cost.call_s, cost.token_s) == pytest.approx((1.0, 0.002))
+
+
+@pytest.mark.parametrize(
+    ("calls", "expected"),
+    [
+        ([(100, 0.5)], (0.0, 0.005)),
+        ([(100, 0.4), (100, 0.6)], (0.0, 0.005)),
+        ([(100, 9.0), (400, 1.0)], (0.0, 0.02)),
+        ([(100, 0.1), (200, 0.4)], (0.0, 0.5 / 300)),
+    ],
+    ids=["one call", "one size", "a slow first call", "no fixed part"],
+)
+def test_no_part_of_a_cost_is_negative(calls: list[tuple[int, float]], expected: tuple[float, float]) -> None:
+    cost = fit_cost(calls)
+    assert (cost.call_s, cost.token_s) == pytest.approx(expected)
+
+
+COST = CallCost(call_s=0.5, token_s=0.001)
+TEN = np.full(10, 1000)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "remaining_s", "count"),
+    [
+        (TEN, 100.0, 8),
+        (TEN[:3], 100.0, 0),
+        (TEN, 5.0, 4),
+        (TEN, 4.4, 4),
+        (TEN, 0.6, 4),
+        (TEN, 0.5, 0),
+        (TEN, 0.0, 0),
+    ],
+    ids=[
+        "all that fill whole quanta",
+        "too few for one",
+        "as many as end in time",
+        "one quantum that ends 0.1 s late",
+        "one that is little more than begun",
+        "no gain over the call itself",
+        "the rollout is over",
+    ],
+)
+def test_a_chunk_ends_with_the_rollout_or_saves_more_than_its_call(
+    tokens: IntArray, remaining_s: float, count: int
+) -> None:
+    assert next_chunk(tokens, 4, COST, remaining_s) == count
+
+
+def test_the_smallest_chunk_measures_an_unknown_cost() -> None:
+    assert next_chunk(TEN, 4, None, 100.0) == 4
+    assert next_chunk(TEN, 4, None, 0.0) == 0
