@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import write_result
+from benchmarks.scheduled import scheduled
 from verl_rlhfless.demo import ablation, recipe
 from verl_rlhfless.demo.assets import build_assets
 from verl_rlhfless.demo.run import DemoOptions, run_arm
@@ -55,7 +56,7 @@ REFERENCE = (
 
 def arm_overrides(name: str) -> tuple[str, ...]:
     """Return the overrides that make an arm; the last schedule wins."""
-    return (*recipe.ELASTIC.overrides, "rlhfless.planner.schedule=[2]", *REFERENCE, f"rlhfless/fusion={name}")
+    return (*scheduled(2).overrides, "rlhfless.pool.suspend_trainer=never", *REFERENCE, f"rlhfless/fusion={name}")
 
 
 def measure(name: str, workload: Workload, out: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from benchmarks.record import write_result
+from benchmarks.scheduled import scheduled
 from verl_rlhfless.ab.cluster import Cluster, HostSize, private_cluster
 from verl_rlhfless.demo import recipe
 from verl_rlhfless.demo.assets import MODEL_SIZE, ModelSize, arithmetic_problems, build_assets
@@ -118,7 +119,7 @@ def measure(name: str, size: ModelSize, object_store_bytes: int, out: Path) -> d
     folder = out / name
     folder.mkdir(parents=True)
     assets = build_assets(folder / "assets", arithmetic_problems(64, seed=1), seed=1, size=size)
-    arm = recipe.Arm(name, (*recipe.ELASTIC.overrides, *_OVERRIDES))
+    arm = recipe.Arm(name, (*scheduled(1, 2).overrides, *_OVERRIDES))
     command = arm_command(arm, assets, DemoOptions(out=folder, steps=_STEPS), folder)
     environment = arm_environment(folder)
     with (

@@ -44,9 +44,10 @@ def doctor() -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for ab.json, logs and records.")],
     data: Annotated[Path | None, typer.Option(help="GSM8K-style JSON Lines (default: arithmetic of its own).")] = None,
-    steps: Annotated[int, typer.Option(help="Training steps of each arm.")] = 4,
+    steps: Annotated[int, typer.Option(help="Training steps of each arm.")] = 7,
     seed: Annotated[int, typer.Option(help="Seed of model, data and sampling.")] = 1,
     arms: Annotated[str, typer.Option(help="Comma-separated: stock, elastic, resident.")] = "stock,elastic",
+    columns: Annotated[str, typer.Option(help="Comma-separated clocks: unpaced, parked, cold.")] = "unpaced",
     ablate: Annotated[bool, typer.Option("--ablate", help="Also run each arm without each part of ours.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Replay the lengths of this trace, scaled to fit.")] = None,
 ) -> None:
@@ -54,7 +55,14 @@ def demo(
     from verl_rlhfless.demo.run import DemoOptions, run_demo
 
     options = DemoOptions(
-        out=out, data=data, steps=steps, seed=seed, arms=tuple(arms.split(",")), ablate=ablate, trace=trace
+        out=out,
+        data=data,
+        steps=steps,
+        seed=seed,
+        arms=tuple(arms.split(",")),
+        columns=tuple(columns.split(",")),
+        ablate=ablate,
+        trace=trace,
     )
     raise typer.Exit(run_demo(options))
 

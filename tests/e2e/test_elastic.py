@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.scheduled import scheduled
 from tests.temporary_files import files_of_engines
 from verl_rlhfless.demo import recipe
 from verl_rlhfless.demo.run import ArmOutcome
@@ -23,9 +24,8 @@ def outcome(train: Any, external_module: Any) -> ArmOutcome:
     files_before = files_of_engines()
     faults = {"RLHFLESS_TEST_STALE_STEP": str(_STALE_STEP), "RLHFLESS_TEST_KILL_STEP": str(_KILL_STEP)}
     outcome = train(
-        recipe.ELASTIC,
+        scheduled(2, 1, 1),
         steps=_KILL_STEP,
-        overrides=("rlhfless.planner.schedule=[2,1,1]",),
         environment={**external_module("faults"), **faults},
     )
     return dataclasses.replace(outcome, leftovers=(*outcome.leftovers, *(files_of_engines() - files_before)))

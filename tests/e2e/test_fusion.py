@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.scheduled import scheduled
 from verl_rlhfless.demo import recipe
 from verl_rlhfless.demo.assets import Assets
 from verl_rlhfless.demo.run import ArmOutcome
@@ -35,10 +36,10 @@ def trace_of(folder: Path) -> Path:
 def outcome(train: Any, external_module: Any, assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> ArmOutcome:
     model = "actor_rollout_ref"
     return train(
-        recipe.ELASTIC,
+        scheduled(1),
         steps=_STEPS,
         overrides=(
-            "rlhfless.planner.schedule=[1]",
+            "rlhfless.pool.suspend_trainer=never",
             "rlhfless/fusion=on",
             f"rlhfless.replay.trace={trace_of(tmp_path_factory.mktemp('trace'))}",
             "data.max_response_length=160",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from benchmarks.scheduled import scheduled
 from tests.temporary_files import files_of_engines
 from verl_rlhfless.ab.cluster import private_cluster
 from verl_rlhfless.demo import recipe
@@ -28,7 +29,7 @@ def _wait_until(condition: Callable[[], bool], what: str, timeout_s: float) -> N
 
 def test_nothing_outlives_a_killed_driver(assets: Assets, tmp_path: Path) -> None:
     files_before = files_of_engines()
-    command = arm_command(recipe.ELASTIC, assets, DemoOptions(out=tmp_path, steps=1), tmp_path)
+    command = arm_command(scheduled(1), assets, DemoOptions(out=tmp_path, steps=1), tmp_path)
 
     def is_rolling_out() -> bool:
         return any("replica_ready" in log.read_text() for log in tmp_path.glob("events-*.jsonl"))

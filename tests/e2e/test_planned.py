@@ -26,8 +26,9 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> ArmOutcome:
     workload = ablation.prepare(None, out / "workload", 1, _SIZE)
     overrides = (
         *recipe.ELASTIC.overrides,
+        "trainer.n_gpus_per_node=2",
+        "rlhfless.pool.suspend_trainer=never",
         *ablation.overrides(workload, _SIZE),
-        "rlhfless/planner=cost_aware",
         "rlhfless.planner.min_replicas=2",
     )
     assets = build_assets(out / "assets", list(workload.problems), 1)

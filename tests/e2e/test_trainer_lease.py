@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.scheduled import scheduled
 from verl_rlhfless.ab.cluster import Cluster, private_cluster
 from verl_rlhfless.demo import recipe
 from verl_rlhfless.demo.assets import Assets
@@ -132,9 +133,8 @@ def train(
     def run(name: str, suspend: str, num_gpus: int, has_guest: bool = False) -> Run:
         folder = tmp_path_factory.mktemp(name)
         overrides = (
-            *recipe.ELASTIC.overrides,
+            *scheduled(1).overrides,
             f"rlhfless.pool.max_gpus={num_gpus}",
-            "rlhfless.planner.schedule=[1]",
             f"rlhfless.pool.suspend_trainer={suspend}",
             "rlhfless.pool.resume_timeout_s=5",
             f"rlhfless.replay.trace={lengths}",

@@ -116,13 +116,11 @@ def _resident() -> Arm:
 
 def _elastic(facts: RecipeFacts, trainer_gpus: int | None) -> Arm:
     nnodes, per_node = _shape(facts, trainer_gpus)
-    replicas = (facts.trainer_gpus - nnodes * per_node) // facts.tp
     overrides = (
         f"trainer.nnodes={nnodes}",
         f"trainer.n_gpus_per_node={per_node}",
         "+rlhfless=default",
         f"rlhfless.pool.max_gpus={facts.trainer_gpus}",
-        f"rlhfless.planner.schedule=[{replicas}]",
         f"{_MODE}={TRAINER_MODE}",
     )
     return Arm("elastic", overrides, pulls_weights=True, is_ours=True)

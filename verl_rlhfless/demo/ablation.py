@@ -10,7 +10,7 @@ from pathlib import Path
 from verl_rlhfless.demo import recipe
 from verl_rlhfless.demo.workload import Size, Workload, default_trace, fit, least_prefill
 
-SIZE = Size(prompts=recipe.PROMPTS_PER_STEP, samples=8, max_response_tokens=256)
+SIZE = Size(prompts=recipe.PROMPTS_PER_STEP, samples=8, max_response_tokens=160)
 BLOCK_TOKENS = (
     32  # the smallest that vLLM-CPU takes, so that a prompt of the demo has several blocks, as real ones have
 )

@@ -14,18 +14,14 @@ PROMPTS_PER_STEP = 8
 SAMPLES_PER_PROMPT = 4
 MAX_PROMPT_TOKENS = 512
 MAX_RESPONSE_TOKENS = 64
-REPLICA_SCHEDULE = (1, 2, 1, 2)
-
-
 STOCK = Arm("stock", (f"trainer.n_gpus_per_node={NUM_GPUS}", "+rlhfless=off"))
 ELASTIC = Arm(
     "elastic",
     (
-        "trainer.n_gpus_per_node=2",
+        f"trainer.n_gpus_per_node={NUM_GPUS}",
         "+rlhfless=default",
         f"rlhfless.pool.max_gpus={NUM_GPUS}",
         "rlhfless.weights.bucket_mib=16",  # for a model of 2 MiB on a host with a small object store
-        f"rlhfless.planner.schedule=[{','.join(map(str, REPLICA_SCHEDULE))}]",
         f"trainer.v1.trainer_mode={TRAINER_MODE}",
     ),
     pulls_weights=True,

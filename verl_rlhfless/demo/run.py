@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from verl_rlhfless.ab.arms import Arm, ablated
 from verl_rlhfless.ab.cluster import private_cluster
 from verl_rlhfless.ab.compare import Comparison, compare, is_sound
 from verl_rlhfless.ab.training import ArmOutcome, Say, Training, observed_environment, train
 from verl_rlhfless.demo import ablation, recipe
-from verl_rlhfless.demo.assets import Assets, Problem, arithmetic_problems, build_assets, read_problems
+from verl_rlhfless.demo.assets import Assets, Problem, build_assets, read_problems
+from verl_rlhfless.demo.columns import COLUMNS, Column, render_columns, summarise
 from verl_rlhfless.demo.workload import Workload
 from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.report.folder import write_report
@@ -28,15 +31,16 @@ class DemoOptions:
 
     out: Path
     data: Path | None = None
-    steps: int = 4
+    steps: int = 7
     seed: int = 1
     arms: tuple[str, ...] = ("stock", "elastic")
+    columns: tuple[str, ...] = ("unpaced",)
     ablate: bool = False
     trace: Path | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ConfigError("--steps", self.steps, "must be >= 1", "Use 4 or more to see the whole schedule.")
+            raise ConfigError("--steps", self.steps, "must be >= 1", "Use 7 for medians over 6 steps.")
         if not 0 <= self.seed < 2**31:
             raise ConfigError("--seed", self.seed, "must be between 0 and 2**31 - 1", "Choose another seed.")
         for name in self.arms:
@@ -46,70 +50,97 @@ class DemoOptions:
                 )
         if not self.arms or len(set(self.arms)) < len(self.arms):
             raise ConfigError("--arms", ",".join(self.arms), "must name each arm once", "Use --arms stock,elastic.")
+        for name in self.columns:
+            if name not in COLUMNS:
+                raise ConfigError(
+                    "--columns", name, f"must be among {', '.join(COLUMNS)}", "Separate several by commas."
+                )
+        if not self.columns or len(set(self.columns)) < len(self.columns):
+            raise ConfigError(
+                "--columns", ",".join(self.columns), "must name each column once", "Use --columns parked."
+            )
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError("--out", str(self.out), "is a file", "Name a folder.")
-        if self.is_replayed and self.data is not None:
+        if self.data is not None and (self.trace is not None or self.ablate):
             raise ConfigError("--data", str(self.data), "does not go with a replayed trace", "Give one of the two.")
-
-    @property
-    def is_replayed(self) -> bool:
-        """Whether response lengths come from a trace."""
-        return self.ablate or self.trace is not None
 
     def chosen_arms(self) -> list[Arm]:
         """Return the arms to run, in order."""
         arms = [recipe.ARMS[name] for name in self.arms]
         return [variant for arm in arms for variant in ablated(arm)] if self.ablate else arms
 
-    def problems(self) -> list[Problem]:
-        """Return the data of the run: the given file, or arithmetic of its own.
-
-        Raises:
-            DataError: The file is missing, empty, malformed, or smaller than one step.
-        """
-        if self.data is None:
-            return arithmetic_problems(1024, self.seed)
-        problems = read_problems(self.data)
-        if len(problems) < recipe.PROMPTS_PER_STEP:
-            raise ConfigError(
-                "--data", str(self.data), f"must hold at least {recipe.PROMPTS_PER_STEP} problems", "Add some."
-            )
-        return problems
-
 
 def run_demo(options: DemoOptions) -> int:
-    """Run the chosen arms, print one table, write ``ab.json``, and return the exit code: 1 if an arm or a guard failed.
+    """Run the chosen arms in the chosen columns, print the tables, and return the exit code.
+
+    Each column's record is ``ab.json`` in a folder of its own; ``columns.json`` holds the medians of all. The code is 1
+    if an arm or a guard failed, or a paced arm is void.
 
     Raises:
         RlhflessError: An option or the data is wrong; nothing was started.
     """
     say: Say = partial(print, flush=True)
-    problems, workload = _work(options)
+    work = _prepare(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    say(f"building a tiny Qwen3, its tokenizer and {len(problems)} problems")
-    assets = build_assets(options.out.resolve() / "assets", problems, options.seed)
-    replayed = tuple(ablation.overrides(workload)) if workload else ()
-    limits = GuardLimits(
-        num_steps=options.steps,
-        num_samples=recipe.PROMPTS_PER_STEP * (ablation.SIZE.samples if workload else recipe.SAMPLES_PER_PROMPT),
-        max_gpus=recipe.NUM_GPUS,
-    )
-    arms = tuple(replace(arm, overrides=(*replayed, *arm.overrides)) for arm in options.chosen_arms())
-    comparison = Comparison(options.out.resolve(), arms, limits, recipe.NUM_GPUS, options.seed)
-    record = compare(comparison, lambda arm, tell: run_arm(arm, assets, options, tell), say)
-    if workload:
-        say(f"lengths are those of {workload.trace} (times {workload.scale:g})")
-        say(render_requests(record["arms"], ablation.least_prefill_of_steps(assets.model, workload, options.steps)))
-    say(f"wrote {write_report(options.out.resolve())}")
-    return int(not is_sound(record))
+    say(f"building a tiny Qwen3, its tokenizer and {len(work.problems)} problems")
+    assets = build_assets(options.out.resolve() / "assets", list(work.problems), options.seed)
+    records = {name: _run_column(COLUMNS[name], options, work, assets, say) for name in options.columns}
+    summaries = summarise(records)
+    target = options.out / "columns.json"
+    target.write_text(json.dumps([asdict(summary) for summary in summaries], indent=2) + "\n")
+    say(render_columns(summaries))
+    say(work.told)
+    say(f"wrote {target}")
+    return int(not all(map(is_sound, records.values())) or any(summary.is_void for summary in summaries))
 
 
-def _work(options: DemoOptions) -> tuple[list[Problem], Workload | None]:
-    """Return the problems of the run, and the workload whose lengths it replays, if any."""
-    if not options.is_replayed:
-        return options.problems(), None
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What every arm trains on, with a line that says where the lengths come from."""
+
+    problems: tuple[Problem, ...]
+    overrides: tuple[str, ...]
+    num_samples: int
+    told: str
+    workload: Workload | None = None
+
+
+def _prepare(options: DemoOptions) -> _Work:
+    """Return the replayed workload, or the user's own problems, whose responses are as long as the model makes them.
+
+    Raises:
+        RlhflessError: Data or trace are missing, malformed or too small.
+    """
+    if options.data is not None:
+        problems = read_problems(options.data)
+        if len(problems) < recipe.PROMPTS_PER_STEP:
+            rule = f"must hold at least {recipe.PROMPTS_PER_STEP} problems"
+            raise ConfigError("--data", str(options.data), rule, "Add some.")
+        samples = recipe.PROMPTS_PER_STEP * recipe.SAMPLES_PER_PROMPT
+        return _Work(tuple(problems), (), samples, "lengths are the model's own")
     workload = ablation.prepare(options.trace, options.out.resolve(), options.seed)
-    return list(workload.problems), workload
+    told = f"lengths are those of {workload.trace} (times {workload.scale:g})"
+    samples = ablation.SIZE.prompts * ablation.SIZE.samples
+    return _Work(workload.problems, tuple(ablation.overrides(workload)), samples, told, workload)
+
+
+def _run_column(column: Column, options: DemoOptions, work: _Work, assets: Assets, say: Say) -> dict[str, Any]:
+    say(f"{column.name}: {column.title}")
+    folder = options.out.resolve() / column.name
+    in_folder = replace(options, out=folder)
+    arms = [
+        replace(column.applied_to(arm), overrides=(*work.overrides, *column.applied_to(arm).overrides))
+        for arm in options.chosen_arms()
+    ]
+    limits = GuardLimits(num_steps=options.steps, num_samples=work.num_samples, max_gpus=recipe.NUM_GPUS)
+    pace = column.pace.to_json() if column.pace else None
+    comparison = Comparison(folder, tuple(arms), limits, recipe.NUM_GPUS, options.seed)
+    record = compare(comparison, lambda arm, tell: run_arm(arm, assets, in_folder, tell, pace), say)
+    if work.workload is not None:
+        least = ablation.least_prefill_of_steps(assets.model, work.workload, options.steps)
+        say(render_requests(record["arms"], least))
+    say(f"wrote {write_report(folder)}")
+    return record
 
 
 def run_arm(arm: Arm, assets: Assets, options: DemoOptions, say: Say, pace: str | None = None) -> ArmOutcome:
