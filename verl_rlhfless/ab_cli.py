@@ -49,9 +49,9 @@ def ab(
     trainer_gpus: Annotated[
         int | None,
         typer.Option(
-            help="GPUs that the trainer keeps in the arms whose rollout has GPUs of its own (elastic, separate_async); "
+            help="GPUs of the trainer in the arms whose rollout has GPUs of its own (elastic, separate_async); "
             "replicas get the rest. Default: at most half, so that both get about the same. Fewer make updates slower "
-            "and optimizer shards larger."
+            "and optimizer shards larger. With all, the elastic arm's trainer leaves them during rollouts."
         ),
     ] = None,
     trace: Annotated[

@@ -16,9 +16,9 @@ import pytest
 import ray
 
 from tests.temporary_files import files_of_engines
+from verl_rlhfless.ab.cluster import Cluster, private_cluster
 from verl_rlhfless.config import PoolConfig, WeightsConfig
 from verl_rlhfless.demo.assets import arithmetic_problems, build_assets
-from verl_rlhfless.demo.cluster import Cluster, private_cluster
 from verl_rlhfless.demo.recipe import CPU_ENVIRONMENT, common_overrides
 from verl_rlhfless.live.events import EventLog
 

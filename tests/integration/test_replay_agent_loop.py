@@ -13,11 +13,14 @@ from hydra import compose, initialize_config_module
 
 agent_loop = pytest.importorskip("verl.experimental.agent_loop.agent_loop", reason="needs verl")
 
+from tensordict import NonTensorData, NonTensorStack, TensorDict  # noqa: E402
+from verl.trainer.ppo.v1 import agent_loop_tq  # noqa: E402
 from verl.workers.rollout.replica import TokenOutput  # noqa: E402
 
 from verl_rlhfless.demo.assets import arithmetic_problems, build_assets  # noqa: E402
 from verl_rlhfless.errors import ConfigError  # noqa: E402
 from verl_rlhfless.live.sample_log import read_samples  # noqa: E402
+from verl_rlhfless.report.recorded_trace import record_trace  # noqa: E402
 from verl_rlhfless_patches import verl_agent_loop_record, verl_agent_loop_replay  # noqa: E402
 
 MAX_RESPONSE_TOKENS = 20
@@ -66,7 +69,7 @@ def build(model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     monkeypatch.setattr(agent_loop.AgentLoopWorker, "_agent_loop_postprocess", give_back)
 
-    def build_worker(*overrides: str) -> Any:
+    def build_worker(*overrides: str, worker_class: Any = agent_loop.AgentLoopWorker) -> Any:
         with initialize_config_module("verl.trainer.config", version_base=None):
             config = compose(
                 "ppo_trainer",
@@ -79,7 +82,7 @@ def build(model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
                     *overrides,
                 ],
             )
-        return agent_loop.AgentLoopWorker(config, RecordingClient())
+        return worker_class(config, RecordingClient())
 
     return build_worker
 
@@ -145,29 +148,55 @@ def test_a_shuffled_run_does_not_start(build: Callable[..., Any], trace: Path) -
         build("+rlhfless=off", f"rlhfless.replay.trace={trace}", "data.shuffle=True")
 
 
-def test_what_the_trace_forced_is_what_the_observer_is_told(
+def test_verls_training_worker_records_the_lengths_that_it_stores(
     build: Callable[..., Any], trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = agent_loop.AgentLoopWorker
+    """From ``generate_sequences`` to the transfer queue, as the v1 trainer runs it; only the queue is a fake."""
+    monkeypatch.undo()  # of the fixture: verl's own registry and postprocessing
     monkeypatch.setenv("RLHFLESS_OBSERVER_DIR", str(tmp_path))
-    monkeypatch.setattr(worker, "__init__", worker.__init__)  # which the patch replaces, for this test only
-    monkeypatch.setattr(worker, "_agent_loop_postprocess", _stock_postprocess(worker._agent_loop_postprocess))
+    base = agent_loop.AgentLoopWorker
+    monkeypatch.setattr(base, "__init__", base.__init__)  # which the patch replaces, for this test only
+    stored: dict[str, int] = {}
+
+    async def put(key: str, **_: Any) -> None: ...
+
+    async def put_batch(keys: list[str], tags: list[dict[str, Any]], **_: Any) -> None:
+        stored.update({key: tag["response_len"] for key, tag in zip(keys, tags, strict=True)})
+
+    fakes = {"init": lambda: None, "async_kv_put": put, "async_kv_batch_put": put_batch}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(agent_loop_tq.tq, name, fake)
     try:
         verl_agent_loop_record._patch(agent_loop)
-        recording = build("+rlhfless=off", f"rlhfless.replay.trace={trace}")
-        outputs = run(recording, (1, 0), (1, 1), (0, 0))
-        run(recording, (0, 1), validate=True)
+        worker = build(
+            "+rlhfless=off",
+            f"rlhfless.replay.trace={trace}",
+            worker_class=agent_loop_tq.AgentLoopWorkerTQ.__ray_metadata__.modified_class,
+        )
+        asyncio.run(_generate(worker, validate=False))
+        trained = dict(stored)
+        asyncio.run(_generate(worker, validate=True))
     finally:
-        del worker._rlhfless_samples
+        del base._rlhfless_samples
 
-    samples = {(sample.row, sample.session): sample for sample in read_samples(tmp_path)}
-    assert {place: sample.response_tokens for place, sample in samples.items()} == {(1, 0): 9, (1, 1): 11, (0, 0): 7}
-    assert {sample.prompt_tokens for sample in samples.values()} == {len(outputs[0].prompt_ids)}
-    assert len({sample.prompt for sample in samples.values()}) == 1
+    samples = list(read_samples(tmp_path))
+    assert {f"{s.uid}_{s.session}_0": s.response_tokens for s in samples} == trained
+    assert {(s.row, s.session): s.response_tokens for s in samples} == {
+        (0, 0): 7, (0, 1): MAX_RESPONSE_TOKENS, (1, 0): 9, (1, 1): 11,
+    }  # fmt: skip
+    assert [s.prompt for s in samples if s.row == 0] != [s.prompt for s in samples if s.row == 1]
+    assert record_trace(tmp_path, tmp_path / "recorded.jsonl").num_samples == 4, "validation is no training sample"
 
 
-def _stock_postprocess(give_back: Any) -> Any:
-    async def postprocess(self: Any, output: Any, validate: bool, **kwargs: Any) -> Any:
-        return await give_back(self, output, validate, **kwargs)
-
-    return postprocess
+async def _generate(worker: Any, validate: bool) -> None:
+    batch = TensorDict(
+        {
+            "uid": NonTensorStack("u0", "u1"),
+            "raw_prompt": NonTensorStack(*[[{"role": "user", "content": f"What is {i} + 4?"}] for i in range(2)]),
+            "index": NonTensorStack(0, 1),
+        },
+        batch_size=2,
+    )
+    batch["global_steps"], batch["validate"] = NonTensorData(1), NonTensorData(validate)
+    await worker.generate_sequences(batch)
+    await asyncio.gather(*worker.background_tasks)

@@ -88,7 +88,8 @@ def build_arms(
     Args:
         names: Which.
         facts: What the recipe resolves to.
-        trainer_gpus: GPUs that the trainer keeps where the rollout has its own; ``None`` = see :func:`default_split`.
+        trainer_gpus: GPUs of the trainer where the rollout has its own; ``None`` = see :func:`default_split`. In the
+            elastic arm it may have all: it gives them back during each rollout.
         plugin_overrides: Appended to our arms only.
 
     Raises:
@@ -115,7 +116,16 @@ def _resident() -> Arm:
 
 
 def _elastic(facts: RecipeFacts, trainer_gpus: int | None) -> Arm:
-    nnodes, per_node = _shape(facts, trainer_gpus)
+    if trainer_gpus is None:
+        trainer_gpus = default_split(facts) or facts.trainer_gpus
+    if facts.trainer_gpus < facts.tp:
+        rule = f"a replica needs {facts.tp} GPUs and the recipe has {facts.trainer_gpus}"
+        action = "Raise it, or lower the rollout's size."
+        raise ConfigError("trainer.n_gpus_per_node", facts.gpus_per_node, rule, action)
+    if trainer_gpus == facts.trainer_gpus:  # the trainer leaves during rollouts, and replicas have all GPUs
+        nnodes, per_node = facts.nnodes, facts.gpus_per_node
+    else:
+        nnodes, per_node = _shape(facts, trainer_gpus)
     overrides = (
         f"trainer.nnodes={nnodes}",
         f"trainer.n_gpus_per_node={per_node}",
@@ -168,10 +178,12 @@ def _shape(facts: RecipeFacts, trainer_gpus: int | None) -> tuple[int, int]:
         trainer_gpus = default_split(facts)
         if trainer_gpus is None:
             rule = f"{facts.trainer_gpus} GPUs are too few for a trainer and a replica of {facts.tp} GPUs beside it"
-            raise ConfigError("trainer.n_gpus_per_node", facts.gpus_per_node, rule, "Use --arms stock,resident.")
+            raise ConfigError(
+                "trainer.n_gpus_per_node", facts.gpus_per_node, rule, "Use --arms stock,elastic,resident."
+            )
     elif (rule_ := _why_not(facts, trainer_gpus)) is not None:
         split = default_split(facts)
-        action = f"Try --trainer-gpus {split}." if split else "Use --arms stock,resident."
+        action = f"Try --trainer-gpus {split}." if split else "Leave it out."
         raise ConfigError("--trainer-gpus", trainer_gpus, rule_, action)
     if trainer_gpus % facts.nnodes == 0:
         return facts.nnodes, trainer_gpus // facts.nnodes

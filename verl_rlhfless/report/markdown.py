@@ -62,7 +62,7 @@ def markdown(record: Mapping[str, Any], planned: Mapping[str, Sequence[Predictio
 _LEGEND = (
     "leased = busy + idle + start-up, from the first grant to the last release; step s, gen s and reward are means "
     "over the steps. A GPU is *busy* while a trainer phase runs or its engine has a request, *starting up* from its "
-    "grant to its first use. - = not known."
+    "grant to its first use. *Parked* are engines that sleep without a lease, at no charge. - = not known."
 )
 
 

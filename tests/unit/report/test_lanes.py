@@ -31,7 +31,7 @@ def timelines(draw: st.DrawFn) -> Timeline:
                 start = draw(st.integers(0, 45))
                 target.append(BusySpan(name, draw(st.integers(1, 3)), start, start + draw(st.integers(1, 20))))
     leases.sort(key=lambda lease: lease.granted_s)
-    return Timeline((), tuple(leases), tuple(phases), tuple(generation), END_S)
+    return Timeline((), tuple(leases), tuple(phases), tuple(generation), (), END_S)
 
 
 @given(timeline=timelines())
@@ -53,7 +53,7 @@ def test_the_picture_adds_up_to_the_ledger(timeline: Timeline) -> None:
 
 def test_leases_that_follow_each_other_share_a_lane_and_others_do_not() -> None:
     leases = [LeaseSpan(f"l{i}", "replica", 1, s, s, e) for i, (s, e) in enumerate([(0, 10), (0, 5), (5, 9), (12, 20)])]
-    timeline = Timeline((), tuple(leases), (), (BusySpan("l3", 1, 13, 14),), END_S)
+    timeline = Timeline((), tuple(leases), (), (BusySpan("l3", 1, 13, 14),), (), END_S)
     drawn = [(box.lane, box.start_s, box.end_s, box.state) for box in boxes(timeline)]
     assert drawn[:3] == [(0, 0, 10, "idle"), (1, 0, 5, "idle"), (1, 5, 9, "idle")]
     assert drawn[3:] == [(0, 12, 13, "idle"), (0, 13, 14, "generation"), (0, 14, 20, "idle")]
