@@ -69,11 +69,11 @@ recipe=(
 
 elastic=(
     +rlhfless=default
-    # One node trains; four replicas of two GPUs are leased on the other one for each rollout.
-    trainer.nnodes=1
+    # As many GPUs as stock: the trainer gives its lease back during a rollout (its state waits in host memory), and
+    # eight replicas of two GPUs lease them meanwhile.
     rlhfless.pool.max_gpus=16
-    rlhfless.planner.schedule='[4]'
-    # Replicas have GPUs of their own: nothing of the trainer is beside them, and long contexts need the room.
+    rlhfless.planner.schedule='[8]'
+    # While a replica has them, nothing of the trainer is on its GPUs, and long contexts need the room.
     actor_rollout_ref.rollout.gpu_memory_utilization=0.9
     # Last, because the last override wins: a recipe that sets the mode itself would run stock verl.
     trainer.v1.trainer_mode=rlhfless_sync

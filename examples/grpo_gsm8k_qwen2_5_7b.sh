@@ -47,11 +47,11 @@ recipe=(
 
 elastic=(
     +rlhfless=default
-    # Half of the node trains; the other half is leased for each rollout, as two replicas of the recipe's two GPUs.
-    trainer.n_gpus_per_node=4
+    # As many GPUs as stock: the trainer gives its lease back during a rollout (its state waits in host memory), and
+    # four replicas of two GPUs lease them meanwhile. A smaller fleet, such as [2], takes longer and costs less.
     rlhfless.pool.max_gpus=8
-    rlhfless.planner.schedule='[2]'
-    # Replicas have a GPU of their own: nothing of the trainer is beside them.
+    rlhfless.planner.schedule='[4]'
+    # While a replica has them, nothing of the trainer is on its GPUs.
     actor_rollout_ref.rollout.gpu_memory_utilization=0.85
     # Last, because the last override wins: a recipe that sets the mode itself would run stock verl.
     trainer.v1.trainer_mode=rlhfless_sync

@@ -49,7 +49,7 @@ recipe=(
 )
 
 elastic=(
-    # Only the rollout is elastic: Megatron's ranks keep their GPUs for the whole run.
+    # Only the rollout is elastic: Megatron's ranks keep their GPUs for the whole run, so trainer and replicas share them.
     +rlhfless=default
     # Four GPUs are one copy of the model (2 x 2); the other four are leased for each rollout.
     trainer.n_gpus_per_node=4

@@ -53,11 +53,11 @@ elastic=(
     # Agent loops, the tool and verl's parser stay as they are. A sample that waits for its tool holds no replica, and
     # its next turn goes where its prefix is cached unless that replica is full.
     +rlhfless=default
-    # Half of the node trains; the other half is leased for each rollout and given back after it.
-    trainer.n_gpus_per_node=4
+    # As many GPUs as stock: the trainer gives its lease back during a rollout (its state waits in host memory), and
+    # eight replicas of one GPU lease them meanwhile.
     rlhfless.pool.max_gpus=8
-    rlhfless.planner.schedule='[4]'
-    # Replicas have a GPU of their own: nothing of the trainer is beside them.
+    rlhfless.planner.schedule='[8]'
+    # While a replica has them, nothing of the trainer is on its GPUs.
     actor_rollout_ref.rollout.gpu_memory_utilization=0.85
     # Last, because the last override wins: a recipe that sets the mode itself would run stock verl.
     trainer.v1.trainer_mode=rlhfless_sync

@@ -47,13 +47,13 @@ recipe=(
 
 elastic=(
     +rlhfless=default
-    # Six GPUs hold actor and critic, which work together in every step; two are leased for each rollout.
-    trainer.n_gpus_per_node=6
+    # As many GPUs as stock: actor and critic give their lease back together during a rollout (their state waits in host
+    # memory), and four replicas of two GPUs lease them meanwhile.
     rlhfless.pool.max_gpus=8
-    rlhfless.planner.schedule='[1]'
+    rlhfless.planner.schedule='[4]'
     # One response of each prompt: there are no siblings that share a prefix.
     rlhfless/prefix_dedup=off
-    # Replicas have GPUs of their own: nothing of the trainer is beside them.
+    # While a replica has them, nothing of the trainer is on its GPUs.
     actor_rollout_ref.rollout.gpu_memory_utilization=0.85
     # Last, because the last override wins: a recipe that sets the mode itself would run stock verl.
     trainer.v1.trainer_mode=rlhfless_sync

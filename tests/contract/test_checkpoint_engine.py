@@ -19,7 +19,6 @@ from verl_rlhfless.config import WeightsConfig
 from verl_rlhfless.live import weight_engine
 from verl_rlhfless.live.weight_store import create_store
 
-STORE = "contract"
 WEIGHTS = [(f"layer{index}.weight", torch.full((4, 3), float(index))) for index in range(5)]
 
 
@@ -39,9 +38,10 @@ def engine(request: pytest.FixtureRequest, ray_cluster: Cluster) -> Iterator[Any
     if request.param == "naive":
         yield CheckpointEngineRegistry.new("naive", bucket_size=1, is_master=True)
         return
-    store = create_store(STORE, WeightsConfig(name="store", bucket_mib=1))
+    name = f"contract-{request.node.name}"  # Ray keeps a killed actor's name for a while
+    store = create_store(name, WeightsConfig(name="store", bucket_mib=1))
     yield CheckpointEngineRegistry.new(
-        weight_engine.BACKEND, bucket_size=1, is_master=True, store_name=STORE, bucket_mib=1, timeout_s=30.0
+        weight_engine.BACKEND, bucket_size=1, is_master=True, store_name=name, bucket_mib=1, timeout_s=30.0
     )
     ray.kill(store)
 

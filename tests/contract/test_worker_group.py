@@ -13,7 +13,7 @@ from tensordict import TensorDict
 from verl import DataProto
 from verl.protocol import DataProtoConfig, DataProtoFuture
 from verl.single_controller.base import Worker
-from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
+from verl.single_controller.base.decorator import Dispatch, Execute, make_nd_compute_dataproto_dispatch_fn, register
 from verl.single_controller.ray.base import (
     RayClassWithInitArgs,
     RayResourcePool,
@@ -41,7 +41,7 @@ class Actor(Worker):
     def ranks(self) -> tuple[int, int]:
         return self.rank, self.world_size
 
-    @register(dispatch_mode=Dispatch.RANK_ZERO)
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, execute_mode=Execute.RANK_ZERO)
     def only_first(self) -> int:
         return self.rank
 
@@ -73,12 +73,12 @@ class Critic(Worker):
 
 
 def verls(cls: RayClassWithInitArgs) -> RayWorkerGroup:
-    pool = RayResourcePool([RANKS], use_gpu=True, max_colocate_count=1, name_prefix="verls")
+    pool = RayResourcePool([RANKS], use_gpu=True, max_colocate_count=1)
     return RayWorkerGroup(resource_pool=pool, ray_cls_with_init=cls, device_name="cpu")
 
 
 def ours(cls: RayClassWithInitArgs) -> RayWorkerGroup:
-    pool = ElasticResourcePool([RANKS], name_prefix="ours")
+    pool = ElasticResourcePool([RANKS])
     return ElasticWorkerGroup(resource_pool=pool, ray_cls_with_init=cls, device_name="cpu")
 
 

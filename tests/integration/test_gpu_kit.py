@@ -86,14 +86,18 @@ def test_a_measured_step_attends_to_the_whole_context(tmp_path: Path) -> None:
         whole = model(context, use_cache=True)
     expected = whole.logits[:, -1].argmax(-1)
 
-    def step(*zeroed: int) -> torch.Tensor:
+    def step(*lost: int) -> tuple[torch.Tensor, list[FullLayer]]:
         layers = []
         for layer in whole.past_key_values.layers:
             keys, values = layer.keys.clone(), layer.values.clone()
-            for position in (39, *zeroed):  # the step itself writes the last one
-                values[:, :, position] = 0
+            for position in (39, *lost):  # the step itself writes the last one
+                keys[:, :, position] = values[:, :, position] = 0
             layers.append(FullLayer(keys, values))
-        return subject._forward(context[:, -1:], 39, Cache(layers=layers))()
+        return subject._forward(context[:, -1:], 39, Cache(layers=layers))(), layers
 
-    assert torch.equal(step(), expected)
-    assert not torch.equal(step(*range(20)), expected)
+    tokens, layers = step()
+    assert torch.equal(tokens, expected)
+    for mine, real in zip(layers, whole.past_key_values.layers, strict=True):
+        torch.testing.assert_close(mine.keys[:, :, 39], real.keys[:, :, 39], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(mine.values[:, :, 39], real.values[:, :, 39], rtol=1e-3, atol=1e-3)
+    assert not torch.equal(step(*range(20))[0], expected)
