@@ -83,7 +83,9 @@ def _in_the_mean(target: Target, cells: Sequence[Row]) -> dict[str, Any]:
         entry["bound"] = round(float(np.mean([row["bound"][target.bound] for row in cells])), 3)
     if target.is_met(value):
         return entry | {"verdict": "met"}
-    return entry | {"verdict": "missed" if target.is_met(oracle) else f"out of reach: {oracle:g} even with true lengths"}
+    return entry | {
+        "verdict": "missed" if target.is_met(oracle) else f"out of reach: {oracle:g} even with true lengths"
+    }
 
 
 def _in_each(target: Target, cells: Sequence[Row]) -> dict[str, Any]:
