@@ -1,6 +1,6 @@
 """Every arm over length traces: means per cell, ratios to both stock arms, the headline over long cells. All simulated.
 
-Usage: python benchmarks/simulate.py TRACE... --json OUT [--wake-s 2] [--arms a,b] [--update]
+Usage: python -m benchmarks.simulate TRACE... --json OUT [--wake-s 2] [--arms a,b] [--update]
 
 Traces that nobody tuned for: `rlhfless trace generate` with --mean 1500 --tail 1.2 --icc 0.15 --seed 11;
 --mean 2500 --tail 0.8 --icc 0.6 --seed 12; --mean 1200 --tail 1.0 --drift 1.15 --max-response-tokens 16384 --seed 13;
@@ -18,6 +18,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from benchmarks.targets import verdicts
 from verl_rlhfless.policy.shapes import MODELS
 from verl_rlhfless.policy.transitions import LeaseTimes
 from verl_rlhfless.sim.cell import ARMS, Cell
@@ -57,9 +58,10 @@ def main(
                     label, {name: (arm["x_stock"], arm["cost_stock"]) for name, arm in row["arms"].items()}, flush=True
                 )
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    record = {"simulated": True, "wake_s": wake_s, "commit": commit, "headline": _headline(rows), "cells": rows}
+    record = {"simulated": True, "wake_s": wake_s, "commit": commit}
+    record |= {"headline": _headline(rows), "targets": verdicts(rows), "cells": rows}
     out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record["headline"], indent=1))
+    print(json.dumps({key: record[key] for key in ("headline", "targets")}, indent=1))
 
 
 def _row(label: str, run: dict, old: dict | None) -> dict:  # type: ignore[type-arg]

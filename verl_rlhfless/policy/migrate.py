@@ -12,7 +12,7 @@ hysteresis.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import numpy as np
@@ -132,8 +132,7 @@ def _lane(view: RolloutView, prediction: Prediction, samples: IntArray) -> Lane:
     reached = view.generated[samples].astype(float)
     edges = depth_edges(max(1, int(prediction.cap - reached.min())))
     middle = (edges[:-1] + edges[1:]) / 2
-    mu, sigma = prediction.mu[samples], prediction.sigma[samples]
-    part = Prediction(mu, sigma, prediction.cap, prediction.errors)
+    part = replace(prediction, mu=prediction.mu[samples], sigma=prediction.sigma[samples])
     now = np.maximum(part.alive_at(np.minimum(reached, prediction.cap - 1)[:, None]), 1e-12)
     alive = (part.alive_at(reached[:, None] + middle) / now).sum(axis=0)
     context = float((reached + view.batch.prompt_tokens[samples]).mean())
@@ -208,8 +207,9 @@ def _hand_over(view: RolloutView, prediction: Prediction, crews: list[_Crew], fr
 
 
 def _onto(view: RolloutView, prediction: Prediction, samples: IntArray, targets: tuple[int, ...]) -> tuple[Move, ...]:
-    left = np.maximum(prediction.mean(view.generated) - view.generated, 1.0)
-    ids = view.alive
+    ids, left = view.alive, np.zeros(view.batch.num_samples)
+    part = replace(prediction, mu=prediction.mu[ids], sigma=prediction.sigma[ids])
+    left[ids] = np.maximum(part.mean(view.generated[ids]) - view.generated[ids], 1.0)
     load = [float(left[ids[view.replica_of[ids] == target]].sum()) for target in targets]
     return spread(samples, targets, load, left)
 

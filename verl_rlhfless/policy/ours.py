@@ -23,8 +23,8 @@ _REPAY = 0.5
 _CAUTION_RATE = 0.3
 """Weight of the latest step: one step's luck with its longest response must not decide."""
 
-_FEW = 64.0
-"""Samples below which a prediction is so weak that leaving the static fleet must promise much more."""
+_FEW = 16.0
+"""With this many samples known, leaving the static fleet must promise twice what it takes; with many, just that."""
 
 _GROWTH = 0.2
 """Longest pause as a share of the rollout so far: an early prediction of what remains may be far too long."""

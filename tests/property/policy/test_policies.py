@@ -24,7 +24,7 @@ from verl_rlhfless.policy.snapshot import (
     ReplicaView,
     RolloutView,
 )
-from verl_rlhfless.policy.stages import Lane, depth_edges, frontier, options_for, stay
+from verl_rlhfless.policy.stages import Lane, depth_edges, frontier, options_for, shrinking, stay
 
 POOL = replace(cell(steps(1, 4, 2)).pool, warm=dict.fromkeys((1, 2, 4, 8), 16))
 
@@ -145,6 +145,16 @@ def test_a_dearer_second_never_makes_the_future_longer_and_staying_is_never_bett
     assert (worth <= (fixed_g + prices[:, None] * fixed_s) * (1 + 1e-9)).all()
     assert (np.diff(best.time_s, axis=0) <= 1e-6 * best.time_s[1:]).all()
     assert (np.diff(best.gpu_s, axis=0) >= -1e-6 * best.gpu_s[1:]).all()
+
+
+@given(st.sampled_from([(1,), (2, 4), (1, 2, 4, 8)]), st.integers(1, 2000))
+def test_lanes_side_by_side_only_shrink_whatever_sizes_they_use(sizes: tuple[int, ...], count: int) -> None:
+    options = options_for(POOL, sizes=sizes)
+    edges = depth_edges(8000)
+    lane = Lane(edges, count * np.exp(-3 * edges[1:] / 8000), 200.0, 0.0)
+    first = shrinking(POOL, options, (lane,), np.array([1.0, 64.0, 1e6]))[0].first
+    assert (options.tp[first] == options.tp).all()
+    assert (options.count[first] <= options.count).all()
 
 
 @settings(deadline=None, max_examples=60)

@@ -9,6 +9,7 @@ import numpy as np
 from tests.unit.sim.cases import cell, steps
 from verl_rlhfless.policy.arm import Outcome
 from verl_rlhfless.policy.ours import Memory, Ours, OursPolicy
+from verl_rlhfless.policy.predict import LengthModel
 from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, ReplicaView, RolloutPlan, RolloutView
 
 DATA = steps(1, 64, 8, mean=2000.0, cap=16384)
@@ -62,3 +63,26 @@ def test_the_migration_rule_is_chosen_by_name() -> None:
     assert moved("rlhfuse") == set()  # too many are left of all
     assert moved("rlhfuse", tau=0.1) > {0, 4}
     assert moved("off") == set()
+
+
+def test_a_resident_step_owes_no_time() -> None:
+    assert after(1.3, is_resident=True).saved_s == 0.0
+
+
+def test_few_known_lengths_must_promise_more_than_many() -> None:
+    """With 8 samples seen, a gain that pays the transition once is not trusted yet."""
+    few = steps(1, 1, 8, mean=2000.0, cap=16384)[0]
+    known = [
+        ARM.learn(ARM.begin(cell(DATA).pool, d.batch), Outcome(d.batch, d.lengths, 9.0, 1.0)) for d in (few, DATA[0])
+    ]
+    assert ARM.doubt(known[0]) > 1.5 > 1.1 > ARM.doubt(known[1]) > 1
+
+
+def test_a_gain_that_does_not_repay_its_doubts_leaves_the_fleet_resident() -> None:
+    one = cell(DATA)
+    memory = replace(ARM.begin(one.pool, DATA[0].batch), lengths=replace(LengthModel(), level=6.5))
+    pool = replace(one.pool, warm=dict.fromkeys(one.pool.perf, 16))
+    sure = replace(memory, lengths=replace(memory.lengths, num_samples=1e6))
+    doubtful = replace(memory, lengths=replace(memory.lengths, num_samples=0.1))
+    assert not ARM.plan(sure, pool, DATA[0].batch).is_resident
+    assert "does not repay" in ARM.plan(doubtful, pool, DATA[0].batch).reason
