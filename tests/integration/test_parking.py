@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -121,7 +122,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
             run(lot.close())
             warm_servers.close()
             trial.wait_until(lambda: not cluster.leftovers(), f"engines to end: {cluster.leftovers()}")
-            assert trial.gpus() == NUM_GPUS
+            trial.wait_until(lambda: trial.gpus() == NUM_GPUS, "all leases to end")
         assert trial.new_files() == set(), "an engine left files"
 
 
@@ -131,6 +132,12 @@ def run(what: Coroutine[Any, Any, Any]) -> Any:
 
 def processes_of(replica: Any) -> list[int]:
     return [pid for pid, _ in replica._engine_processes]
+
+
+def runs(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def test_a_parked_engine_wakes_with_new_weights_and_serves_as_before(trial: Trial) -> None:
@@ -145,7 +152,7 @@ def test_a_parked_engine_wakes_with_new_weights_and_serves_as_before(trial: Tria
     parked, tokens = run(first_step())
     start_s = parked.engine_s
     trial.wait_until(lambda: trial.gpus() == NUM_GPUS, "the parked engine's lease to end")
-    assert all(psutil.pid_exists(pid) for pid in processes_of(parked))
+    assert all(runs(pid) for pid in processes_of(parked))
     assert trial.new_files() == set(), "a running engine has no file either"
     checksum = trial.publish(2)
 
@@ -176,7 +183,7 @@ def test_an_engine_whose_devices_went_to_someone_else_is_started_again_elsewhere
 
         replica = run(step())
     assert replica is not parked and replica.lease.device_key() != foreign.device_key()
-    assert not any(psutil.pid_exists(pid) for pid in pids), "the one that could not move is ended"
+    assert not any(runs(pid) for pid in pids), "the one that could not move is ended"
 
 
 @pytest.mark.parametrize("victim", ["engine", "server"])
@@ -201,7 +208,7 @@ def test_what_was_killed_in_its_sleep_costs_a_start_and_nothing_else(trial: Tria
     replica, tokens = run(step())
     assert replica is not parked and len(tokens) == 8
     trial.wait_until(lambda: trial.gpus() == NUM_GPUS, "no lease to be kept")
-    assert not any(psutil.pid_exists(pid) for pid in processes_of(parked))
+    assert not any(runs(pid) for pid in processes_of(parked))
     assert trial.new_files() == set()
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import ray
 from omegaconf import OmegaConf, open_dict
-from verl.utils.device import get_device_name
 
 from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import ReplicaError, RlhflessError
@@ -60,7 +59,7 @@ class Fleet:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rlhfless-fleet")
         self._starting: Future[list[str]] | None = None
         self._life: Future[None] | None = None
-        self.parking = ParkingLot(config.pool, events, can_sleep=_can_sleep(self._rollout))
+        self.parking = ParkingLot(config.pool, events, can_sleep=_can_sleep(run_config))
         self._warm_servers = warm_servers
         self._warm_servers.fill()
 
@@ -232,11 +231,15 @@ class Fleet:
         return [*left, *released]
 
     async def _release_one(self, replica: ElasticReplica) -> None:
+        lease = replica.lease  # a parked one may be woken on another lease at once
         self.releases_s.append(await self.parking.retire(replica))
-        assert replica.lease is not None and replica.lease.released_s is not None
-        self.gpu_s += replica.world_size * (replica.lease.released_s - replica.lease.granted_s)
+        assert lease is not None and lease.released_s is not None
+        self.gpu_s += replica.world_size * (lease.released_s - lease.granted_s)
 
 
-def _can_sleep(rollout: Any) -> bool:
+def _can_sleep(run_config: Any) -> bool:
     """Return whether engines may sleep: on a CPU always, because they have nothing to free."""
-    return get_device_name() == "cpu" or bool(OmegaConf.select(rollout, "enable_sleep_mode", default=True))
+    if OmegaConf.select(run_config, "trainer.device") == "cpu":
+        logger.info("rlhfless: engines sleep between rollouts; on a CPU that frees nothing, it is accounting only")
+        return True
+    return bool(OmegaConf.select(run_config, "actor_rollout_ref.rollout.enable_sleep_mode", default=True))

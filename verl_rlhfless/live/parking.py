@@ -100,9 +100,12 @@ class ParkingLot:
         decision = await self._decide(replica)
         if decision.park:
             try:
-                return await self._park(replica, decision)
+                seconds = await self._park(replica, decision)
             except ReplicaError as error:
                 decision = ParkDecision(False, str(error))
+            else:
+                await self._end_surplus()
+                return seconds
         report = await replica.release()
         assert replica.lease is not None
         self._events.write(
@@ -129,8 +132,9 @@ class ParkingLot:
         """
         leaving = list(self._parked)
         ended = await asyncio.gather(*[self._end(replica, "closed") for replica in leaving], return_exceptions=True)
-        for failure in (outcome for outcome in ended if isinstance(outcome, BaseException)):
-            raise failure
+        failures = [outcome for outcome in ended if isinstance(outcome, BaseException)]
+        if failures:
+            raise failures[0]
 
     # ---- wake
 
@@ -221,9 +225,11 @@ class ParkingLot:
             reason=decision.reason,
             **dataclasses.asdict(report),
         )
+        return report.sleep_s + report.lease_s
+
+    async def _end_surplus(self) -> None:
         if len(self._parked) > self._largest_fleet:
             await self._end(self._parked[0], "more are parked than the largest fleet needs")
-        return report.sleep_s + report.lease_s
 
     async def _end(self, replica: ElasticReplica, reason: str) -> None:
         self._parked.remove(replica)

@@ -229,6 +229,22 @@ def test_there_are_never_more_than_the_largest_fleet(run: Run) -> None:
     assert run.events("parked_ended")[0]["reason"].startswith("more are parked")
 
 
+def test_one_too_many_that_can_not_be_ended_is_an_error_and_the_new_one_still_sleeps(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = run.start(1)
+    run.retire(narrow)
+
+    async def survives() -> None:
+        raise ReplicaError("a process survived")
+
+    monkeypatch.setattr(narrow[0], "stop", survives)
+    (wide,) = run.start(2)
+    with pytest.raises(ReplicaError, match="survived"):
+        run.retire([wide])
+    assert wide.state is ReplicaState.PARKED and run.lot.num_parked == 1
+
+
 def test_a_host_that_runs_out_of_memory_gets_it_back(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run.retire(run.start(1, 1))
     asyncio.run(run.lot.make_room())
