@@ -32,6 +32,7 @@ from verl_rlhfless.demo.run import DemoOptions, arm_command, arm_environment
 
 _GPUS = 2
 _STEPS = 2
+_NUM_CPUS = 64  # logical: verl reserves some for each declared GPU
 _LOOK_S = 1.0
 _TIMEOUT_S = 600.0
 _TARGET = 0.2
@@ -118,11 +119,11 @@ def measure(name: str, size: ModelSize, object_store_bytes: int, out: Path) -> d
     folder = out / name
     folder.mkdir(parents=True)
     assets = build_assets(folder / "assets", arithmetic_problems(64, seed=1), seed=1, size=size)
-    arm = recipe.Arm(name, (*recipe.ELASTIC.overrides, *_OVERRIDES))
+    arm = recipe.ELASTIC.with_overrides(*_OVERRIDES)
     command = arm_command(arm, assets, DemoOptions(out=folder, steps=_STEPS), folder)
     environment = arm_environment(folder)
     with (
-        private_cluster(_GPUS, environment, HostSize(64, object_store_bytes)) as cluster,
+        private_cluster(_GPUS, environment, HostSize(_NUM_CPUS, object_store_bytes)) as cluster,
         (folder / "train.log").open("w") as log,
         MemoryWatch(cluster) as watch,
     ):

@@ -132,7 +132,6 @@ def train(
     def run(name: str, suspend: str, num_gpus: int, has_guest: bool = False) -> Run:
         folder = tmp_path_factory.mktemp(name)
         overrides = (
-            *recipe.ELASTIC.overrides,
             f"rlhfless.pool.max_gpus={num_gpus}",
             "rlhfless.planner.schedule=[1]",
             f"rlhfless.pool.suspend_trainer={suspend}",
@@ -142,7 +141,9 @@ def train(
             f"reward.custom_reward_function.path={reward}",
             "trainer.resume_mode=auto",
         )
-        command = arm_command(recipe.Arm(name, overrides), assets, DemoOptions(out=folder, steps=2), folder)
+        command = arm_command(
+            recipe.ELASTIC.with_overrides(*overrides), assets, DemoOptions(out=folder, steps=2), folder
+        )
         command.append(f"trainer.default_local_dir={checkpoints}")
         environment = {**arm_environment(folder), **external_module("fingerprints")}
         errors = folder / "errors.log"
