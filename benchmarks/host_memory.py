@@ -27,19 +27,17 @@ import psutil
 from benchmarks.record import write_result
 from benchmarks.scheduled import scheduled
 from verl_rlhfless.ab.cluster import Cluster, HostSize, private_cluster
-from verl_rlhfless.demo import recipe
 from verl_rlhfless.demo.assets import MODEL_SIZE, ModelSize, arithmetic_problems, build_assets
 from verl_rlhfless.demo.run import DemoOptions, arm_command, arm_environment
 
 _GPUS = 2
 _STEPS = 2
+_NUM_CPUS = 64  # logical: verl reserves some for each declared GPU
 _LOOK_S = 1.0
 _TIMEOUT_S = 600.0
 _TARGET = 0.2
 _LARGER = ModelSize(hidden=768, intermediate=3072, layers=12, heads=12, kv_heads=12, head_dim=64)
 _OVERRIDES = (
-    "trainer.n_gpus_per_node=2",
-    "rlhfless.planner.schedule=[1]",
     f"rlhfless.pool.max_gpus={_GPUS}",
     "data.train_batch_size=4",
     "data.max_response_length=16",
@@ -119,11 +117,11 @@ def measure(name: str, size: ModelSize, object_store_bytes: int, out: Path) -> d
     folder = out / name
     folder.mkdir(parents=True)
     assets = build_assets(folder / "assets", arithmetic_problems(64, seed=1), seed=1, size=size)
-    arm = recipe.Arm(name, (*scheduled(1, 2).overrides, *_OVERRIDES))
+    arm = scheduled(1).with_overrides(*_OVERRIDES)
     command = arm_command(arm, assets, DemoOptions(out=folder, steps=_STEPS), folder)
     environment = arm_environment(folder)
     with (
-        private_cluster(_GPUS, environment, HostSize(64, object_store_bytes)) as cluster,
+        private_cluster(_GPUS, environment, HostSize(_NUM_CPUS, object_store_bytes)) as cluster,
         (folder / "train.log").open("w") as log,
         MemoryWatch(cluster) as watch,
     ):

@@ -67,7 +67,7 @@ class PoolConfig(Section):
     drain_timeout_s: float = within(0.1, default=60.0)
     same_device_wait_s: float = within(0.1, default=30.0)
     resume_timeout_s: float = within(0.1, default=600.0)
-    suspend_trainer: str = one_of("never", "auto")
+    suspend_trainer: str = one_of("auto", "never")
     park: str = one_of("auto", "always", "never")
     park_residual_bytes: int = within(0, default=4 << 30)
 

@@ -133,7 +133,6 @@ def train(
     def run(name: str, suspend: str, num_gpus: int, has_guest: bool = False) -> Run:
         folder = tmp_path_factory.mktemp(name)
         overrides = (
-            *scheduled(1).overrides,
             f"rlhfless.pool.max_gpus={num_gpus}",
             f"rlhfless.pool.suspend_trainer={suspend}",
             "rlhfless.pool.resume_timeout_s=5",
@@ -142,7 +141,7 @@ def train(
             f"reward.custom_reward_function.path={reward}",
             "trainer.resume_mode=auto",
         )
-        command = arm_command(recipe.Arm(name, overrides), assets, DemoOptions(out=folder, steps=2), folder)
+        command = arm_command(scheduled(1).with_overrides(*overrides), assets, DemoOptions(out=folder, steps=2), folder)
         command.append(f"trainer.default_local_dir={checkpoints}")
         environment = {**arm_environment(folder), **external_module("fingerprints")}
         errors = folder / "errors.log"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -317,3 +319,26 @@ def test_with_a_trainer_that_leaves_the_replicas_may_use_the_whole_budget(recipe
     budget = ("rlhfless.pool.max_gpus=2", "rlhfless.planner.schedule=[2]")
     parsed = parse_config(OmegaConf.to_container(recipe("+rlhfless=default", *budget).rlhfless))
     startup.check_budget(recipe("+rlhfless=default", *budget), parsed, {})
+
+
+def test_hydra_lets_the_exit_code_through(tmp_path: Path) -> None:
+    app = tmp_path / "app.py"
+    app.write_text("""
+import hydra
+from verl_rlhfless.errors import LeaseLostError
+from verl_rlhfless.live.startup import StartupCheck
+
+class OnlyTheEnd(StartupCheck):
+    def on_job_start(self, config, **_):
+        pass
+
+@hydra.main(config_path=None, version_base=None)
+def main(config):
+    raise LeaseLostError("the trainer's GPUs did not come back")
+
+main()
+""")
+    overrides = ["+hydra.callbacks.end._target_=__main__.OnlyTheEnd", f"hydra.run.dir={tmp_path}"]
+    ended = subprocess.run([sys.executable, "-W", "ignore", str(app), *overrides], capture_output=True, text=True)
+    assert ended.returncode == LeaseLostError.EXIT_CODE
+    assert ended.stderr == "rlhfless: error: the trainer's GPUs did not come back\n"
