@@ -131,13 +131,14 @@ class PlatformCPU(PlatformBase):
 
 
 def register() -> None:
-    """Register the platform, the FSDP engines for its device, and the two patches that it needs."""
-    from verl_rlhfless_patches import torch_gloo_backend, vllm_cpu_linear
+    """Register the platform, the FSDP engines for its device, and the patches that it needs."""
+    from verl_rlhfless_patches import torch_gloo_backend, verl_reference_offload, vllm_cpu_linear
 
     if PlatformRegistry.get("cpu") is None:
         PlatformRegistry.register(platform="cpu")(PlatformCPU)
     wrapt.register_post_import_hook(_register_fsdp_engines, "verl.workers.engine.fsdp.transformer_impl")
     torch_gloo_backend.apply()
+    verl_reference_offload.apply()
     vllm_cpu_linear.apply()
 
 

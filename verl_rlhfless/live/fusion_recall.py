@@ -65,8 +65,8 @@ class PhaseMemory:
     Attributes:
         results: One tensor for each of the phase's fields.
         calls: Tokens and seconds of the last worker calls.
-        num_recalled: Samples of this step that the final call did not compute.
-        num_computed: Samples of this step that it did.
+        num_recalled: Samples of the last call, in the end the whole batch, that were not computed.
+        num_computed: Samples of it that were.
     """
 
     results: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
@@ -134,8 +134,7 @@ class RecallingGroup:
             columns = zip(*(memory.results[key] for key in recalled), strict=True)
             fields = {name: _jagged(column) for name, column in zip(phase.fields, columns, strict=True)}
             tq.kv_batch_put(recalled, batch.partition_id, TensorDict(fields, batch_size=len(recalled)))
-        if not self._memory.is_open:
-            memory.num_recalled, memory.num_computed = len(recalled), len(unknown)
+        memory.num_recalled, memory.num_computed = len(recalled), len(unknown)
         return Inferred(len(batch))
 
     def _balanced(self, batch: KVBatchMeta, keys: set[str]) -> KVBatchMeta:
