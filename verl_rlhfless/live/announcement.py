@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from verl_rlhfless.live.tickets import SampleKey
 from verl_rlhfless.policy.snapshot import Batch
+
+_CHARACTERS_PER_TOKEN = 4  # of English text; what is submitted tells the exact length
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +73,29 @@ def _unique(names: Sequence[str]) -> tuple[str, ...]:
         unique.append(f"{name}+{seen[name]}" if seen[name] else name)
         seen[name] += 1
     return tuple(unique)
+
+
+def announcement_of(prompts: Any, rollout: Any) -> Announcement:
+    """Return what is known of a training batch before any prompt is tokenized."""
+    uids = [str(uid) for uid in prompts["uid"]]
+    rows = list(prompts["index"]) if "index" in prompts else [0] * len(uids)
+    counts = list(prompts["__rollout_n__"]) if "__rollout_n__" in prompts else [rollout.n] * len(uids)
+    texts = [_text(messages) for messages in prompts["raw_prompt"]]
+    return Announcement(
+        step=int(prompts["global_steps"]),
+        groups=tuple(
+            Group(
+                uid=uid,
+                prompt_id=hashlib.sha256(text.encode()).hexdigest()[:16],
+                row=int(row),
+                n=int(n),
+                prompt_tokens=min(rollout.prompt_length, len(text) // _CHARACTERS_PER_TOKEN + 1),
+            )
+            for uid, text, row, n in zip(uids, texts, rows, counts, strict=True)
+        ),
+        max_response_tokens=rollout.response_length,
+    )
+
+
+def _text(messages: Sequence[Any]) -> str:
+    return json.dumps(list(messages), sort_keys=True, default=str)

@@ -6,21 +6,16 @@ announced: nothing is predicted for it and nothing is learnt from it.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
 from typing import Any
 
 import ray
 from tensordict import TensorDict
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
-from verl_rlhfless.live.announcement import Announcement, Group
+from verl_rlhfless.live.announcement import announcement_of
 from verl_rlhfless.live.client import serving
 from verl_rlhfless.live.preload import SERVER_MODULE, import_in_background
 from verl_rlhfless.live.tickets import SampleKey
-
-_CHARACTERS_PER_TOKEN = 4  # of English text; what is submitted tells the exact length
 
 
 class StageWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
@@ -64,29 +59,3 @@ class StageManager(AgentLoopManagerTQ):
             router = self.llm_client._load_balancer
             ray.get(router.announce.remote(announcement_of(prompts, self.rollout_config)))
         super().generate_sequences(prompts)
-
-
-def announcement_of(prompts: TensorDict, rollout: Any) -> Announcement:
-    """Return what is known of a training batch before any prompt is tokenized."""
-    uids = [str(uid) for uid in prompts["uid"]]
-    rows = list(prompts["index"]) if "index" in prompts else [0] * len(uids)
-    counts = list(prompts["__rollout_n__"]) if "__rollout_n__" in prompts else [rollout.n] * len(uids)
-    texts = [_text(messages) for messages in prompts["raw_prompt"]]
-    return Announcement(
-        step=int(prompts["global_steps"]),
-        groups=tuple(
-            Group(
-                uid=uid,
-                prompt_id=hashlib.sha256(text.encode()).hexdigest()[:16],
-                row=int(row),
-                n=int(n),
-                prompt_tokens=min(rollout.prompt_length, len(text) // _CHARACTERS_PER_TOKEN + 1),
-            )
-            for uid, text, row, n in zip(uids, texts, rows, counts, strict=True)
-        ),
-        max_response_tokens=rollout.response_length,
-    )
-
-
-def _text(messages: Sequence[Any]) -> str:
-    return json.dumps(list(messages), sort_keys=True, default=str)

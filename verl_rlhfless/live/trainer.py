@@ -21,13 +21,13 @@ from verl.workers.config import HFModelConfig
 from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
 from verl_rlhfless.errors import ConfigError, DeviceMismatchError, LeaseLostError, LeaseTimeoutError, ReplicaError
 from verl_rlhfless.live import weight_engine
+from verl_rlhfless.live.announcement import announcement_of
 from verl_rlhfless.live.fleet import Fleet
 from verl_rlhfless.live.fusion_trainer import FusionTrainer
 from verl_rlhfless.live.host_memory import check_nodes, count_parameters, measure_nodes, memory_of_run
 from verl_rlhfless.live.pool import TRAINER_POOL, ElasticResourcePoolManager
 from verl_rlhfless.live.replica import WeightSource
 from verl_rlhfless.live.request_trainer import RequestTrainer
-from verl_rlhfless.live.stage import announcement_of
 from verl_rlhfless.live.suspendable import why_lease_is_kept
 from verl_rlhfless.live.suspended_checkpoint import save_suspended
 from verl_rlhfless.live.trainer_lease import Gpus, TrainerLease

@@ -15,7 +15,17 @@ from verl_rlhfless.policy.arm import Policy
 from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.migrate import Change, consolidate
 from verl_rlhfless.policy.predict import Prediction
-from verl_rlhfless.policy.snapshot import FINISHED, GONE, READY, WAITING, Move, Reaction, RolloutPlan, RolloutView
+from verl_rlhfless.policy.snapshot import (
+    FINISHED,
+    GONE,
+    READY,
+    STARTING,
+    WAITING,
+    Move,
+    Reaction,
+    RolloutPlan,
+    RolloutView,
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class Resizing:
         has_waiting = bool((view.state == WAITING).any())
         routed = self.routing.react(view if has_waiting else _without(view, empty_replicas(view)), plan)
         change = Change(0.0)
-        if not routed.moves and self.consolidates and len(view.alive) and not (view.replica_of[view.alive] < 0).any():
+        if not routed.moves and self.consolidates and _is_settled(view):
             limits = (self.goal.hysteresis, len(plan.fleet))
             change = consolidate(view, self.refine(view), plan.price, limits)
         moves = routed.moves or change.moves
@@ -51,6 +61,12 @@ class Resizing:
             releases=ended,
             reason=_reason(routed.reason, change.reason, ended),
         )
+
+
+def _is_settled(view: RolloutView) -> bool:
+    """Return whether every unfinished sample has a replica, and all replicas are up: else nothing is consolidated."""
+    has_place = bool((view.replica_of[view.alive] >= 0).all()) and len(view.alive) > 0
+    return has_place and not any(r.state == STARTING for r in view.replicas)
 
 
 def empty_replicas(view: RolloutView, moves: tuple[Move, ...] = ()) -> tuple[int, ...]:

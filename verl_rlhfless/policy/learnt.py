@@ -1,6 +1,7 @@
 """What starts, trainer phases and engine iterations really took, so that a plan counts that and not a data sheet.
 
-Each figure is an EWMA of what was measured; until there is a first measurement the pool's own figure stands.
+Each figure is the lower median of the latest steps: first starts and first phases import and compile, and must not be
+expected of every later step. Until there is a first measurement the pool's own figure stands.
 
 Invariants: applying an empty model changes nothing; state round-trips through JSON.
 """
@@ -11,7 +12,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from verl_rlhfless.errors import DataError
 from verl_rlhfless.policy.calibrate import IterationSample, calibrate
@@ -20,7 +20,7 @@ from verl_rlhfless.policy.snapshot import Batch, IntArray, PoolSnapshot
 
 FORMAT = "rlhfless-costs/1"
 
-_RATE = 0.5
+_LATEST = 5
 _LEAST_SAMPLES = 8
 _SECONDS = ("grant_s", "warm_start_s", "cold_start_s", "load_s", "release_s", "publish_s")
 _SPEEDS = ("hbm", "prefill", "launch_s", "per_seq_s")
@@ -52,21 +52,21 @@ class StepTimes:
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Measured figures; ``None`` = not measured yet.
+    """Measured figures.
 
     Attributes:
-        phases: Factor by which the trainer's phases take longer than modelled.
+        latest: Figure -> its newest measurements, oldest first: the times of starts, release and publication, and
+            ``phases``, the factor by which the trainer's phases take longer than modelled.
         speeds: Tensor-parallel size -> factor on each of ``hbm``, ``prefill``, ``launch_s`` and ``per_seq_s``.
     """
 
-    grant_s: float | None = None
-    warm_start_s: float | None = None
-    cold_start_s: float | None = None
-    load_s: float | None = None
-    release_s: float | None = None
-    publish_s: float | None = None
-    phases: float | None = None
+    latest: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     speeds: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+
+    def figure(self, name: str) -> float | None:
+        """Return what a plan counts with; ``None`` = not measured yet."""
+        seen = sorted(self.latest.get(name, ()))
+        return seen[(len(seen) - 1) // 2] if seen else None
 
     def to_json(self) -> str:
         """Return the state as JSON text."""
@@ -83,11 +83,13 @@ class CostModel:
             values = json.loads(text)
             if values.pop("format") != FORMAT:
                 raise ValueError(f"format must be {FORMAT!r}")
-            speeds = {int(tp): tuple(map(_positive, of)) for tp, of in values.pop("speeds").items()}
+            speeds = {int(tp): tuple(map(_positive, of)) for tp, of in values["speeds"].items()}
             if any(len(of) != len(_SPEEDS) for of in speeds.values()):
                 raise ValueError(f"speeds must have {len(_SPEEDS)} factors each")
-            figures = {name: None if value is None else _positive(value) for name, value in values.items()}
-            return cls(speeds=speeds, **figures)
+            latest = {name: tuple(map(_positive, of)) for name, of in values["latest"].items()}
+            if unknown := set(latest) - {*_SECONDS, "phases"}:
+                raise ValueError(f"{min(unknown)!r} is no measured figure")
+            return cls(latest, speeds)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"measured costs: {error}. Delete the state file to start without them.") from error
 
@@ -121,10 +123,9 @@ def learn_step(model: CostModel, pool: PoolSnapshot, done: tuple[Batch, IntArray
         "publish_s": [] if times.publish_s is None else [times.publish_s],
         "phases": [times.phases_s / modelled_s],
     }
-    mixed: dict[str, Any] = {
-        name: _mix(getattr(model, name), sum(values) / len(values)) for name, values in seen.items() if values
-    }
-    return replace(model, **mixed)
+    means = {name: sum(values) / len(values) for name, values in seen.items() if values}
+    newest = {name: (*model.latest.get(name, ()), mean)[-_LATEST:] for name, mean in means.items()}
+    return replace(model, latest={**model.latest, **newest})
 
 
 def learn_speed(
@@ -149,13 +150,13 @@ def learn_speed(
 def apply(model: CostModel, pool: PoolSnapshot) -> PoolSnapshot:
     """Return the pool with what was measured; a size that never ran has the factors of the nearest one that did."""
     times = pool.trainer.times
-    known = {name: getattr(model, name) for name in _SECONDS if getattr(model, name) is not None}
+    known = {name: value for name in _SECONDS if (value := model.figure(name)) is not None}
     moved = {"warm_start_s": "wake_s", "release_s": "park_s"}
     figures = {moved.get(name, name): value for name, value in known.items() if name not in ("load_s", "publish_s")}
-    if model.publish_s is not None:
-        figures["publish_bytes_per_s"] = pool.trainer.shape.weight_bytes / max(model.publish_s, _LEAST)
-    trainer = replace(pool.trainer, times=replace(times, **figures), slowness=model.phases or 1.0)
-    perf = {tp: _with_load(_applied(model, tp, engine), model.load_s) for tp, engine in pool.perf.items()}
+    if "publish_s" in known:
+        figures["publish_bytes_per_s"] = pool.trainer.shape.weight_bytes / max(known["publish_s"], _LEAST)
+    trainer = replace(pool.trainer, times=replace(times, **figures), slowness=model.figure("phases") or 1.0)
+    perf = {tp: _with_load(_applied(model, tp, engine), known.get("load_s")) for tp, engine in pool.perf.items()}
     return replace(pool, perf=perf, trainer=trainer)
 
 
@@ -177,7 +178,3 @@ def _with_load(perf: EnginePerf, load_s: float | None) -> EnginePerf:
         return perf
     host = perf.efficiencies.host * perf.load_s / max(load_s, _LEAST)
     return replace(perf, efficiencies=replace(perf.efficiencies, host=host))
-
-
-def _mix(old: float | None, new: float) -> float:
-    return new if old is None else (1 - _RATE) * old + _RATE * new

@@ -70,7 +70,9 @@ def plan_fleet(
     if chosen.is_resident:
         reason = f"resident TP{ref.tp}: {why}; saving 0"
     else:
-        reason = f"elastic: {why}, {1 - chosen.gpu_s / ref.gpu_s:.0%} less GPU time than static TP{ref.tp}"
+        saved = 1 - chosen.gpu_s / ref.gpu_s
+        amount = f"{abs(saved):.0%} {'less' if saved >= 0 else 'more'}"
+        reason = f"elastic: {why}, {amount} GPU time than static TP{ref.tp}"
     return RolloutPlan(
         fleet=chosen.fleet,
         replica_of=_place(pool, batch, chosen, units),

@@ -11,8 +11,9 @@ from tensordict import NonTensorData, NonTensorStack, TensorDict
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
 from verl_rlhfless.live import stage
+from verl_rlhfless.live.announcement import announcement_of
 from verl_rlhfless.live.client import _sample
-from verl_rlhfless.live.stage import StageManager, StageWorker, announcement_of
+from verl_rlhfless.live.stage import StageManager, StageWorker
 from verl_rlhfless.live.tickets import SampleKey
 
 ROLLOUT = SimpleNamespace(n=4, prompt_length=64, response_length=32)
