@@ -40,7 +40,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
 def test_default_switches_the_elastic_trainer_on(name: str) -> None:
     config = compose_ppo("+rlhfless=default", name=name)
     assert config.trainer.v1.trainer_mode == "rlhfless_sync"
-    parts = {"pool": "elastic", "weights": "store", "planner": "fixed", **REQUESTS}
+    parts = {"pool": "elastic", "weights": "store", "planner": "cost_aware", **REQUESTS, "fusion": "on"}
     assert read(config).active() == parts
 
 
@@ -71,8 +71,9 @@ def test_the_start_up_check_is_the_only_change_of_hydras_node(choice: str) -> No
 
 def test_the_values_of_the_groups_are_those_of_the_schema() -> None:
     elastic = compose_ppo("+rlhfless=default").rlhfless
-    parts = {"pool": "elastic", "weights": "store", "planner": "fixed", **REQUESTS}
-    schema = parse_config({part: {"name": name} for part, name in parts.items()})
+    parts = {"pool": "elastic", "weights": "store", "planner": "cost_aware", **REQUESTS, "fusion": "on"}
+    values = {part: {"name": name} for part, name in parts.items()}
+    schema = parse_config({**values, "pool": {"name": "elastic", "suspend_trainer": "auto"}})
     assert read(compose_ppo("+rlhfless=default")) == schema
     for section, values in elastic.items():
         assert set(values) == set(type(getattr(schema, section)).__dataclass_fields__) - {"KEY"}, section
@@ -91,10 +92,10 @@ def test_a_planned_fleet_is_chosen_like_any_part_and_its_limits_are_plain_overri
     assert planner == PlannerConfig("cost_aware", max_usd_per_step=2.0, usd_per_gpu_hour=3.5)
 
 
-def test_fusion_is_switched_on_with_one_override() -> None:
+def test_fusion_is_switched_off_with_one_override() -> None:
     default = read(compose_ppo("+rlhfless=default"))
-    fused = read(compose_ppo("+rlhfless=default", "rlhfless/fusion=on"))
-    assert fused == dataclasses.replace(default, fusion=FusionConfig(name="on"))
+    unfused = read(compose_ppo("+rlhfless=default", "rlhfless/fusion=off"))
+    assert unfused == dataclasses.replace(default, fusion=FusionConfig(name="off"))
 
 
 def test_every_part_can_be_switched_alone() -> None:

@@ -82,17 +82,26 @@ REFUSED = [
     (["model_engine=veomni"], {}, ["actor_rollout_ref.actor.strategy='veomni'", "fsdp, fsdp2, megatron"]),
     (["actor_rollout_ref.rollout.data_parallel_size=2"], {}, ["data_parallel_size=2", "tensors only"]),
     (
-        ["rlhfless.pool.max_gpus=4", "rlhfless.planner.schedule=[1,3]", "rlhfless.pool.suspend_trainer=never"],
+        [
+            "rlhfless/planner=fixed",
+            "rlhfless.pool.max_gpus=4",
+            "rlhfless.planner.schedule=[1,3]",
+            "rlhfless.pool.suspend_trainer=never",
+        ],
         {},
         ["rlhfless.pool.max_gpus=4", "trainer's 2 GPUs", "3 replicas of 1 GPUs", "need 5", "suspend_trainer=never"],
     ),
     (
-        ["rlhfless.planner.schedule=[5]", "+ray_kwargs.ray_init.num_gpus=4"],
+        ["rlhfless/planner=fixed", "rlhfless.planner.schedule=[5]", "+ray_kwargs.ray_init.num_gpus=4"],
         {},
         ["ray_kwargs.ray_init.num_gpus=4", "need 5"],
     ),
     (
-        ["rlhfless/planner=cost_aware", "rlhfless.planner.min_replicas=3", "rlhfless.pool.max_gpus=4"],
+        [
+            "rlhfless.pool.suspend_trainer=never",
+            "rlhfless.planner.min_replicas=3",
+            "rlhfless.pool.max_gpus=4",
+        ],
         {},
         ["rlhfless.pool.max_gpus=4", "smallest planned fleet, 3 replicas", "need 5", "rlhfless.planner.min_replicas"],
     ),
@@ -173,10 +182,11 @@ def test_a_tensor_parallel_size_that_the_model_cannot_have_is_refused_before_ray
 
 
 def test_an_elastic_run_says_what_is_active(recipe: Compose) -> None:
-    overrides = ["rlhfless.planner.schedule=[1,2]", "rlhfless.pool.max_gpus=4", "+ray_kwargs.ray_init.num_gpus=4"]
+    limits = ["rlhfless.pool.max_gpus=4", "+ray_kwargs.ray_init.num_gpus=4"]
+    overrides = ["rlhfless/planner=fixed", "rlhfless.planner.schedule=[1,2]", *limits]
     line = check_run(recipe("+rlhfless=default", *overrides), {"VERL_USE_EXTERNAL_PLUGINS": "other, rlhfless"})
     assert line.startswith("active: pool=elastic weights=store planner=fixed predictor=history ")
-    assert "migration=cut_and_migrate schedule=[1, 2] (verl 0.9." in line
+    assert "migration=cut_and_migrate fusion=on schedule=[1, 2] (verl 0.9." in line
     for distribution in ("vllm", "ray", "hydra-core"):
         assert f"{distribution} {versions.installed_version(distribution)}" in line
 
@@ -316,7 +326,7 @@ def test_what_works_on_the_trainers_gpus_keeps_its_lease(recipe: Compose, overri
 
 
 def test_with_a_trainer_that_leaves_the_replicas_may_use_the_whole_budget(recipe: Compose) -> None:
-    budget = ("rlhfless.pool.max_gpus=2", "rlhfless.planner.schedule=[2]")
+    budget = ("rlhfless/planner=fixed", "rlhfless.pool.max_gpus=2", "rlhfless.planner.schedule=[2]")
     parsed = parse_config(OmegaConf.to_container(recipe("+rlhfless=default", *budget).rlhfless))
     startup.check_budget(recipe("+rlhfless=default", *budget), parsed, {})
 

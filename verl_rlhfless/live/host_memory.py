@@ -77,7 +77,7 @@ def check_store(store: StoreMemory, memory: HostMemory) -> None:
         raise WeightStoreError(shortage)
 
 
-def memory_of_run(run: Any, settings: RlhflessConfig, params: int, *, can_suspend: bool) -> RunMemory:
+def memory_of_run(run: Any, settings: RlhflessConfig, params: int, *, can_suspend: bool, num_gpus: int) -> RunMemory:
     """Return what a run of ``verl.trainer.main_ppo`` with the configuration ``run`` puts on its nodes.
 
     Args:
@@ -85,6 +85,7 @@ def memory_of_run(run: Any, settings: RlhflessConfig, params: int, *, can_suspen
         settings: Ours.
         params: Number of the model's parameters.
         can_suspend: Whether the trainer may leave its devices for the host.
+        num_gpus: Of the cluster.
     """
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.device import get_device_name
@@ -98,7 +99,8 @@ def memory_of_run(run: Any, settings: RlhflessConfig, params: int, *, can_suspen
         roles.append(RoleMemory("reference", reference, is_trained=False))
     if need_critic(run):
         roles.append(RoleMemory("critic", weights, is_trained=True))  # verl starts it from a model of its own size
-    tp, fleet = rollout.tensor_model_parallel_size, max(settings.planner.schedule)
+    tp = rollout.tensor_model_parallel_size
+    fleet = _most_replicas(run, settings, num_gpus, can_suspend)
     warm = settings.pool.warm_servers
     ranks_per_node = run.trainer.n_gpus_per_node
     kv_bytes = int(float(os.environ.get(_VLLM_CPU_KV_GIB, "0")) * 2**30) * tp
@@ -120,6 +122,17 @@ def memory_of_run(run: Any, settings: RlhflessConfig, params: int, *, can_suspen
         num_agents=rollout.agent.num_workers,
         num_scorers=run.reward.num_workers,
     )
+
+
+def _most_replicas(run: Any, settings: RlhflessConfig, num_gpus: int, can_suspend: bool) -> int:
+    """Return the size of the largest fleet that may be asked for."""
+    planner = settings.planner
+    if not settings.plans:
+        return max(planner.schedule)
+    budget = settings.pool.max_gpus or num_gpus
+    for_replicas = budget if can_suspend else budget - run.trainer.n_gpus_per_node * run.trainer.nnodes
+    smallest = min(planner.tensor_parallel_sizes or (run.actor_rollout_ref.rollout.tensor_model_parallel_size,))
+    return max(1, min(for_replicas // smallest, planner.max_replicas or for_replicas))
 
 
 def count_parameters(model: Any) -> int:

@@ -86,8 +86,11 @@ class ElasticTrainerSync(FusionTrainer):
         """
         model: HFModelConfig = omega_conf_to_dataclass(self.config.actor_rollout_ref.model)
         kept = why_lease_is_kept(self.config, self._settings.pool.suspend_trainer)
-        memory = memory_of_run(self.config, self._settings, count_parameters(model), can_suspend=not kept)
-        for account in check_nodes(memory, measure_nodes()):
+        nodes = measure_nodes()
+        num_gpus = sum(node.num_gpus for node in nodes)
+        params = count_parameters(model)
+        memory = memory_of_run(self.config, self._settings, params, can_suspend=not kept, num_gpus=num_gpus)
+        for account in check_nodes(memory, nodes):
             parts = {need.what: need.num_bytes for need in account.needs}
             self._events.write("host_memory", node=account.node.node_id, num_bytes=account.num_bytes, parts=parts)
 

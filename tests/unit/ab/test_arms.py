@@ -42,9 +42,9 @@ def test_the_elastic_arm_divides_the_recipes_gpus() -> None:
     (arm,) = build_arms(["elastic"], replace(FACTS, tp=2), None, [])
     chosen = values(arm.overrides)
     assert (chosen["trainer.n_gpus_per_node"], chosen["trainer.nnodes"]) == ("4", "1")
-    assert (chosen["rlhfless.pool.max_gpus"], chosen["rlhfless.planner.schedule"]) == ("8", "[2]")
+    assert chosen["rlhfless.pool.max_gpus"] == "8"
     (given,) = build_arms(["elastic"], FACTS, 2, [])
-    assert values(given.overrides)["rlhfless.planner.schedule"] == "[6]"
+    assert values(given.overrides)["trainer.n_gpus_per_node"] == "2"
 
 
 def test_a_trainer_with_all_gpus_leaves_them_to_replicas_during_rollouts() -> None:
@@ -52,7 +52,6 @@ def test_a_trainer_with_all_gpus_leaves_them_to_replicas_during_rollouts() -> No
         (arm,) = build_arms(["elastic"], facts, asked, [])
         chosen = values(arm.overrides)
         assert chosen["trainer.n_gpus_per_node"] == str(facts.gpus_per_node)
-        assert chosen["rlhfless.planner.schedule"] == f"[{facts.gpus_per_node // 2}]"
     with pytest.raises(ConfigError, match="a replica needs 4 GPUs and the recipe has 2"):
         build_arms(["elastic"], replace(FACTS, gpus_per_node=2, tp=4), None, [])
 
@@ -90,8 +89,7 @@ def test_whatever_is_asked_the_budget_is_kept_or_refused(
         return
     chosen = values(elastic.overrides)
     kept = int(chosen["trainer.nnodes"]) * int(chosen["trainer.n_gpus_per_node"])
-    replicas = int(chosen["rlhfless.planner.schedule"].strip("[]"))
-    assert kept >= 1 and replicas >= 1 and kept + replicas * tp == per_node * nnodes
+    assert kept >= 1 and int(chosen["rlhfless.pool.max_gpus"]) == per_node * nnodes
     assert mini * facts.samples % kept == 0
     beside = values(separate.overrides)
     rollout = int(beside["actor_rollout_ref.rollout.nnodes"]) * int(beside["actor_rollout_ref.rollout.n_gpus_per_node"])

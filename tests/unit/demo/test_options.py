@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from verl_rlhfless.cli import app, main
-from verl_rlhfless.demo.run import DemoOptions
+from verl_rlhfless.demo.run import DemoOptions, run_demo
 from verl_rlhfless.errors import ConfigError, DataError
 
 
@@ -19,6 +19,8 @@ from verl_rlhfless.errors import ConfigError, DataError
         ({"seed": -1}, r"--seed=-1: must be between 0 and"),
         ({"arms": ("stok",)}, r"--arms='stok': must be among stock, elastic"),
         ({"arms": ("stock", "stock")}, "must name each arm once"),
+        ({"columns": ("warm",)}, r"--columns='warm': must be among unpaced, parked, cold"),
+        ({"columns": ("cold", "cold")}, "must name each column once"),
     ],
 )
 def test_bad_option(tmp_path: Path, options: dict[str, object], says: str) -> None:
@@ -48,12 +50,12 @@ def test_data_smaller_than_a_step(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"question": "q", "answer": "#### 1"}\n')
     with pytest.raises(ConfigError, match="at least 8 problems"):
-        DemoOptions(out=tmp_path, data=path).problems()
+        run_demo(DemoOptions(out=tmp_path, data=path))
 
 
 def test_missing_data_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
-        DemoOptions(out=tmp_path / "out", data=tmp_path / "missing.jsonl").problems()
+        run_demo(DemoOptions(out=tmp_path / "out", data=tmp_path / "missing.jsonl"))
     assert not (tmp_path / "out").exists()
 
 

@@ -30,7 +30,7 @@ def recipe(*overrides: str) -> DictConfig:
 
 
 def memory(*overrides: str, settings: RlhflessConfig = SETTINGS, **arguments: Any) -> RunMemory:
-    return memory_of_run(recipe(*overrides), settings, PARAMS, **{"can_suspend": True, **arguments})
+    return memory_of_run(recipe(*overrides), settings, PARAMS, **{"can_suspend": True, "num_gpus": 8, **arguments})
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +61,20 @@ def test_nodes_replicas_and_servers_follow_from_the_recipe() -> None:
     assert run.store.bucket_bytes == 64 << 20
 
 
+def test_a_planned_fleet_may_be_as_large_as_the_budget() -> None:
+    planned = parse_config(
+        {
+            "pool": {"name": "elastic"},
+            "weights": {"name": "store"},
+            "planner": {"name": "cost_aware"},
+            "predictor": {"name": "history"},
+        }
+    )
+    assert memory("trainer.n_gpus_per_node=4", settings=planned).replicas.num_replicas == 4
+    stays = memory("trainer.n_gpus_per_node=4", settings=planned, can_suspend=False)
+    assert stays.replicas.num_replicas == 2
+
+
 @pytest.mark.parametrize(("device", "can_suspend", "is_on_host"), [
     ("cuda", True, True), ("cuda", False, False), ("cpu", False, True),
 ])  # fmt: skip
@@ -80,7 +94,7 @@ def test_an_engine_keeps_weights_keys_and_values_on_a_host_that_is_its_device(mo
 
 def test_a_node_without_room_is_refused_with_node_holders_and_shortage() -> None:
     node = HostMemory("0123456789", object_store_bytes=10**12, available_bytes=20 * GIB, num_gpus=8)
-    with pytest.raises(HostMemoryError, match=r"the trainer's state on the host \(actor\).*free on node 01234567: "):
+    with pytest.raises(HostMemoryError, match=r"GiB for 8 trainer ranks.*free on node 01234567: .*GiB short"):
         check_nodes(memory("trainer.n_gpus_per_node=8", "algorithm.adv_estimator=grpo"), [node])
     roomy = HostMemory("0123456789", object_store_bytes=10**12, available_bytes=10**12, num_gpus=8)
     (account,) = check_nodes(memory("trainer.n_gpus_per_node=8"), [roomy])
