@@ -89,7 +89,7 @@ def plan_fleet(
 
 
 def _options(pool: PoolSnapshot, goal: Goal) -> Options:
-    limits = {goal.min_replicas, goal.max_replicas or goal.min_replicas} if pool.keeps_trainer else set()
+    limits = {goal.min_replicas, goal.max_replicas or goal.min_replicas} if not pool.has_resident else set()
     asked = [(tp, count) for tp in pool.perf for count in limits if tp * count <= pool.num_gpus]
     return options_for(pool, (*((tp, static_gpus(pool) // tp) for tp in pool.perf), *asked))
 

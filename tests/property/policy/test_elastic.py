@@ -19,7 +19,7 @@ from verl_rlhfless.policy.predict import LengthModel, learn, predict
 from verl_rlhfless.policy.routing import Routing
 from verl_rlhfless.policy.snapshot import FINISHED, GONE, READY, Batch, RolloutView
 
-BESIDE = replace(POOL, num_gpus=12, keeps_trainer=True)
+BESIDE = replace(POOL, num_gpus=12, keeps_trainer=True, has_resident=False)
 
 
 @settings(deadline=None, max_examples=40)
