@@ -77,13 +77,16 @@ def check_store(store: StoreMemory, memory: HostMemory) -> None:
         raise WeightStoreError(shortage)
 
 
-def memory_of_run(run: Any, settings: RlhflessConfig, params: int, *, can_suspend: bool, num_gpus: int) -> RunMemory:
+def memory_of_run(
+    run: Any, settings: RlhflessConfig, params: int, *, is_tied: bool, can_suspend: bool, num_gpus: int
+) -> RunMemory:
     """Return what a run of ``verl.trainer.main_ppo`` with the configuration ``run`` puts on its nodes.
 
     Args:
         run: verl's configuration.
         settings: Ours.
         params: Number of the model's parameters.
+        is_tied: Whether input and output embeddings of the model are one tensor.
         can_suspend: Whether the trainer may leave its devices for the host.
         num_gpus: Of the cluster.
     """
@@ -110,7 +113,7 @@ def memory_of_run(run: Any, settings: RlhflessConfig, params: int, *, can_suspen
             num_ranks=ranks_per_node * run.trainer.nnodes,
             ranks_per_node=ranks_per_node,
             is_on_host=can_suspend or is_host_device,
-            copies_at_load=ranks_per_node,  # rank 0 alone for untied embeddings: never more
+            copies_at_load=ranks_per_node if is_tied else 1,  # verl loads tied embeddings on every rank
         ),
         store=StoreMemory(weights, settings.weights.max_versions, settings.weights.bucket_mib << 20),
         replicas=ReplicaMemory(

@@ -88,8 +88,10 @@ class ElasticTrainerSync(FusionTrainer):
         kept = why_lease_is_kept(self.config, self._settings.pool.suspend_trainer)
         nodes = measure_nodes()
         num_gpus = sum(node.num_gpus for node in nodes)
-        params = count_parameters(model)
-        memory = memory_of_run(self.config, self._settings, params, can_suspend=not kept, num_gpus=num_gpus)
+        params, is_tied = count_parameters(model), bool(model.hf_config.tie_word_embeddings)
+        memory = memory_of_run(
+            self.config, self._settings, params, is_tied=is_tied, can_suspend=not kept, num_gpus=num_gpus
+        )
         for account in check_nodes(memory, nodes):
             parts = {need.what: need.num_bytes for need in account.needs}
             self._events.write("host_memory", node=account.node.node_id, num_bytes=account.num_bytes, parts=parts)

@@ -29,8 +29,11 @@ def recipe(*overrides: str) -> DictConfig:
         return compose("ppo_trainer", overrides=[*needed, *overrides])
 
 
+_DEFAULTS = {"is_tied": False, "can_suspend": True, "num_gpus": 8}
+
+
 def memory(*overrides: str, settings: RlhflessConfig = SETTINGS, **arguments: Any) -> RunMemory:
-    return memory_of_run(recipe(*overrides), settings, PARAMS, **{"can_suspend": True, "num_gpus": 8, **arguments})
+    return memory_of_run(recipe(*overrides), settings, PARAMS, **{**_DEFAULTS, **arguments})
 
 
 @pytest.fixture(autouse=True)
@@ -121,3 +124,9 @@ def test_parameters_are_counted_without_a_model() -> None:
     layer = 8 * 8 + 2 * (8 * 4) + 8 * 8 + 3 * 8 * 16 + 2 * 8 + 2 * 4  # projections, MLP, norms
     assert count(is_tied=True) == 100 * 8 + layer + 8
     assert count(is_tied=False) == 2 * 100 * 8 + layer + 8
+
+
+def test_every_rank_loads_a_whole_copy_of_a_model_with_tied_embeddings() -> None:
+    per_node = "trainer.n_gpus_per_node=8"
+    assert memory(per_node, is_tied=True).trainer.copies_at_load == 8
+    assert memory(per_node, is_tied=False).trainer.copies_at_load == 1
