@@ -70,9 +70,8 @@ recipe=(
 elastic=(
     +rlhfless=default
     # As many GPUs as stock: the trainer gives its lease back during a rollout (its state waits in host memory), and
-    # eight replicas of two GPUs lease them meanwhile.
+    # replicas lease them meanwhile. How many, and of which size, is planned for each step.
     rlhfless.pool.max_gpus=16
-    rlhfless.planner.schedule='[8]'
     # While a replica has them, nothing of the trainer is on its GPUs, and long contexts need the room.
     actor_rollout_ref.rollout.gpu_memory_utilization=0.9
     # Last, because the last override wins: a recipe that sets the mode itself would run stock verl.

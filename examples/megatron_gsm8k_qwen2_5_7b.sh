@@ -54,7 +54,6 @@ elastic=(
     # Four GPUs are one copy of the model (2 x 2); the other four are leased for each rollout.
     trainer.n_gpus_per_node=4
     rlhfless.pool.max_gpus=8
-    rlhfless.planner.schedule='[2]'
     # Replicas have GPUs of their own: nothing of the trainer is beside them.
     actor_rollout_ref.rollout.gpu_memory_utilization=0.85
     # Last, because the last override wins: a recipe that sets the mode itself would run stock verl.

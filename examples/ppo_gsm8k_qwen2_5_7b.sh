@@ -48,9 +48,8 @@ recipe=(
 elastic=(
     +rlhfless=default
     # As many GPUs as stock: actor and critic give their lease back together during a rollout (their state waits in host
-    # memory), and four replicas of two GPUs lease them meanwhile.
+    # memory), and replicas lease them meanwhile. How many, and of which size, is planned for each step.
     rlhfless.pool.max_gpus=8
-    rlhfless.planner.schedule='[4]'
     # One response of each prompt: there are no siblings that share a prefix.
     rlhfless/prefix_dedup=off
     # While a replica has them, nothing of the trainer is on its GPUs.
