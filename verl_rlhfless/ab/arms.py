@@ -18,7 +18,7 @@ _ROLLOUT = "actor_rollout_ref.rollout"
 _SEPARATE = ("separate_async", "separate_async_switch")
 _WHOLE = ("elastic", "resident")
 _PARTS = {
-    "dispatcher": ("rlhfless/dispatcher=stock", "rlhfless/predictor=off"),
+    "dispatcher": ("rlhfless/dispatcher=stock",),
     "dedup": ("rlhfless/prefix_dedup=off",),
     "migration": ("rlhfless/migration=off",),
 }

@@ -55,4 +55,3 @@ def test_the_elastic_trainer_may_have_every_gpu(tmp_path: Path) -> None:
     config = composed("elastic", tmp_path, trainer_gpus=8)
     assert check_run(config, {"RAY_ADDRESS": "auto"}).startswith("active: ")
     assert (config.trainer.n_gpus_per_node, config.trainer.nnodes) == (4, 2)
-    assert list(config.rlhfless.planner.schedule) == [4]
