@@ -1,0 +1,39 @@
+"""What some recipes need beside overrides: a coarse reward, a tool, and a model that always calls it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from verl.experimental.agent_loop.tool_parser import FunctionCall, ToolParser
+from verl.tools.function_tool import function_tool
+
+from verl_rlhfless.demo import reward
+
+TOOL_FORMAT = "rlhfless_always"
+"""``multi_turn.format`` that makes every answer a call of the tool: a random model never writes one."""
+
+
+def coarse_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None, **_: Any) -> float:
+    """Return 0 or 1, so that many groups agree and DAPO's group filter has something to drop."""
+    return float(reward.compute_score(data_source, solution_str, ground_truth) > 0.2)
+
+
+@function_tool
+def count_digits(text: str) -> str:
+    """Count the digits of a text.
+
+    Args:
+        text: The text.
+    """
+    return f"{sum(character.isdigit() for character in text)} digits"
+
+
+@ToolParser.register(TOOL_FORMAT)
+class AlwaysCalls(ToolParser):
+    """Reads a call of ``count_digits`` with the answer itself out of every answer."""
+
+    async def extract_tool_calls(self, responses_ids: list[int], tools: Any = None) -> tuple[str, list[FunctionCall]]:
+        """Return the answer and one call."""
+        text = self.tokenizer.decode(responses_ids, skip_special_tokens=True)
+        return text, [FunctionCall(name="count_digits", arguments=json.dumps({"text": text}))]

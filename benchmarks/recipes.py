@@ -1,0 +1,205 @@
+"""Short real runs of the recipes that people train with, on elastic replicas: do they work, and are they right?
+
+Every recipe is the demo's run (tiny Qwen3, real verl, vLLM and Ray, no GPU) with the overrides that make it that
+recipe. A run passes when all its steps end, no sample is missing, engine and trainer agree on every log-prob, every replica
+served the weights of its step, nothing is left behind, and the recipe did what it is for (``expects``).
+
+    python -m benchmarks.recipes [--only ppo,dapo]     # about 1.5 minutes each; writes benchmarks/results/recipes.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import write_result
+from verl_rlhfless.demo import recipe
+from verl_rlhfless.demo.assets import Assets, arithmetic_problems, build_assets
+from verl_rlhfless.demo.run import DemoOptions, run_arm
+from verl_rlhfless.report.ab import build_arm
+from verl_rlhfless.report.guards import GuardLimits, judge
+
+_PARTS = Path(__file__).with_name("recipe_parts.py")
+_FP32 = "{param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}"
+_REFERENCE = (
+    "actor_rollout_ref.actor.use_kl_loss=True",
+    "actor_rollout_ref.ref.strategy=fsdp2",
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=8",
+    "actor_rollout_ref.ref.fsdp_config.dtype=float32",
+    "actor_rollout_ref.ref.fsdp_config.use_torch_compile=False",
+    f"+actor_rollout_ref.ref.fsdp_config.mixed_precision={_FP32}",
+)
+_CRITIC = (
+    "algorithm.adv_estimator=gae",
+    "critic.strategy=fsdp2",
+    "critic.model.path=${actor_rollout_ref.model.path}",
+    "+critic.model.override_config.attn_implementation=sdpa",
+    "critic.model.use_remove_padding=False",
+    "critic.model.enable_gradient_checkpointing=False",
+    "critic.ppo_micro_batch_size_per_gpu=8",
+    "critic.fsdp.dtype=float32",
+    "critic.fsdp.use_torch_compile=False",
+    f"+critic.fsdp.mixed_precision={_FP32}",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One recipe.
+
+    Attributes:
+        overrides: What makes the demo's run this recipe.
+        expects: verl metric -> least value in some step that shows that the recipe did what it is for.
+        samples: Samples of a step that reach the trainer.
+        uses_parts: Whether ``recipe_parts`` is loaded in every process.
+        probs_diff: Most difference of a probability between engine and trainer.
+    """
+
+    overrides: tuple[str, ...] = ()
+    expects: Mapping[str, float] = field(default_factory=dict)
+    samples: int = recipe.PROMPTS_PER_STEP * recipe.SAMPLES_PER_PROMPT
+    uses_parts: bool = False
+    probs_diff: float = 1e-6
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "grpo": Recipe(),
+    "grpo-fsdp1": Recipe(("actor_rollout_ref.actor.strategy=fsdp",)),
+    "grpo-reference": Recipe(_REFERENCE, {"actor/kl_loss": 0.0}),
+    "ppo-critic-reference": Recipe((*_CRITIC, *_REFERENCE), {"critic/vf_loss": 1e-9, "actor/kl_loss": 0.0}),
+    "dapo": Recipe(
+        (
+            "algorithm.filter_groups.enable=True",
+            "algorithm.filter_groups.metric=reward",
+            f"reward.custom_reward_function.path={_PARTS}",
+            "reward.custom_reward_function.name=coarse_score",
+        ),
+        {"training/filter_groups/evicted_samples": 1},
+    ),
+    "tool": Recipe(
+        (
+            "actor_rollout_ref.rollout.multi_turn.enable=True",
+            "actor_rollout_ref.rollout.multi_turn.format=rlhfless_always",
+            f"actor_rollout_ref.rollout.multi_turn.function_tool_path={_PARTS}",
+            "actor_rollout_ref.rollout.multi_turn.max_assistant_turns=3",
+            "actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent",
+            "data.max_response_length=160",
+            f"actor_rollout_ref.rollout.max_model_len={recipe.MAX_PROMPT_TOKENS + 160}",
+        ),
+        {"num_turns/max": 4},
+        uses_parts=True,
+    ),
+    "lora": Recipe(
+        (
+            "actor_rollout_ref.model.lora_rank=8",
+            "actor_rollout_ref.model.lora.merge=True",
+            "actor_rollout_ref.model.target_modules=all-linear",
+        ),
+    ),
+    "validation": Recipe(("trainer.test_freq=1", "trainer.val_before_train=True"), {"val-core": 0.0}),
+}
+FAST = ("ppo-critic-reference", "dapo", "tool")
+"""What the test suite runs; together they touch every path that the others do, but for FSDP 1 and LoRA."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a recipe ran.
+
+    Attributes:
+        exit_code: Of verl.
+        failed: What is wrong, in words; empty when all is well.
+        figures: Greatest value over the steps of each metric in ``expects``.
+        step_s: Seconds of each step.
+        reward: Mean score of each step.
+    """
+
+    exit_code: int
+    failed: tuple[str, ...]
+    figures: Mapping[str, float]
+    step_s: tuple[float, ...]
+    reward: tuple[float, ...]
+
+
+def run_recipe(name: str, assets: Assets, out: Path, steps: int = 2, overrides: tuple[str, ...] = ()) -> Outcome:
+    """Train a recipe for some steps on elastic replicas and judge it."""
+    chosen = RECIPES[name]
+    arm = recipe.Arm(f"elastic-{name}", (*recipe.ELASTIC.overrides, *chosen.overrides, *overrides))
+    with _parts_loaded() if chosen.uses_parts else _nothing():
+        ended = run_arm(arm, assets, DemoOptions(out=out, steps=steps, arms=("elastic",)), print)
+    if ended.exit_code:
+        return Outcome(
+            ended.exit_code, (f"verl ended with {ended.exit_code}; see {ended.folder}/train.log",), {}, (), ()
+        )
+    record = build_arm(ended.folder)
+    limits = GuardLimits(steps, chosen.samples, recipe.NUM_GPUS, (arm.name,), chosen.probs_diff)
+    guards = judge({arm.name: record}, limits, {arm.name: ended.leftovers})
+    metrics = [json.loads(line)["data"] for line in (ended.folder / "metrics.jsonl").read_text().splitlines()]
+    figures = {key: _greatest(metrics, key) for key in chosen.expects}
+    failed = [f"{guard.name}: {guard.value}, limit {guard.limit}" for guard in guards if not guard.ok]
+    failed += [
+        f"{key}: {figures[key]}, expected >= {least}"
+        for key, least in chosen.expects.items()
+        if not figures[key] >= least
+    ]
+    trained = [data for data in metrics if "timing_s/step" in data]
+    return Outcome(
+        ended.exit_code,
+        tuple(failed),
+        figures,
+        tuple(data["timing_s/step"] for data in trained),
+        tuple(data["critic/score/mean"] for data in trained),
+    )
+
+
+def _greatest(metrics: list[dict[str, Any]], key: str) -> float:
+    """Return the greatest value of the metrics whose name begins with ``key``; NaN when there is none."""
+    return max(
+        (float(value) for data in metrics for name, value in data.items() if name.startswith(key)), default=float("nan")
+    )
+
+
+@contextmanager
+def _parts_loaded() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in ("VERL_USE_EXTERNAL_MODULES", "PYTHONPATH")}
+    os.environ.update({"VERL_USE_EXTERNAL_MODULES": _PARTS.stem, "PYTHONPATH": str(_PARTS.parent)})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def main() -> None:
+    """Run the recipes one after another, and print how each ended."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(RECIPES), help="names, separated by commas")
+    parser.add_argument("--out", type=Path, help="folder of all logs; without it they are not kept")
+    arguments = parser.parse_args()
+    outcomes = {}
+    with tempfile.TemporaryDirectory(prefix="rlhfless-recipes-") as temporary:
+        out = arguments.out or Path(temporary)
+        assets = build_assets(out.resolve() / "assets", arithmetic_problems(256, seed=1), seed=1)
+        for name in arguments.only.split(","):
+            outcomes[name] = run_recipe(name, assets, out)
+            print(name, "ok" if not outcomes[name].failed else "; ".join(outcomes[name].failed), flush=True)
+    results = {name: asdict(outcome) for name, outcome in outcomes.items()}
+    write_result("recipes", results, command=f"python -m benchmarks.recipes --only {arguments.only}")
+
+
+if __name__ == "__main__":
+    main()
