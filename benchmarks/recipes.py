@@ -1,8 +1,8 @@
 """Short real runs of the recipes that people train with, on elastic replicas: do they work, and are they right?
 
 Every recipe is the demo's run (tiny Qwen3, real verl, vLLM and Ray, no GPU) with the overrides that make it that
-recipe. A run passes when all its steps end, no sample is missing, engine and trainer agree on every log-prob, every replica
-served the weights of its step, nothing is left behind, and the recipe did what it is for (``expects``).
+recipe. A run passes when all its steps end, no sample is missing, engine and trainer agree on every log-prob, every
+replica served the weights of its step, nothing is left behind, and the recipe did what it is for (``expects``).
 
     python -m benchmarks.recipes [--only ppo,dapo]     # about 1.5 minutes each; writes benchmarks/results/recipes.json
 """
@@ -15,11 +15,12 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import write_result
+from benchmarks.scheduled import scheduled
 from verl_rlhfless.demo import recipe
 from verl_rlhfless.demo.assets import Assets, arithmetic_problems, build_assets
 from verl_rlhfless.demo.run import DemoOptions, run_arm
@@ -131,7 +132,7 @@ class Outcome:
 def run_recipe(name: str, assets: Assets, out: Path, steps: int = 2, overrides: tuple[str, ...] = ()) -> Outcome:
     """Train a recipe for some steps on elastic replicas and judge it."""
     chosen = RECIPES[name]
-    arm = recipe.Arm(f"elastic-{name}", (*recipe.ELASTIC.overrides, *chosen.overrides, *overrides))
+    arm = replace(scheduled(1, 2), name=f"elastic-{name}").with_overrides(*chosen.overrides, *overrides)
     with _parts_loaded() if chosen.uses_parts else _nothing():
         ended = run_arm(arm, assets, DemoOptions(out=out, steps=steps, arms=("elastic",)), print)
     if ended.exit_code:
