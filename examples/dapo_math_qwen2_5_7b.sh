@@ -72,6 +72,8 @@ elastic=(
     # As many GPUs as stock: the trainer gives its lease back during a rollout (its state waits in host memory), and
     # replicas lease them meanwhile. How many, and of which size, is planned for each step.
     rlhfless.pool.max_gpus=16
+    # Groups are thrown away after they have finished, so their inference can't begin during the rollout.
+    rlhfless/fusion=off
     # While a replica has them, nothing of the trainer is on its GPUs, and long contexts need the room.
     actor_rollout_ref.rollout.gpu_memory_utilization=0.9
     # Last, because the last override wins: a recipe that sets the mode itself would run stock verl.
