@@ -3,7 +3,8 @@
 Why: pacing lets a few CPU cores stand for several GPUs, and engines are paced by vLLM's own hooks; verl has no hook
 around a trainer phase (``verl/workers/engine_workers.py``, ``TrainingWorker.infer_batch`` and ``train_mini_batch``,
 which actor, reference and critic all run through).
-What: both methods sleep, after their work, until the declared time of their tokens has passed.
+What: both methods sleep, after their work, until the declared time of their tokens has passed. A critic's batch comes
+as the data queue's keys; verl's own bridge fetches it first, so that its tokens can be counted.
 Remove when: verl offers a callback around its training and inference batches.
 """
 
@@ -44,13 +45,17 @@ def _patch(model: PaceModel, module: ModuleType) -> None:
 
 
 def _paced(method: Callable[..., Any], declared_s: Callable[[int], float]) -> Callable[..., Any]:
-    @functools.wraps(method)  # keeps verl's dispatch marks
-    def paced(self: Any, data: Any) -> Any:
+    from verl.single_controller.base.decorator import MAGIC_ATTR
+    from verl.utils.transferqueue_utils import tqbridge
+
+    def on_data(self: Any, data: Any) -> Any:
         deadline_s = time.monotonic() + declared_s(num_tokens(data))
         output = method(self, data)
         time.sleep(max(0.0, deadline_s - time.monotonic()))
         return output
 
+    dispatch_mode = getattr(method, MAGIC_ATTR, {}).get("dispatch_mode")
+    paced: Callable[..., Any] = functools.wraps(method)(tqbridge(dispatch_mode)(on_data))  # keeps verl's dispatch marks
     paced._rlhfless = True  # type: ignore[attr-defined]
     return paced
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from transfer_queue import KVBatchMeta
+from verl.utils import transferqueue_utils
 
 from verl_rlhfless.errors import UnsupportedError
 from verl_rlhfless.live.pacing import PaceModel
@@ -45,6 +47,18 @@ def test_phases_wait_for_their_tokens(worker: _Worker, slept: list[float]) -> No
     assert worker.infer_batch({"input_ids": jagged}) == "inferred"
     assert worker.train_mini_batch({"input_ids": torch.zeros(2, 10)}) == "trained"
     assert slept == pytest.approx([8 * 10e-6, 20 * 1000e-6])
+
+
+def test_a_batch_that_comes_as_keys_of_the_data_queue_is_fetched_before_its_tokens_are_counted(
+    worker: _Worker, slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta = KVBatchMeta(keys=["a"], tags=[{}], partition_id="train")
+    fetched = {"input_ids": torch.zeros(4, 10)}
+    monkeypatch.setattr(transferqueue_utils, "TQ_INITIALIZED", True)
+    monkeypatch.setattr(transferqueue_utils, "kv_batch_meta2batch_meta", lambda _: SimpleNamespace(size=1))
+    monkeypatch.setattr(transferqueue_utils, "_meta_to_realdata", lambda _: fetched)
+    assert worker.infer_batch(meta) == "inferred"
+    assert slept == pytest.approx([40 * 10e-6])
 
 
 def test_verls_marks_survive(worker: _Worker) -> None:
