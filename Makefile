@@ -1,9 +1,10 @@
 # Everything runs in .venv, which `setup` creates from the pins in requirements/ and reuses while they don't change.
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test test-long check bench clean
 
 help:
 	@echo "make demo    set up, then run stock verl beside the elastic arm; results in out/demo"
 	@echo "make test    set up, then all checks and tests"
+	@echo "make test-long  set up, then the real runs that take several minutes each"
 	@echo "make check   set up, then format, lint and type checks, unit and property tests"
 	@echo "make bench   set up, then the benchmarks; results in benchmarks/results"
 	@echo "make setup   create or reuse .venv"
@@ -17,6 +18,9 @@ demo: setup
 
 test: setup
 	@scripts/check tests
+
+test-long: setup
+	@.venv/bin/python -m pytest tests/e2e -m long
 
 check: setup
 	@scripts/check

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.recipes import FAST, run_recipe
 from verl_rlhfless.demo.assets import Assets
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize("name", FAST)

@@ -26,7 +26,7 @@ from verl_rlhfless.demo.assets import Assets
 from verl_rlhfless.demo.run import DemoOptions, arm_command, arm_environment
 from verl_rlhfless.errors import LeaseLostError
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 
 _TRAINER_GPUS = 2
 _RUN_TIMEOUT_S = 400.0

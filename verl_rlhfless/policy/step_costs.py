@@ -135,5 +135,5 @@ class StepCosts:
 
 
 def static_gpus(pool: PoolSnapshot) -> int:
-    """Return the GPUs that a static fleet decodes on."""
-    return pool.num_gpus if pool.keeps_trainer else pool.trainer.num_gpus
+    """Return the GPUs that a static fleet decodes on: the trainer's own as stock does, else the replicas' budget."""
+    return pool.trainer.num_gpus if pool.has_resident and not pool.keeps_trainer else pool.num_gpus

@@ -41,6 +41,21 @@ def test_a_fleet_beside_the_trainer_is_elastic_and_inside_its_limits(
     assert plan.predicted_gpu_s > BESIDE.trainer.num_gpus * plan.predicted_step_s, "the trainer pays all the time"
 
 
+@settings(deadline=None, max_examples=30)
+@given(batches(), st.integers(1, 16), st.integers(8, 16))
+def test_a_trainer_that_leaves_may_be_smaller_than_a_replica(
+    case: tuple[Batch, np.ndarray],  # type: ignore[type-arg]
+    trainer_gpus: int,
+    budget: int,
+) -> None:
+    batch, lengths = case
+    prior = predict(learn(LengthModel(), batch, lengths), batch)
+    pool = replace(POOL, num_gpus=budget, trainer=replace(POOL.trainer, num_gpus=trainer_gpus), has_resident=False)
+    plan = plan_fleet(pool, batch, prior, Goal())
+    assert not plan.is_resident and sum(plan.fleet) <= budget
+    assert plan.static_step_s is not None and 0 < plan.static_step_s < float("inf")
+
+
 @settings(deadline=None, max_examples=20)
 @given(batches())
 def test_more_weight_on_cost_never_costs_more(case: tuple[Batch, np.ndarray]) -> None:  # type: ignore[type-arg]
