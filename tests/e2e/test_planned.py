@@ -13,7 +13,7 @@ from verl_rlhfless.demo.assets import build_assets
 from verl_rlhfless.demo.run import ArmOutcome, DemoOptions, run_arm
 from verl_rlhfless.demo.workload import Size
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 
 _SIZE = Size(prompts=4, samples=4, max_response_tokens=160)  # lengths of a recorded run: a few long, most short
 _PACE = {"base_ms": 60.0, "per_request_ms": 2.0, "per_prefill_token_ms": 0.2}
