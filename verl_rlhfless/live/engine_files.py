@@ -26,10 +26,15 @@ def sockets_without_names() -> Iterator[None]:
     _remove_orphans()
     folder = _folder_of(process_key(os.getpid()))
     folder.mkdir(mode=0o700, exist_ok=True)
+    before = os.environ.get(_FOLDER_VARIABLE)
     os.environ[_FOLDER_VARIABLE] = str(folder)
     try:
         yield
     finally:
+        # A process that this one starts later would look for its sockets in the folder that is gone.
+        os.environ.pop(_FOLDER_VARIABLE)
+        if before is not None:
+            os.environ[_FOLDER_VARIABLE] = before
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -41,6 +41,18 @@ def test_a_start_that_fails_leaves_nothing(folder: Path) -> None:
     assert _in(folder) == []
 
 
+@pytest.mark.parametrize("before", [None, "/tmp"])
+def test_later_processes_do_not_look_for_sockets_in_the_folder_that_is_gone(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_RPC_BASE_PATH", raising=False)
+    if before is not None:
+        monkeypatch.setenv("VLLM_RPC_BASE_PATH", before)
+    with sockets_without_names():
+        pass
+    assert os.environ.get("VLLM_RPC_BASE_PATH") == before
+
+
 def _killed_during_a_start(folder: Path) -> tuple[int, float]:
     process = subprocess.Popen(["sleep", "60"])
     pid, create_time_s = process_key(process.pid)
