@@ -14,7 +14,7 @@ pytest.importorskip("verl", reason="needs verl")
 
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
-from verl_rlhfless.live.rollout import RolloutRouter
+from verl_rlhfless.live.rollout_router import RolloutRouter
 from verl_rlhfless.live.tickets import RouterSettings
 
 Ask = Callable[..., Awaitable[Any]]

@@ -22,7 +22,7 @@ from verl_rlhfless.live.pool import ElasticResourcePool, ElasticResourcePoolMana
 from verl_rlhfless.live.replica import ElasticReplica
 from verl_rlhfless.live.request_server import RequestServer
 from verl_rlhfless.live.request_trainer import RequestTrainer
-from verl_rlhfless.live.rollout import RolloutRouter
+from verl_rlhfless.live.rollout_router import RolloutRouter
 from verl_rlhfless.live.server import ElasticServer
 from verl_rlhfless.live.stage import StageManager, StageWorker
 from verl_rlhfless.live.trainer import ElasticTrainerSync

@@ -16,20 +16,29 @@ ALIASES = {"sync": STOCK}
 _MODE = "trainer.v1.trainer_mode"
 _ROLLOUT = "actor_rollout_ref.rollout"
 _SEPARATE = ("separate_async", "separate_async_switch")
-_WHOLE = ("elastic", "resident")
-_PARTS = {
+_ROUTING = {
     "dispatcher": ("rlhfless/dispatcher=stock",),
     "dedup": ("rlhfless/prefix_dedup=off",),
     "migration": ("rlhfless/migration=off",),
 }
-_EVERY_PART = tuple(override for overrides in _PARTS.values() for override in overrides)
-_LEFT_OUT = {"router-only": _EVERY_PART, **{f"no-{part}": overrides for part, overrides in _PARTS.items()}}
+_LEASING = {
+    "fusion": ("rlhfless/fusion=off",),
+    "parking": ("rlhfless.pool.park=never",),
+}
+_NO_ROUTING = tuple(override for overrides in _ROUTING.values() for override in overrides)
+_LEFT_OUT = {
+    "resident": {"router-only": _NO_ROUTING, **{f"no-{part}": overrides for part, overrides in _ROUTING.items()}},
+    "elastic": {
+        "router-only": _NO_ROUTING,
+        **{f"no-{part}": overrides for part, overrides in (_ROUTING | _LEASING).items()},
+    },
+}
 
 NAMES = (
     STOCK,
     "colocate_async",
     *_SEPARATE,
-    *(name for arm in _WHOLE for name in (arm, *(f"{arm}-{what}" for what in _LEFT_OUT))),
+    *(name for arm, parts in _LEFT_OUT.items() for name in (arm, *(f"{arm}-{what}" for what in parts))),
 )
 
 
@@ -59,10 +68,8 @@ class Arm:
 
 def ablated(arm: Arm) -> list[Arm]:
     """Return ``arm`` as it is, with our router alone, and without each part; stock verl has no part to leave out."""
-    if not arm.is_ours:
-        return [arm]
-    without = [replace(arm, name=f"{arm.name}-{what}").with_overrides(*parts) for what, parts in _LEFT_OUT.items()]
-    return [arm, *without]
+    parts = _LEFT_OUT.get(arm.name, {})
+    return [arm, *(replace(arm, name=f"{arm.name}-{what}").with_overrides(*off) for what, off in parts.items())]
 
 
 def parse_names(text: str) -> tuple[str, ...]:

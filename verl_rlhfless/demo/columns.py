@@ -20,12 +20,12 @@ from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.report.table import WIDTH
 
 PACE = PaceModel(
-    base_ms=60.0,
-    per_request_ms=2.0,
-    per_prefill_token_ms=0.2,
-    per_context_token_us=1.0,
-    per_inference_token_us=200.0,
-    per_update_token_us=600.0,
+    base_ms=120.0,
+    per_request_ms=4.0,
+    per_prefill_token_ms=0.4,
+    per_context_token_us=2.0,
+    per_inference_token_us=400.0,
+    per_update_token_us=1200.0,
 )
 """Ratios of a 7B model on an L40S (22 ms for the weights, 0.07 ms a prompt token, an update of three times its forward
 pass), slowed down until two cores can follow four of them."""
@@ -80,7 +80,7 @@ class Summary:
         startup_gpu_s: Of these, until a replica or the trainer was usable.
         step_over_stock: ``step_s`` over stock's in the same column; ``None`` without a stock arm.
         gpu_over_stock: ``gpu_s`` over stock's.
-        host_cpu_percent: Greatest of all steps, the warm-up included.
+        host_cpu_percent: Greatest of the same steps.
         is_void: Whether a paced arm kept the host too busy to be believed.
     """
 
@@ -119,7 +119,7 @@ def _of_column(column: Column, arms: Mapping[str, Any]) -> list[Summary]:
         if figures is None:
             continue
         step_s, gpu_s, startup_gpu_s = figures
-        loads = [step["host_cpu_percent"] for step in arms[name]["steps"]]
+        loads = [step["host_cpu_percent"] for step in arms[name]["steps"][WARM_UP:]]
         load = max((percent for percent in loads if percent is not None), default=None)
         summaries.append(
             Summary(

@@ -21,7 +21,7 @@ from verl_rlhfless.live.orders import StartReplica
 from verl_rlhfless.live.parking import ParkingLot
 from verl_rlhfless.live.replica import ElasticReplica, WeightSource
 from verl_rlhfless.live.warm_pool import WarmPool
-from verl_rlhfless.policy.learnt import ReplicaTimes
+from verl_rlhfless.policy.learnt import ReplicaTimes, Standby, Way
 from verl_rlhfless.types import FleetDecision, ReplicaSpec
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Fleet:
         self.gpu_s = 0.0
         self.starts: list[ReplicaTimes] = []
         self.releases_s: list[float] = []
-        self._num_warm = 0
+        self._num_servers = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rlhfless-fleet")
         self._starting: Future[list[str]] | None = None
         self._life: Future[None] | None = None
@@ -64,16 +64,16 @@ class Fleet:
         self._warm_servers.fill()
 
     @property
-    def num_warm(self) -> int:
-        """Replicas that would wake a parked engine, or start on a server whose imports are done."""
-        return self.parking.num_parked + self._warm_servers.num_waiting
+    def standby(self) -> Standby:
+        """What waits for a replica."""
+        return Standby(self.parking.num_parked, self._warm_servers.num_waiting)
 
     def start(self, decision: FleetDecision, weights: WeightSource) -> None:
         """Begin to start every replica of the decision at once, and return; the router knows how many will come."""
         assert not self.replicas and self._starting is None, "a fleet is released before the next one starts"
         logger.info("rlhfless: step %d: %s", decision.step, decision.reason)
         self.max_gpus, self.num_started, self.gpu_s = decision.num_gpus, 0, 0.0
-        self.starts, self.releases_s, self._num_warm = [], [], self.num_warm
+        self.starts, self.releases_s, self._num_servers = [], [], self.standby.num_servers
         self.parking.expect(decision)
         ray.get(self._router.expect.remote([spec.tp for spec in decision.replicas]))
         candidates = self._asked_for = [self._new_replica(spec) for spec in decision.replicas]
@@ -170,20 +170,24 @@ class Fleet:
         return ""
 
     async def _start_one(self, fresh: ElasticReplica, weights: WeightSource) -> None:
-        self._num_warm, is_warm = self._num_warm - 1, self._num_warm > 0
         asked_s = time.time()
         replica, report = await self.parking.bring_up(fresh, weights)
         self.replicas.append(replica)
+        way = self._started() if replica is fresh else "wake"
         assert replica.lease is not None
         granted_s = replica.lease.granted_s
         start_s = time.time() - granted_s - report.seconds
-        self.starts.append(ReplicaTimes(is_warm, granted_s - asked_s, max(0.0, start_s), report.seconds))
+        self.starts.append(ReplicaTimes(way, granted_s - asked_s, max(0.0, start_s), report.seconds))
         self._events.write(
             "pulled", lease=replica.lease.name, version=report.version, checksum=report.checksum, seconds=report.seconds
         )
         self.num_started += 1
         await self._router.add_servers.remote({replica.server_address: replica.server_handle}, replica.world_size)
         self._events.write("replica_ready", lease=replica.lease.name)
+
+    def _started(self) -> Way:
+        self._num_servers -= 1
+        return "warm_start" if self._num_servers >= 0 else "cold_start"
 
     def _new_replica(self, spec: ReplicaSpec) -> ElasticReplica:
         rollout = self._rollout.copy()

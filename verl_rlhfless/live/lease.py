@@ -30,6 +30,7 @@ RELEASE_TIMEOUT_S = 30.0
 _ANSWER_S = 60.0  # the first task on a node waits for a worker process
 _NODE_PIN = 0.001  # share of the resource that every Ray node has under its own name
 _RELEASE_POLL_S = 0.002
+_FREED_S, _FREED_POLL_S = 0.25, 0.005  # Ray's scheduler learns within 0.1 s of what a removed group has freed
 
 DeviceKey = tuple[tuple[str, frozenset[str]], ...]
 """The devices of a lease as ``((node id, {device ids}), ...)``, sorted by node: equal keys mean the same devices."""
@@ -120,6 +121,7 @@ class Lease:
         if fail_if_impossible:
             _refuse_impossible(request)
         _used_names.add(request.group_name)
+        _await_freed(request)
         group = placement_group(request.bundles(), strategy="PACK", name=request.group_name)
         try:
             _wait_granted(request, group, timeout_s)
@@ -166,6 +168,17 @@ def share_devices(one: DeviceKey, other: DeviceKey) -> bool:
     """Return whether two leases, of any time, name a common device."""
     devices = dict(other)
     return any(ids & devices.get(node_id, frozenset()) for node_id, ids in one)
+
+
+def _await_freed(request: LeaseRequest) -> None:
+    """Wait for what a lease that has just ended gave back; go on soon all the same, because others may hold it.
+
+    Ray's scheduler tries a group at once, and then again after up to a second: a group that is asked for before the
+    scheduler knows of the free GPUs waits for its second try.
+    """
+    deadline = time.monotonic() + _FREED_S
+    while ray.available_resources().get(request.resource, 0.0) < request.num_gpus and time.monotonic() < deadline:
+        time.sleep(_FREED_POLL_S)
 
 
 def _wait_granted(request: LeaseRequest, group: PlacementGroup, timeout_s: float) -> None:

@@ -10,7 +10,7 @@ from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.live.announcement import Announcement
 from verl_rlhfless.live.routing import RoutingSettings, decision_of
 from verl_rlhfless.live.speed import SpeedMeter
-from verl_rlhfless.policy.learnt import CostModel, StepTimes, apply, learn_speed, learn_step
+from verl_rlhfless.policy.learnt import CostModel, Standby, StepTimes, apply, learn_speed, learn_step
 from verl_rlhfless.policy.plan import plan_fleet
 from verl_rlhfless.policy.predict import LengthModel
 from verl_rlhfless.policy.snapshot import Batch, IntArray, PoolSnapshot, RolloutPlan
@@ -34,7 +34,7 @@ class LivePlanner:
         self.next: tuple[RolloutPlan, PoolSnapshot] | None = None
         self._has_planned = False
 
-    def plan(self, announced: Announcement, lengths: LengthModel, num_warm: int) -> FleetDecision:
+    def plan(self, announced: Announcement, lengths: LengthModel, standby: Standby) -> FleetDecision:
         """Return the fleet for a step.
 
         The first plan of a run refuses limits that no fleet meets; later ones come as near as they can and say so.
@@ -42,12 +42,12 @@ class LivePlanner:
         Args:
             announced: The step.
             lengths: What is known of response lengths.
-            num_warm: Replicas that would start on a server whose imports are done.
+            standby: What waits for a replica.
 
         Raises:
             ConfigError: No fleet meets the deadline or the budget.
         """
-        pool, batch = apply(self.costs, self._routing.planning_pool(num_warm)), announced.batch()
+        pool, batch = apply(self.costs, self._routing.planning_pool(), standby), announced.batch()
         prediction = self._routing.arm(announced, ()).predict(lengths, batch)
         goal = self._routing.goal()
         try:
@@ -66,6 +66,6 @@ class LivePlanner:
 
     async def learn(self, done: tuple[Batch, IntArray], times: StepTimes) -> None:
         """Take what a step took; ``done`` holds its prompts and lengths."""
-        declared = self._routing.planning_pool(0)
+        declared = self._routing.planning_pool()
         self.costs = learn_step(self.costs, declared, done, times)
         self.costs = await asyncio.to_thread(learn_speed, self.costs, declared.perf, self.speed.samples)

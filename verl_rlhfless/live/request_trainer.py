@@ -25,7 +25,7 @@ from verl_rlhfless.live.client import ElasticClient
 from verl_rlhfless.live.completeness import RolloutLedger
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.request_server import RequestReplica
-from verl_rlhfless.live.rollout import RolloutReport
+from verl_rlhfless.live.rollout_router import RolloutReport
 from verl_rlhfless.live.routing import Nodes, RoutingSettings
 from verl_rlhfless.live.tickets import RouterSettings
 

@@ -133,8 +133,8 @@ class RoutingSettings:
             usd_per_gpu_s=price,
         )
 
-    def planning_pool(self, num_warm: int) -> PoolSnapshot:
-        """Return what a plan may lease; ``num_warm`` replicas would start on a server whose imports are done.
+    def planning_pool(self) -> PoolSnapshot:
+        """Return what a plan may lease, as declared.
 
         Raises:
             ConfigError: No tensor-parallel size is possible.
@@ -149,8 +149,7 @@ class RoutingSettings:
             raise ConfigError("rlhfless.planner.tensor_parallel_sizes", asked, rule, action)
         pool = self._pool(self._holding(sizes), self.replica_gpus)
         trainer = replace(pool.trainer, num_gpus=self.trainer_gpus)
-        warm = {tp: tp * num_warm for tp in sizes}
-        return replace(pool, trainer=trainer, warm=warm, keeps_trainer=self.keeps_trainer, has_resident=False)
+        return replace(pool, trainer=trainer, keeps_trainer=self.keeps_trainer, has_resident=False)
 
     def _holding(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
         """Return the sizes at which a replica holds the model; all of those that were asked for must."""

@@ -112,7 +112,7 @@ class ElasticTrainerSync(FusionTrainer):
             return wanted
         if not self._settings.plans:
             return max(planner.schedule)
-        return self._largest_fleet(min(self._routing.planning_pool(0).perf))
+        return self._largest_fleet(min(self._routing.planning_pool().perf))
 
     def _largest_fleet(self, tp: int) -> int:
         """Return how many replicas of ``tp`` GPUs a planned fleet has at most."""
@@ -194,7 +194,7 @@ class ElasticTrainerSync(FusionTrainer):
     def _planned_fleet(self, batch: Any) -> FleetDecision:
         announced = announcement_of(batch, self.config.actor_rollout_ref.rollout)
         try:
-            decision: FleetDecision = ray.get(self._router.plan.remote(announced, self._fleet.num_warm))
+            decision: FleetDecision = ray.get(self._router.plan.remote(announced, self._fleet.standby))
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         self._events.write("planned", **dataclasses.asdict(decision))

@@ -5,8 +5,7 @@ So that every shared prefix is prefilled once.
 Levels may nest: a system prompt shared by all, a few-shot block shared by some, a prompt shared by the samples of a
 group.
 
-Invariants: ``expand(dedup(x)) == x``; the tokens of all nodes are the tokens that have to be computed; a leader comes
-before followers.
+Invariants: ``expand(dedup(x)) == x``; the tokens of all nodes are the tokens that have to be computed.
 """
 
 from __future__ import annotations
@@ -132,20 +131,6 @@ def expand(tree: PrefixTree) -> list[list[int]]:
     for parent, part in zip(tree.parent, tree.tokens, strict=True):
         whole.append((whole[parent] if parent >= 0 else []) + part.tolist())
     return [list(whole[node]) for node in tree.leaf]
-
-
-def leader_first(tree: PrefixTree) -> list[int]:
-    """Return prompt indices such that one prompt of each distinct leaf.
-
-    Its leader comes first, deepest sharing together.
-    """
-    seen: set[int] = set()
-    leaders: list[int] = []
-    followers: list[int] = []
-    for index in sorted(range(len(tree.leaf)), key=lambda i: (tree.leaf[i], i)):
-        (followers if tree.leaf[index] in seen else leaders).append(index)
-        seen.add(tree.leaf[index])
-    return leaders + followers
 
 
 def _common(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
 
 from verl_rlhfless.errors import DataError
 from verl_rlhfless.policy.calibrate import IterationSample, calibrate
@@ -22,19 +23,29 @@ FORMAT = "rlhfless-costs/1"
 
 _LATEST = 5
 _LEAST_SAMPLES = 8
-_SECONDS = ("grant_s", "warm_start_s", "cold_start_s", "load_s", "release_s", "publish_s")
+_STARTS = ("wake_s", "warm_start_s", "cold_start_s")
+_SECONDS = ("grant_s", *_STARTS, "load_s", "release_s", "publish_s")
 _SPEEDS = ("hbm", "prefill", "launch_s", "per_seq_s")
 _LEAST = 1e-9  # an efficiency is fitted in its logarithm, and a declared device may have one of zero
 
 
+Way = Literal["wake", "warm_start", "cold_start"]
+"""How a replica came up: its engine was parked, or started on a server whose imports were done, or on a new one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standby:
+    """What waits for a replica: parked engines, and servers whose imports are done."""
+
+    num_parked: int = 0
+    num_servers: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaTimes:
-    """One replica: from request to grant, from grant to a running engine (weights not included), and the weight load.
+    """One replica: from request to grant, from grant to an engine that runs (without weights), and the weight load."""
 
-    ``is_warm``: it started on a server whose imports were done.
-    """
-
-    is_warm: bool
+    way: Way
     grant_s: float
     start_s: float
     load_s: float
@@ -116,8 +127,7 @@ def learn_step(model: CostModel, pool: PoolSnapshot, done: tuple[Batch, IntArray
     modelled_s = pool.trainer.inference_s(tokens, context) + pool.trainer.update_s(tokens, context)
     seen: dict[str, list[float]] = {
         "grant_s": [start.grant_s for start in times.starts],
-        "warm_start_s": [start.start_s for start in times.starts if start.is_warm],
-        "cold_start_s": [start.start_s for start in times.starts if not start.is_warm],
+        **{name: [s.start_s for s in times.starts if f"{s.way}_s" == name] for name in _STARTS},
         "load_s": [start.load_s for start in times.starts],
         "release_s": [] if times.release_s is None else [times.release_s],
         "publish_s": [] if times.publish_s is None else [times.publish_s],
@@ -147,17 +157,25 @@ def learn_speed(
     return replace(model, speeds=speeds)
 
 
-def apply(model: CostModel, pool: PoolSnapshot) -> PoolSnapshot:
-    """Return the pool with what was measured; a size that never ran has the factors of the nearest one that did."""
+def apply(model: CostModel, pool: PoolSnapshot, standby: Standby) -> PoolSnapshot:
+    """Return the pool with what was measured; a size that never ran has the factors of the nearest one that did.
+
+    A plan knows replicas that come up soon and others. With parked engines the others start on the waiting servers;
+    without, those on the waiting servers are the ones that come up soon.
+    """
     times = pool.trainer.times
     known = {name: value for name in _SECONDS if (value := model.figure(name)) is not None}
-    moved = {"warm_start_s": "wake_s", "release_s": "park_s"}
-    figures = {moved.get(name, name): value for name, value in known.items() if name not in ("load_s", "publish_s")}
+    soon, late = ("wake_s", "warm_start_s") if standby.num_parked else ("warm_start_s", "cold_start_s")
+    if not standby.num_servers or late not in known:
+        late = "cold_start_s" if "cold_start_s" in known else "warm_start_s"
+    moved = {"wake_s": soon, "cold_start_s": late, "park_s": "release_s", "grant_s": "grant_s"}
+    figures = {name: known[source] for name, source in moved.items() if source in known}
     if "publish_s" in known:
         figures["publish_bytes_per_s"] = pool.trainer.shape.weight_bytes / max(known["publish_s"], _LEAST)
     trainer = replace(pool.trainer, times=replace(times, **figures), slowness=model.figure("phases") or 1.0)
     perf = {tp: _with_load(_applied(model, tp, engine), known.get("load_s")) for tp, engine in pool.perf.items()}
-    return replace(pool, perf=perf, trainer=trainer)
+    num_soon = standby.num_parked or standby.num_servers
+    return replace(pool, perf=perf, trainer=trainer, warm={tp: tp * num_soon for tp in pool.perf})
 
 
 def _applied(model: CostModel, tp: int, perf: EnginePerf) -> EnginePerf:

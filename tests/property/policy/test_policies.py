@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.sim.cases import cell, steps
-from verl_rlhfless.policy.dedup import dedup, expand, leader_first
+from verl_rlhfless.policy.dedup import dedup, expand
 from verl_rlhfless.policy.dispatch import balanced_groups, equal_length_blocks, place_orphans, spread
 from verl_rlhfless.policy.fuse import fuse_gpus
 from verl_rlhfless.policy.migrate import consolidate, global_cut, local_cut
@@ -240,5 +240,4 @@ def test_dedup_is_lossless_minimal_and_does_not_depend_on_order(prompts: list[li
     prefixes = {tuple(p[: i + 1]) for p in prompts for i in range(len(p))}
     assert tree.num_tokens == len(prefixes)
     assert dedup(prompts[::-1]).num_tokens == tree.num_tokens
-    assert sorted(leader_first(tree)) == list(range(len(prompts)))
     assert all(parent < node for node, parent in enumerate(tree.parent))

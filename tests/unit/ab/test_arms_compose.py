@@ -15,7 +15,16 @@ from verl_rlhfless.ab.cluster import _inherited
 from verl_rlhfless.ab.run import AbOptions, common_overrides
 from verl_rlhfless.live.startup import check_run
 
-ARMS = ("stock", "colocate_async", "separate_async_switch", "elastic", "elastic-router-only", "resident-no-dispatcher")
+ARMS = (
+    "stock",
+    "colocate_async",
+    "separate_async_switch",
+    "elastic",
+    "elastic-router-only",
+    "elastic-no-fusion",
+    "elastic-no-parking",
+    "resident-no-dispatcher",
+)
 TWO_NODES = replace(FACTS, gpus_per_node=4, nnodes=2, tp=2)
 
 

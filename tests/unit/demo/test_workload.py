@@ -96,4 +96,6 @@ def test_ablation_leaves_out_one_part_at_a_time_and_nothing_of_stock() -> None:
         "elastic-no-dispatcher",
         "elastic-no-dedup",
         "elastic-no-migration",
+        "elastic-no-fusion",
+        "elastic-no-parking",
     ]

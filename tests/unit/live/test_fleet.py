@@ -300,7 +300,7 @@ def test_replicas_of_different_sizes_start_and_the_router_knows_each(fleet: Flee
 
 def test_starts_on_a_server_in_waiting_are_told_from_cold_ones(fleet: Fleet) -> None:
     started(fleet, 1, (2,))
-    assert sorted(start.is_warm for start in fleet.starts) == [False, True], "one server was in waiting"
+    assert sorted(start.way for start in fleet.starts) == ["cold_start", "warm_start"], "one server was in waiting"
     fleet.release()
     assert len(fleet.releases_s) == 2
     started(fleet, 2, (1,))

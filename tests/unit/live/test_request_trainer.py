@@ -15,7 +15,7 @@ from verl_rlhfless.errors import DataError, ReplicaError
 from verl_rlhfless.live import request_trainer as module
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.request_trainer import LENGTHS_FILE, RequestTrainer
-from verl_rlhfless.live.rollout import RolloutReport
+from verl_rlhfless.live.rollout_router import RolloutReport
 from verl_rlhfless.policy.predict import LengthModel
 
 REPORT = RolloutReport(3, 8, 5, 2, 0, 1.5, 0.01)

@@ -89,24 +89,24 @@ def planned(planner: dict[str, Any], pace: PaceModel | None = None, model: Any =
     return RoutingSettings(config, 2, 8, EngineLimits(64, 8192), 100, model, pace, resources, 8, 8)
 
 
-def test_a_plan_may_lease_what_the_trainer_leaves_and_knows_which_servers_are_warm() -> None:
-    pool = planned({}).planning_pool(3)
+def test_a_plan_may_lease_what_the_trainer_leaves() -> None:
+    pool = planned({}).planning_pool()
     assert (pool.num_gpus, pool.trainer.num_gpus, pool.keeps_trainer) == (8, 8, True)
-    assert sorted(pool.perf) == [1, 2, 4, 8] and pool.warm == {1: 3, 2: 6, 4: 12, 8: 24}
+    assert sorted(pool.perf) == [1, 2, 4, 8] and not pool.warm
 
 
 def test_sizes_that_do_not_hold_the_model_or_are_not_declared_are_left_out() -> None:
-    assert sorted(planned({}, model=LARGE).planning_pool(0).perf) == [4, 8]
-    assert sorted(planned({}, PaceModel(60.0, tp_speedup={2: 1.6})).planning_pool(0).perf) == [1, 2]
+    assert sorted(planned({}, model=LARGE).planning_pool().perf) == [4, 8]
+    assert sorted(planned({}, PaceModel(60.0, tp_speedup={2: 1.6})).planning_pool().perf) == [1, 2]
 
 
 def test_a_size_that_was_asked_for_and_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"tensor_parallel_sizes=\[3\]: 3 must be at most 8 GPUs.*Possible: \[1, 2"):
-        planned({"tensor_parallel_sizes": [3]}).planning_pool(0)
+        planned({"tensor_parallel_sizes": [3]}).planning_pool()
     with pytest.raises(ConfigError, match="leave no KV cache"):
-        planned({"tensor_parallel_sizes": [1]}, model=LARGE).planning_pool(0)
+        planned({"tensor_parallel_sizes": [1]}, model=LARGE).planning_pool()
     with pytest.raises(ConfigError, match="declare tp_speedup"):
-        planned({"tensor_parallel_sizes": [4]}, PaceModel(60.0)).planning_pool(0)
+        planned({"tensor_parallel_sizes": [4]}, PaceModel(60.0)).planning_pool()
 
 
 def test_a_budget_in_money_is_one_in_gpu_seconds() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from verl_rlhfless.policy.dedup import dedup, expand, leader_first
+from verl_rlhfless.policy.dedup import dedup, expand
 
 
 def test_levels_nest() -> None:
@@ -17,13 +17,6 @@ def test_a_prompt_that_is_the_prefix_of_another_adds_nothing() -> None:
     tree = dedup([[1, 2, 3, 4], [1, 2], [1, 2, 3]])
     assert tree.num_tokens == 4
     assert expand(tree) == [[1, 2, 3, 4], [1, 2], [1, 2, 3]]
-
-
-def test_a_leader_of_each_distinct_prompt_goes_first() -> None:
-    tree = dedup([[5, 5], [1, 2], [5, 5], [1, 2], [9]])
-    order = leader_first(tree)
-    assert sorted(order) == [0, 1, 2, 3, 4]
-    assert set(order[:3]) == {0, 1, 4}
 
 
 def test_empty_prompts_and_an_empty_batch() -> None:

@@ -12,13 +12,15 @@ from verl_rlhfless.errors import DataError
 from verl_rlhfless.live.devices import Fleet, declared_pool
 from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.policy.calibrate import IterationSample
-from verl_rlhfless.policy.learnt import CostModel, ReplicaTimes, StepTimes, apply, learn_speed, learn_step
+from verl_rlhfless.policy.learnt import CostModel, ReplicaTimes, Standby, StepTimes, apply, learn_speed, learn_step
 from verl_rlhfless.policy.perf import EngineLimits
 from verl_rlhfless.policy.snapshot import Batch
 
 BATCH = Batch(1, ("a", "b"), np.repeat(np.arange(2), 4), np.full(8, 100), 200)
 LENGTHS = np.full(8, 150)
-TIMES = StepTimes((ReplicaTimes(True, 0.2, 12.0, 0.4), ReplicaTimes(False, 0.4, 50.0, 0.6)), 0.7, 9.0, 1.5)
+WARM, COLD = ReplicaTimes("warm_start", 0.2, 12.0, 0.4), ReplicaTimes("cold_start", 0.4, 50.0, 0.6)
+TIMES = StepTimes((WARM, COLD), 0.7, 9.0, 1.5)
+SERVERS = Standby(num_servers=2)
 TWO_SIZES = declared_pool(
     Fleet((1, 2), 4, 4, EngineLimits(8, 8192), 10**6), PaceModel(60.0, 2.0, 0.1, tp_speedup={2: 1.5})
 )
@@ -33,11 +35,12 @@ def samples(pace: PaceModel) -> list[IterationSample]:
 
 
 def test_nothing_measured_changes_nothing() -> None:
-    assert apply(CostModel(), POOL) == POOL
+    pool = apply(CostModel(), POOL, Standby())
+    assert replace(pool, warm=POOL.warm) == POOL and not any(pool.warm.values())
 
 
 def test_starts_phases_and_publication_of_a_step_are_what_the_next_plan_counts_with() -> None:
-    pool = apply(learnt(), POOL)
+    pool = apply(learnt(), POOL, SERVERS)
     times, trainer = pool.trainer.times, pool.trainer
     assert times.grant_s == pytest.approx(0.3)
     assert (times.wake_s, times.cold_start_s, times.park_s) == pytest.approx((12.0, 50.0, 0.7))
@@ -47,9 +50,25 @@ def test_starts_phases_and_publication_of_a_step_are_what_the_next_plan_counts_w
     assert trainer.inference_s(tokens, tokens / 8) + trainer.update_s(tokens, tokens / 8) == pytest.approx(9.0)
 
 
+def test_a_parked_engine_is_not_expected_to_take_as_long_as_a_start() -> None:
+    parked = Standby(num_parked=1, num_servers=2)
+    times = apply(learnt(), TWO_SIZES, parked).trainer.times
+    assert (times.wake_s, times.cold_start_s) == (TWO_SIZES.trainer.times.wake_s, 12.0), "no wake was seen yet"
+    woken = replace(TIMES, starts=(ReplicaTimes("wake", 0.2, 0.1, 0.4), WARM))
+    pool = apply(learnt(woken), TWO_SIZES, parked)
+    assert (pool.trainer.times.wake_s, pool.trainer.times.cold_start_s) == (0.1, 12.0)
+    assert pool.warm == {1: 1, 2: 2}, "a third replica of this step would start on a server"
+
+
+def test_without_parked_engines_those_on_waiting_servers_come_up_first() -> None:
+    pool = apply(learnt(), TWO_SIZES, SERVERS)
+    assert (pool.trainer.times.wake_s, pool.trainer.times.cold_start_s) == (12.0, 50.0)
+    assert pool.warm == {1: 2, 2: 4}
+
+
 def test_a_start_that_was_not_seen_keeps_its_figure() -> None:
     only_cold = replace(TIMES, starts=TIMES.starts[1:], release_s=None, publish_s=None)
-    times = apply(learnt(only_cold), POOL).trainer.times
+    times = apply(learnt(only_cold), POOL, SERVERS).trainer.times
     assert times.cold_start_s == pytest.approx(50.0)
     assert (times.wake_s, times.park_s) == (POOL.trainer.times.wake_s, POOL.trainer.times.park_s)
 
@@ -67,12 +86,14 @@ def test_a_slow_first_step_is_not_expected_of_the_next_ones_but_a_lasting_change
 def test_a_device_that_is_slower_than_declared_is_believed_slower() -> None:
     slower = PaceModel(90.0, 2.0, 0.1)
     model = learn_speed(CostModel(), POOL.perf, {1: samples(slower)})
-    assert apply(model, POOL).perf[1].iteration_s(5, 1000) == pytest.approx(slower.iteration_s(1, 5, 1000, 0), rel=0.02)
+    assert apply(model, POOL, SERVERS).perf[1].iteration_s(5, 1000) == pytest.approx(
+        slower.iteration_s(1, 5, 1000, 0), rel=0.02
+    )
 
 
 def test_a_size_that_never_ran_is_as_much_slower_as_the_one_that_did() -> None:
     model = learn_speed(CostModel(), TWO_SIZES.perf, {1: samples(PaceModel(120.0, 2.0, 0.1))})
-    assert apply(model, TWO_SIZES).perf[2].iteration_s(1, 1) == pytest.approx(0.122 / 1.5, rel=0.05)
+    assert apply(model, TWO_SIZES, SERVERS).perf[2].iteration_s(1, 1) == pytest.approx(0.122 / 1.5, rel=0.05)
 
 
 def test_a_few_iterations_change_nothing() -> None:

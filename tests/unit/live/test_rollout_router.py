@@ -10,20 +10,22 @@ import pytest
 
 from verl_rlhfless.config import parse_config
 from verl_rlhfless.errors import ConfigError, ReplicaError
-from verl_rlhfless.live import rollout as rollout_module
+from verl_rlhfless.live import rollout_router as rollout_module
 from verl_rlhfless.live.announcement import Announcement, Group
 from verl_rlhfless.live.orders import EndReplica, StartReplica
 from verl_rlhfless.live.pacing import PaceModel
-from verl_rlhfless.live.rollout import RolloutRouter
+from verl_rlhfless.live.rollout_router import RolloutRouter
 from verl_rlhfless.live.routing import RoutingSettings
 from verl_rlhfless.live.tickets import Grant, Outcome, OutcomeKind, RouterSettings, SampleKey, SessionEnd, Ticket
 from verl_rlhfless.policy import routing as routing_module
-from verl_rlhfless.policy.learnt import ReplicaTimes, StepTimes
+from verl_rlhfless.policy.learnt import ReplicaTimes, Standby, StepTimes
 from verl_rlhfless.policy.perf import EngineLimits
 from verl_rlhfless.policy.routing import RoutingPolicy
 
 PARTS = {"predictor": "history", "dispatcher": "length_bucket", "prefix_dedup": "on", "migration": "cut_and_migrate"}
 WORKER = "w"
+
+SERVERS = Standby(num_servers=4)
 
 
 @pytest.fixture(autouse=True)
@@ -354,7 +356,7 @@ def on_planning_router(test: Callable[[World], Coroutine[Any, Any, None]], **pla
 
 async def start_planned(world: World, announced: Announcement) -> list[Grant]:
     """Plan a step, start every replica of its fleet, and return what may start."""
-    decision = await world.router.plan(announced, num_warm=4)
+    decision = await world.router.plan(announced, standby=SERVERS)
     await world.router.expect([spec.tp for spec in decision.replicas])
     await world.router.announce(announced)
     for number, spec in enumerate(decision.replicas):
@@ -364,7 +366,7 @@ async def start_planned(world: World, announced: Announcement) -> list[Grant]:
 
 def test_a_step_is_planned_from_its_prompts_within_the_limits() -> None:
     async def check(world: World) -> None:
-        decision = await world.router.plan(announcement(groups=16, n=8), num_warm=4)
+        decision = await world.router.plan(announcement(groups=16, n=8), standby=SERVERS)
         assert len(decision.replicas) >= 2 and decision.num_gpus <= 4
         forecast = decision.forecast
         assert forecast is not None and 0 < forecast.rollout_s < forecast.step_s
@@ -377,7 +379,7 @@ def test_a_step_is_planned_from_its_prompts_within_the_limits() -> None:
 def test_a_deadline_that_no_fleet_meets_is_refused_before_anything_is_leased() -> None:
     async def check(world: World) -> None:
         with pytest.raises(ConfigError, match=r"rlhfless\.planner\.max_step_s=0\.1.*Feasible: \d"):
-            await world.router.plan(announcement(), num_warm=4)
+            await world.router.plan(announcement(), standby=SERVERS)
 
     on_planning_router(check, max_step_s=0.1)
 
@@ -457,7 +459,7 @@ def test_a_limit_that_later_steps_cannot_meet_does_not_end_the_run() -> None:
         await world.finish(await start_planned(world, first), tokens=1)
         await world.router.report()
         await world.router.learn_costs(StepTimes((), None, phases_s=500.0, publish_s=None))
-        decision = await world.router.plan(announcement(2), num_warm=4)
+        decision = await world.router.plan(announcement(2), standby=SERVERS)
         assert "nearest to a limit" in decision.reason and "Feasible" in decision.reason
 
     on_planning_router(check, max_step_s=60.0)
@@ -466,12 +468,12 @@ def test_a_limit_that_later_steps_cannot_meet_does_not_end_the_run() -> None:
 def test_slow_starts_and_phases_of_one_step_are_expected_of_the_next_one() -> None:
     async def check(world: World) -> None:
         first = announcement()
-        before = await world.router.plan(announcement(), num_warm=4)
+        before = await world.router.plan(announcement(), standby=SERVERS)
         await world.finish(await start_planned(world, first), tokens=20)
         await world.router.report()
-        slow = ReplicaTimes(is_warm=True, grant_s=1.0, start_s=30.0, load_s=2.0)
+        slow = ReplicaTimes(way="warm_start", grant_s=1.0, start_s=30.0, load_s=2.0)
         await world.router.learn_costs(StepTimes((slow,), 0.5, phases_s=20.0, publish_s=1.0))
-        after = await world.router.plan(announcement(2), num_warm=4)
+        after = await world.router.plan(announcement(2), standby=SERVERS)
         assert before.forecast is not None and after.forecast is not None
         assert after.forecast.rollout_s > 33.0
         assert after.forecast.step_s > after.forecast.rollout_s + 20.0

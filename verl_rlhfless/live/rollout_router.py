@@ -1,0 +1,296 @@
+"""The router of a run of ours: the simulator's own control loop, as a task inside the router's process.
+
+Decisions and their effect are direct calls; only cuts and grants leave the process.
+
+Invariants: one announced rollout at a time, and what comes while it runs is served without a plan; when a policy fails,
+its rollout ends without further decisions, and the trainer is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import ray
+
+from verl_rlhfless.control import run_rollout
+from verl_rlhfless.errors import ReplicaError
+from verl_rlhfless.live.announcement import Announcement
+from verl_rlhfless.live.orders import FleetDesk, Order
+from verl_rlhfless.live.planner import LivePlanner
+from verl_rlhfless.live.preload import SERVER_MODULE, import_in_background
+from verl_rlhfless.live.rollout import LiveRollout
+from verl_rlhfless.live.router import ACTOR_OPTIONS, WAITING, Router
+from verl_rlhfless.live.routing import RoutingSettings
+from verl_rlhfless.live.samples import Rollout
+from verl_rlhfless.live.tickets import Delta, RouterSettings
+from verl_rlhfless.policy.arm import Policy
+from verl_rlhfless.policy.balance import remaining_s
+from verl_rlhfless.policy.baselines.stock import NoReaction
+from verl_rlhfless.policy.learnt import CostModel, Standby, StepTimes
+from verl_rlhfless.policy.predict import LengthModel, Prediction, learn
+from verl_rlhfless.policy.snapshot import FINISHED, STARTING, Batch, IntArray, RolloutPlan, RolloutView
+from verl_rlhfless.ports import RolloutPorts
+from verl_rlhfless.types import FleetDecision
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutReport:
+    """What the router did for one announced rollout.
+
+    Attributes:
+        step: Training step.
+        num_samples: Samples that were announced.
+        num_looks: How often the policy was asked.
+        num_migrations: Running samples that were cut to continue elsewhere.
+        num_late: Messages about attempts that had ended already, since the start of the run.
+        rollout_s: From the announcement to the last sample's end.
+        router_cpu_s: CPU time of the router's process meanwhile: requests, journal and decisions.
+        failure: Why no decisions were made to the end; empty when they were.
+        num_released: Replicas that gave their lease back before the last sample ended.
+        num_started: Replicas that were asked for during the rollout.
+    """
+
+    step: int
+    num_samples: int
+    num_looks: int
+    num_migrations: int
+    num_late: int
+    rollout_s: float
+    router_cpu_s: float
+    failure: str = ""
+    num_released: int = 0
+    num_started: int = 0
+
+
+class RolloutRouter(Router):
+    """The router of a run of ours: it also plans and controls every rollout that is announced."""
+
+    def __init__(self, servers: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(servers, options)
+        import_in_background(SERVER_MODULE)
+        self._routing: RoutingSettings | None = None
+        self._lengths = LengthModel()
+        self.desk = FleetDesk(1, 0)
+        self._planner: LivePlanner | None = None
+        self._restored_costs = CostModel()  # a checkpoint is loaded before the run's settings come
+        self._last: tuple[Batch, IntArray] | None = None
+        self._live: LiveRollout | None = None
+        self._refine: Callable[[RolloutView], Prediction] | None = None
+        self._control: asyncio.Task[None] | None = None
+        self._report: RolloutReport | None = None
+        self.listeners.append(self._on_change)
+
+    async def configure_rollouts(self, settings: RouterSettings, routing: RoutingSettings) -> None:
+        """Take the settings of a run, before its first rollout."""
+        self._routing = routing
+        self.desk = FleetDesk(routing.tp, routing.replica_gpus)
+        self._planner = LivePlanner(routing, self._restored_costs)
+        await self.configure(settings)
+
+    async def plan(self, announced: Announcement, standby: Standby) -> FleetDecision:
+        """Return the fleet for a step, before any of it is leased; ``announce`` follows when it begins to start.
+
+        Args:
+            announced: The step.
+            standby: What waits for a replica.
+
+        Raises:
+            ConfigError: No fleet meets the deadline or the budget.
+        """
+        assert self._planner is not None, "a router is configured before its first rollout"
+        return self._planner.plan(announced, self._lengths, standby)
+
+    async def expect(self, tps: Sequence[int]) -> None:
+        """Note the size of each replica that is on its way to the next rollout."""
+        self.desk.expect(tps)
+
+    def want_replica(self, tp: int) -> bool:
+        """Ask the fleet for a replica in place of lost ones; return whether one may come.
+
+        Resident replicas can't be replaced, and a rollout that loses one after the other is not worth more leases.
+        """
+        assert self._routing is not None
+        if not self._routing.config.is_elastic or self.desk.num_started >= self.settings.max_retries:
+            return False
+        self.desk.start(tp)
+        return True
+
+    @ray.method(concurrency_group=WAITING)
+    async def wanted(self) -> Order | None:
+        """Return the next replica to start or to end, as soon as there is one; ``None`` once there will be none."""
+        return await self._on_own_loop(self.desk.orders.get())
+
+    async def stop_wanting(self) -> None:
+        """End the call that waits in ``wanted``: the fleet is released."""
+        self.desk.orders.put_nowait(None)
+
+    async def lease_returned(self, tp: int) -> None:
+        """Note that a replica's GPUs were given back during the rollout."""
+        self.desk.returned(tp)
+
+    async def announce(self, announced: Announcement) -> None:
+        """Plan a step for the replicas that are up or expected; prompts may be submitted from then on.
+
+        Raises:
+            ReplicaError: No replica is up and none is expected.
+        """
+        if not self.book.is_done:
+            logger.info("rlhfless: step %d: further prompts join without a plan", announced.step)
+            return
+        await self._control_ended()
+        assert self._routing is not None and self._planner is not None, "configured before the first rollout"
+        servers = await self.get_all_servers()
+        fleet = (*(self.desk.tp_of(server) for server in servers), *self.desk.expected)
+        if not fleet:
+            raise ReplicaError(f"step {announced.step}: no rollout replica is up. Look for the replicas' errors above.")
+        batch = announced.batch()
+        arm = self._routing.arm(announced, fleet)
+        planned, pool = self._planner.next or (None, self._routing.pool(fleet))
+        plan, policy = arm.plan(self._lengths, pool, batch), arm.policy(self._lengths)
+        if planned is not None:
+            plan = replace(plan, price=planned.price)
+            policy = self._routing.resizing(arm, policy, self._lengths)
+        self._planner.next = None
+        predicted = arm.predict(self._lengths, batch).mean()
+        rank = np.empty_like(plan.order)
+        rank[plan.order] = np.arange(len(rank))
+        self.begin(Rollout(batch, announced.samples(), rank, predicted, pool))
+        self._live = LiveRollout(self, self.desk, self.want_replica, announced.step, servers)
+        self._refine = partial(arm.refine, self._lengths)
+        ports = RolloutPorts(self._live, self._live, self._live, self._live, self._live)
+        control = self._run((policy, plan, ports), batch, self._live)
+        self._control = asyncio.get_running_loop().create_task(control)
+        await asyncio.sleep(0)  # the loop has placed every sample when the caller goes on to submit
+
+    async def report(self) -> RolloutReport | None:
+        """Return what was done for the last rollout, when it has ended; ``None`` when none was announced."""
+        await self._control_ended()
+        return self._report
+
+    async def remaining_s(self) -> float:
+        """Return the predicted seconds until the last sample of the announced rollout is complete; 0 = none runs."""
+        if self._live is None or self._refine is None or self._live.is_done():
+            return 0.0
+        view = self._live.observe()
+        return remaining_s(view, self._refine(view))
+
+    async def lengths(self) -> str:
+        """Return the length history as JSON text, for the checkpoint."""
+        return self._lengths.to_json()
+
+    async def restore_lengths(self, text: str) -> None:
+        """Take a length history from a checkpoint.
+
+        Raises:
+            DataError: The text is no such history.
+        """
+        self._lengths = LengthModel.from_json(text)
+
+    async def progress(self, server: str, delta: Delta) -> None:
+        """Take a server's report, and how fast its engine is."""
+        await super().progress(server, delta)
+        load = self.book.servers.loads.get(server)
+        if load is not None and self._planner is not None:
+            self._planner.speed.note(server, self.desk.tp_of(server), delta, (load.num_requests, load.context_tokens))
+
+    async def learn_costs(self, times: StepTimes) -> None:
+        """Take what a planned step took; the next plan counts with it."""
+        if self._planner is not None and self._last is not None:
+            await self._planner.learn(self._last, times)
+
+    async def costs(self) -> str:
+        """Return what was measured as JSON text, for the checkpoint."""
+        assert self._planner is not None
+        return self._planner.costs.to_json()
+
+    async def restore_costs(self, text: str) -> None:
+        """Take measured costs from a checkpoint, before ``configure_rollouts``.
+
+        Raises:
+            DataError: The text holds none.
+        """
+        self._restored_costs = CostModel.from_json(text)
+
+    async def add_servers(self, servers: dict[str, Any], tp: int | None = None) -> None:
+        """Take servers in; each is one of the replicas that the rollout expects, of ``tp`` GPUs or the recipe's."""
+        await super().add_servers(servers)
+        for server in servers:
+            if server in self.book.servers.loads and (replica := self._arrived(tp, server)) is not None:
+                self.book.replica_ready(replica, server)
+        self._look_now()
+
+    async def give_up_expected(self, tp: int) -> None:
+        """Note that one of the replicas that were expected will not come; its GPUs are given back."""
+        if (replica := self._arrived(tp)) is not None:
+            self.book.lose_replica(replica)
+        self.desk.returned(tp)
+        self._look_now()
+
+    def lose_server(self, server: str, reason: str) -> None:
+        """Note that a server is dead; its samples get another place at once."""
+        super().lose_server(server, reason)
+        self._look_now()
+
+    def _arrived(self, tp: int | None, server: str | None = None) -> int | None:
+        """Return the replica of the running rollout and of this size that waits longest for its server, if any does."""
+        size = self.desk.arrived(tp, server)
+        if self._live is None:
+            return None
+        starting = [r.replica for r in self._live.observe().replicas if r.state == STARTING and r.tp == size]
+        return starting[0] if starting else None
+
+    def _look_now(self) -> None:
+        if self._live is not None:
+            self._live.look_now()
+        self.pump()
+
+    def _on_change(self) -> None:
+        if self._live is not None:
+            self._live.on_change()
+
+    async def _control_ended(self) -> None:
+        if self._control is not None:
+            await asyncio.wait([self._control])
+
+    async def _run(self, loop: tuple[Policy, RolloutPlan, RolloutPorts], batch: Batch, live: LiveRollout) -> None:
+        began_cpu_s, failure = time.process_time(), ""
+        policy, plan, ports = loop
+        try:
+            record = await run_rollout(policy, plan, ports)
+            self._learn(batch)
+        except Exception as error:  # the trainer is told, when every sample is complete
+            logger.exception("rlhfless: step %d: the control loop failed", batch.step)
+            failure = f"the control loop of step {batch.step} failed: {error!r}"
+            record = await run_rollout(NoReaction(), replace(plan, fleet=(), first_look_s=0.0), ports)
+        self._report = RolloutReport(
+            step=batch.step,
+            num_samples=batch.num_samples,
+            num_looks=record.num_looks,
+            num_migrations=record.num_migrations,
+            num_late=self.book.num_late,
+            rollout_s=live.now_s(),
+            router_cpu_s=time.process_time() - began_cpu_s,
+            failure=failure,
+            num_released=live.num_released,
+            num_started=self.desk.num_started,
+        )
+        self._live = None
+
+    def _learn(self, batch: Batch) -> None:
+        view = self.book.view(0.0)
+        if (view.generated > 0).all() and (view.state == FINISHED).all():
+            self._lengths = learn(self._lengths, batch, view.generated)
+            self._last = batch, view.generated
+
+
+RolloutRouterActor = ray.remote(**ACTOR_OPTIONS)(RolloutRouter)
+"""What the router plugin's YAML names."""
