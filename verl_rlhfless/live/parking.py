@@ -27,6 +27,7 @@ from verl_rlhfless.types import FleetDecision
 
 logger = logging.getLogger(__name__)
 
+_OTHERS_S = 1.0  # how long a replica whose devices nothing sleeps on waits for what the others of its fleet get
 _VERSIONS_IN_PROGRESS = 2  # the next weight version on its way into the store, and what replicas load of it
 
 
@@ -46,6 +47,7 @@ class ParkingLot:
         self._starts_s: dict[int, list[float]] = defaultdict(list)
         self._wakes_s: dict[int, list[float]] = defaultdict(list)
         self._relaunches_s: dict[int, list[float]] = defaultdict(list)
+        self._searches: set[asyncio.Task[DeviceSearch]] = set()
         self._largest_fleet = 0
         self._version_bytes = 0
         self.is_last = False
@@ -75,10 +77,10 @@ class ParkingLot:
         """
         lease, gave_way = None, False
         if self._alike(fresh):
-            search = await asyncio.to_thread(self._search, fresh)
-            lease = fresh.lease = search.lease
+            lease = fresh.lease = (await self._searched(fresh)).lease
             parked = self._bound_to(lease.device_key(), fresh)
             if parked is None:
+                await self._others_searched()
                 gave_way = await self._give_way(fresh, lease)
             else:
                 report = await self._wake(parked, lease, weights)
@@ -140,6 +142,17 @@ class ParkingLot:
 
     def _alike(self, fresh: ElasticReplica) -> list[ElasticReplica]:
         return [parked for parked in self._parked if parked.can_serve_for(fresh)]
+
+    async def _searched(self, fresh: ElasticReplica) -> DeviceSearch:
+        search = asyncio.create_task(asyncio.to_thread(self._search, fresh))
+        self._searches.add(search)
+        search.add_done_callback(self._searches.discard)
+        return await search
+
+    async def _others_searched(self) -> None:
+        """Wait a little while others search: an engine that one of them may still wake must not give way."""
+        if self._searches:
+            await asyncio.wait(self._searches, timeout=_OTHERS_S)
 
     def _search(self, fresh: ElasticReplica) -> DeviceSearch:
         """Lease devices for ``fresh``, those of a parked engine if they can be had; runs in a thread."""

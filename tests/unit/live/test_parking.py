@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -275,3 +277,26 @@ def test_two_replicas_that_search_at_once_never_wake_the_same_engine(run: Run) -
     assert len({id(replica) for replica in woken}) == 2
     assert Replica.engines == set(woken)
     assert sorted(lease.devices for lease in Lease.held) == ["a", "b", "c"]
+
+
+def test_one_replica_more_than_engines_sleep_takes_the_devices_of_none(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parked = run.start(1, 1)
+    run.retire(parked)
+    order = iter("cab")  # the first lease has devices that nothing sleeps on, while the two others are on their way
+    first_asked = threading.Event()
+
+    def acquire(replica: Replica, name: str, timeout_s: float) -> Lease:
+        if replica.rank == 2:
+            lease = Lease(name, next(order))
+            first_asked.set()
+            return lease
+        assert first_asked.wait(5.0)
+        time.sleep(0.05)
+        return Lease(name, next(order))
+
+    monkeypatch.setattr(Replica, "acquire", acquire)
+    fleet = run.start(1, 1, 1)
+    assert set(parked) < set(fleet), "both engines woke"
+    assert run.events("parked_ended") == []
