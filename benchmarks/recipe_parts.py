@@ -8,15 +8,16 @@ from typing import Any
 from verl.experimental.agent_loop.tool_parser import FunctionCall, ToolParser
 from verl.tools.function_tool import function_tool
 
-from verl_rlhfless.demo import reward
-
 TOOL_FORMAT = "rlhfless_always"
 """``multi_turn.format`` that makes every answer a call of the tool: a random model never writes one."""
 
 
-def coarse_score(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None, **_: Any) -> float:
-    """Return 0 or 1, so that many groups agree and DAPO's group filter has something to drop."""
-    return float(reward.compute_score(data_source, solution_str, ground_truth) > 0.2)
+def coarse_score(data_source: str, solution_str: str, ground_truth: str, **_: Any) -> float:
+    """Return 1 for one response in four, whatever it says: a third of the groups agree, and DAPO's filter drops them.
+
+    What a model can learn would soon have every group agree, and verl generates until enough groups don't.
+    """
+    return float(sum(solution_str.encode()) % 4 == 0)
 
 
 @function_tool
