@@ -1,4 +1,4 @@
-"""What some recipes need beside overrides: a coarse reward, a tool, and a model that always calls it."""
+"""What some recipes need beside overrides: a coarse reward, and a model that always calls a tool."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 from verl.experimental.agent_loop.tool_parser import FunctionCall, ToolParser
-from verl.tools.function_tool import function_tool
 
 TOOL_FORMAT = "rlhfless_always"
 """``multi_turn.format`` that makes every answer a call of the tool: a random model never writes one."""
@@ -18,16 +17,6 @@ def coarse_score(data_source: str, solution_str: str, ground_truth: str, **_: An
     What a model can learn would soon have every group agree, and verl generates until enough groups don't.
     """
     return float(sum(solution_str.encode()) % 4 == 0)
-
-
-@function_tool
-def count_digits(text: str) -> str:
-    """Count the digits of a text.
-
-    Args:
-        text: The text.
-    """
-    return f"{sum(character.isdigit() for character in text)} digits"
 
 
 @ToolParser.register(TOOL_FORMAT)

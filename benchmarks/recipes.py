@@ -27,7 +27,7 @@ from verl_rlhfless.demo.run import DemoOptions, run_arm
 from verl_rlhfless.report.ab import build_arm
 from verl_rlhfless.report.guards import GuardLimits, judge
 
-_PARTS = Path(__file__).with_name("recipe_parts.py")
+_PARTS, _TOOL = (Path(__file__).with_name(name) for name in ("recipe_parts.py", "recipe_tool.py"))
 _FP32 = "{param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}"
 _REFERENCE = (
     "actor_rollout_ref.actor.use_kl_loss=True",
@@ -59,14 +59,14 @@ class Recipe:
         overrides: What makes the demo's run this recipe.
         expects: verl metric -> least value in some step that shows that the recipe did what it is for.
         samples: Samples of a step that reach the trainer.
-        uses_parts: Whether ``recipe_parts`` is loaded in every process.
+        modules: What every process of the run loads beside verl.
         probs_diff: Most difference of a probability between engine and trainer.
     """
 
     overrides: tuple[str, ...] = ()
     expects: Mapping[str, float] = field(default_factory=dict)
     samples: int = recipe.PROMPTS_PER_STEP * recipe.SAMPLES_PER_PROMPT
-    uses_parts: bool = False
+    modules: tuple[str, ...] = ()
     probs_diff: float = 1e-6
 
 
@@ -74,7 +74,9 @@ RECIPES: Mapping[str, Recipe] = {
     "grpo": Recipe(),
     "grpo-fsdp1": Recipe(("actor_rollout_ref.actor.strategy=fsdp",)),
     "grpo-reference": Recipe(_REFERENCE, {"actor/kl_loss": 0.0}),
-    "ppo-critic-reference": Recipe((*_CRITIC, *_REFERENCE), {"critic/vf_loss": 1e-9, "actor/kl_loss": 0.0}),
+    "ppo-critic-reference": Recipe(
+        (*_CRITIC, *_REFERENCE), {"critic/vf_loss": 1e-9, "actor/kl_loss": 0.0}, modules=("benchmarks.cpu_critic",)
+    ),
     "dapo": Recipe(
         (
             "algorithm.filter_groups.enable=True",
@@ -88,14 +90,14 @@ RECIPES: Mapping[str, Recipe] = {
         (
             "actor_rollout_ref.rollout.multi_turn.enable=True",
             "actor_rollout_ref.rollout.multi_turn.format=rlhfless_always",
-            f"actor_rollout_ref.rollout.multi_turn.function_tool_path={_PARTS}",
+            f"actor_rollout_ref.rollout.multi_turn.function_tool_path={_TOOL}",
             "actor_rollout_ref.rollout.multi_turn.max_assistant_turns=3",
             "actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent",
             "data.max_response_length=160",
             f"actor_rollout_ref.rollout.max_model_len={recipe.MAX_PROMPT_TOKENS + 160}",
         ),
         {"num_turns/max": 4},
-        uses_parts=True,
+        modules=("benchmarks.recipe_parts",),
     ),
     "lora": Recipe(
         (
@@ -133,7 +135,7 @@ def run_recipe(name: str, assets: Assets, out: Path, steps: int = 2, overrides: 
     """Train a recipe for some steps on elastic replicas and judge it."""
     chosen = RECIPES[name]
     arm = replace(scheduled(1, 2), name=f"elastic-{name}").with_overrides(*chosen.overrides, *overrides)
-    with _parts_loaded() if chosen.uses_parts else _nothing():
+    with _loaded(chosen.modules):
         ended = run_arm(arm, assets, DemoOptions(out=out, steps=steps, arms=("elastic",)), print)
     if ended.exit_code:
         return Outcome(
@@ -168,9 +170,11 @@ def _greatest(metrics: list[dict[str, Any]], key: str) -> float:
 
 
 @contextmanager
-def _parts_loaded() -> Iterator[None]:
+def _loaded(modules: tuple[str, ...]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in ("VERL_USE_EXTERNAL_MODULES", "PYTHONPATH")}
-    os.environ.update({"VERL_USE_EXTERNAL_MODULES": _PARTS.stem, "PYTHONPATH": str(_PARTS.parent)})
+    if modules:
+        root = Path(__file__).parents[1]
+        os.environ.update({"VERL_USE_EXTERNAL_MODULES": ",".join(modules), "PYTHONPATH": str(root)})
     try:
         yield
     finally:
@@ -178,11 +182,6 @@ def _parts_loaded() -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ def external_module() -> Callable[[str], dict[str, str]]:
     """Return the environment that loads a module of this folder in every process of a run."""
 
     def environment(name: str) -> dict[str, str]:
-        return {"VERL_USE_EXTERNAL_MODULES": name, "PYTHONPATH": str(Path(__file__).parent)}
+        here = Path(__file__).parent
+        return {"VERL_USE_EXTERNAL_MODULES": name, "PYTHONPATH": f"{here}:{here.parents[1]}"}
 
     return environment

@@ -15,6 +15,8 @@ import transfer_queue as tq
 import wrapt
 from tensordict import TensorDict
 
+import benchmarks.cpu_critic  # noqa: F401  loads critics
+
 _RESULTS = {
     "_compute_old_log_prob": ("old_log_probs", "entropy"),
     "_compute_ref_log_prob": ("ref_log_prob",),
@@ -55,18 +57,6 @@ def _twice(method: str, original: Any) -> Any:
     return compute
 
 
-def _load_critics_without_flash_attention(module: ModuleType) -> None:
-    """verl loads a critic with flash attention whatever the recipe says, which a CPU does not have."""
-    from transformers import AutoModelForTokenClassification
-
-    def load(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
-        return AutoModelForTokenClassification.from_pretrained(
-            local_path, dtype=torch_dtype, config=model_config, attn_implementation="sdpa"
-        )
-
-    module.load_valuehead_model = load  # type: ignore[attr-defined]
-
-
 def _read(batch: Any, method: str) -> Any:
     return tq.kv_batch_get(batch.keys, batch.partition_id, select_fields=list(_RESULTS[method]))
 
@@ -90,4 +80,3 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 wrapt.register_post_import_hook(_inject, "verl_rlhfless.live.fusion_trainer")
-wrapt.register_post_import_hook(_load_critics_without_flash_attention, "verl.utils.model")
