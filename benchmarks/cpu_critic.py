@@ -9,7 +9,7 @@ import wrapt
 
 
 def _load_critics_without_flash_attention(module: ModuleType) -> None:
-    """verl loads a critic with flash attention whatever the recipe says, which a CPU does not have."""
+    """Replace how verl loads a critic: with flash attention whatever the recipe says, which a CPU lacks."""
     from transformers import AutoModelForTokenClassification
 
     def load(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
