@@ -10,9 +10,11 @@ from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.live.announcement import Announcement
 from verl_rlhfless.live.routing import RoutingSettings, decision_of
 from verl_rlhfless.live.speed import SpeedMeter
+from verl_rlhfless.policy.goal import Goal
+from verl_rlhfless.policy.invest import plan_parked_fleet
 from verl_rlhfless.policy.learnt import CostModel, Standby, StepTimes, apply, learn_speed, learn_step
 from verl_rlhfless.policy.plan import plan_fleet
-from verl_rlhfless.policy.predict import LengthModel
+from verl_rlhfless.policy.predict import LengthModel, Prediction
 from verl_rlhfless.policy.snapshot import Batch, IntArray, PoolSnapshot, RolloutPlan
 from verl_rlhfless.types import FleetDecision
 
@@ -51,18 +53,23 @@ class LivePlanner:
         prediction = self._routing.arm(announced, ()).predict(lengths, batch)
         goal = self._routing.goal()
         try:
-            plan = plan_fleet(pool, batch, prediction, goal, can_fuse=False)
+            plan = self._plan_fleet(pool, batch, prediction, goal)
         except ConfigError as error:
             if not self._has_planned:
                 raise
             logger.warning("rlhfless: step %d: %s", announced.step, error)
             weight = 1.0 if goal.max_step_s is None else 0.0
             nearest = replace(goal, max_step_s=None, max_gpu_s=None, cost_weight=weight)
-            plan = plan_fleet(pool, batch, prediction, nearest, can_fuse=False)
+            plan = self._plan_fleet(pool, batch, prediction, nearest)
             plan = replace(plan, reason=f"{plan.reason}; the nearest to a limit that can't be met: {error}")
         # during the rollout a further replica would find no warm server: the fleet has taken them
         self._has_planned, self.next = True, (plan, replace(pool, warm={}))
         return decision_of(plan, announced.step)
+
+    def _plan_fleet(self, pool: PoolSnapshot, batch: Batch, prediction: Prediction, goal: Goal) -> RolloutPlan:
+        if self._routing.config.pool.park == "never":
+            return plan_fleet(pool, batch, prediction, goal, can_fuse=False)
+        return plan_parked_fleet(pool, batch, prediction, goal)
 
     async def learn(self, done: tuple[Batch, IntArray], times: StepTimes) -> None:
         """Take what a step took; ``done`` holds its prompts and lengths."""

@@ -129,6 +129,7 @@ def _split(
     time_s, gpu_s = np.stack([w.time_s for w in ways]), np.stack([w.gpu_s for w in ways])
     option = ways[0].option
     gpus = options.gpus[option]
+    woken, parked = _woken(pool, options, option)
     fastest = float(time_s.min(axis=1).max())
     slowest = float(time_s[np.arange(len(ways)), gpu_s.argmin(axis=1)].max())
     deadlines = np.geomspace(fastest, max(slowest, fastest * 1.01), _NUM_DEADLINES)[:, None]
@@ -143,6 +144,7 @@ def _split(
         bounds = (0, *inner, len(cuts) - 1)
         of = [spans.index(pair) for pair in pairwise(bounds)]
         fits = is_met[:, :, of].all(axis=2) & (best_n[:, :, of].sum(axis=2) <= pool.num_gpus)
+        fits &= (woken[:, best[:, :, of]].sum(axis=3) <= parked).all(axis=0)
         widths = tuple(cuts[j] - cuts[i] for i, j in pairwise(bounds))
         chosen = best[:, :, of][fits]
         plans.append(
@@ -154,6 +156,17 @@ def _split(
             )
         )
     return plans
+
+
+def _woken(pool: PoolSnapshot, options: Options, option: IntArray) -> tuple[IntArray, IntArray]:
+    """Return the GPUs on which a lane's way wakes parked engines, [sizes, Q], and those that are parked, [sizes, 1, 1].
+
+    Each lane alone counts on all of them.
+    """
+    sizes = [tp for tp, _ in options.sizes]
+    parked = np.array([pool.warm.get(tp, 0) for tp in sizes], dtype=np.int64)
+    gpus, is_of = options.gpus[option], options.tp[option] == np.array(sizes)[:, None]
+    return np.where(is_of & (gpus <= parked[:, None]), gpus, 0), parked[:, None, None]
 
 
 def _unbeaten(found: list[tuple[float, float, _Plans, int]]) -> list[tuple[float, float, _Plans, int]]:

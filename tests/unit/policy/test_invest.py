@@ -1,0 +1,57 @@
+"""Parked engines are what a plan says they are, and a start is shared by the rollouts that it serves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.live.devices import Fleet, declared_pool
+from verl_rlhfless.live.pacing import PaceModel
+from verl_rlhfless.policy.goal import Goal
+from verl_rlhfless.policy.invest import plan_parked_fleet
+from verl_rlhfless.policy.perf import EngineLimits
+from verl_rlhfless.policy.plan import plan_fleet
+from verl_rlhfless.policy.predict import exact
+from verl_rlhfless.policy.snapshot import Batch, PoolSnapshot
+
+LENGTHS = np.clip(np.exp(np.random.default_rng(0).normal(3.3, 0.75, 64)), 5, 160).astype(np.int64)
+BATCH = Batch(1, tuple("abcdefgh"), np.repeat(np.arange(8), 8), np.full(64, 165), 160)
+POOL = declared_pool(Fleet((1,), 4, 4, EngineLimits(32, 8192), 10**6), PaceModel(120.0, 4.0, 0.4))
+
+
+def pool(num_parked: int, start_s: float) -> PoolSnapshot:
+    times = replace(POOL.trainer.times, wake_s=0.1, cold_start_s=start_s)
+    trainer = replace(POOL.trainer, num_gpus=4, times=times)
+    return replace(POOL, keeps_trainer=False, has_resident=False, trainer=trainer, warm={1: num_parked})
+
+
+@pytest.mark.parametrize("num_parked", [1, 2, 3])
+def test_one_parked_engine_is_not_woken_for_several_replicas(num_parked: int) -> None:
+    plan = plan_fleet(pool(num_parked, start_s=60.0), BATCH, exact(LENGTHS), Goal(), can_fuse=False)
+    assert plan.predicted_rollout_s is not None
+    assert len(plan.fleet) <= num_parked or plan.predicted_rollout_s > 60.0
+
+
+def test_a_start_that_pays_over_later_rollouts_is_made_and_the_forecast_holds_all_of_it() -> None:
+    few = pool(1, start_s=13.0)
+    plan = plan_parked_fleet(few, BATCH, exact(LENGTHS), Goal())
+    assert len(plan.fleet) > len(plan_fleet(few, BATCH, exact(LENGTHS), Goal(), can_fuse=False).fleet) == 1
+    assert "wake in later rollouts" in plan.reason
+    assert plan.predicted_rollout_s is not None and plan.predicted_rollout_s > 13.0 + 10.0
+
+
+def test_a_start_that_takes_far_longer_than_rollouts_is_not_made() -> None:
+    plan = plan_parked_fleet(pool(1, start_s=600.0), BATCH, exact(LENGTHS), Goal())
+    assert len(plan.fleet) == 1 and "later" not in plan.reason
+
+
+def test_nothing_is_shared_under_a_deadline() -> None:
+    few = pool(1, start_s=13.0)
+    deadline = 1.0 + (plan_fleet(few, BATCH, exact(LENGTHS), Goal(), can_fuse=False).predicted_step_s or 0.0)
+    plan = plan_parked_fleet(few, BATCH, exact(LENGTHS), Goal(max_step_s=deadline))
+    assert len(plan.fleet) == 1 and plan.predicted_step_s is not None and plan.predicted_step_s <= deadline
+    with pytest.raises(ConfigError, match="max_step_s"):
+        plan_parked_fleet(pool(1, start_s=13.0), BATCH, exact(LENGTHS), Goal(max_step_s=1.0))
