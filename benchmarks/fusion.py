@@ -28,12 +28,12 @@ WARM_UP = 1  # imports, first calls, and a length model that knows nothing
 SEED = 1
 SIZE = Size(prompts=12, samples=8, max_response_tokens=160)
 PACE = {
-    "base_ms": 60.0,
-    "per_request_ms": 2.0,
-    "per_prefill_token_ms": 0.2,
-    "per_context_token_us": 1.0,
-    "per_inference_token_us": 260.0,
-    "per_update_token_us": 780.0,
+    "base_ms": 120.0,
+    "per_request_ms": 4.0,
+    "per_prefill_token_ms": 0.4,
+    "per_context_token_us": 2.0,
+    "per_inference_token_us": 520.0,
+    "per_update_token_us": 1560.0,
 }
 """Ratios of a 7B model on an L40S (22 ms weights; 97 us a token forward at 40 % of the peak, three times that for an
 update), slowed down alike until two cores can follow."""
