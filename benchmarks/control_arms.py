@@ -1,10 +1,11 @@
 """What the planner and the dispatcher add: the elastic arm beside the same one without them, replicas paced and parked.
 
 ``fixed`` has the mean fleet of the elastic arm in every step, as nearly as whole replicas allow; ``random`` has the
-planner's own fleets and a dispatcher that chooses any replica. Both join the column of a finished
-``rlhfless demo --out OUT --columns parked`` and replay its lengths; about five minutes each.
+planner's own fleets and a dispatcher that chooses any replica; ``faster`` is the elastic arm that values time more than
+cost. All join the column of a finished ``rlhfless demo --out OUT --columns parked`` and replay its lengths; about seven
+minutes each, and those that have finished are kept.
 
-python -m benchmarks.control_arms --out OUT      # writes benchmarks/results/control_arms.json
+python -m benchmarks.control_arms --out OUT [--arms fixed,faster,random]    # writes benchmarks/results/control_arms.json
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from benchmarks.record import write_result
 from verl_rlhfless.ab.arms import Arm
 from verl_rlhfless.demo import ablation, recipe
-from verl_rlhfless.demo.assets import build_assets
+from verl_rlhfless.demo.assets import Assets, build_assets
 from verl_rlhfless.demo.columns import COLUMNS, WARM_UP, render_columns, summarise
 from verl_rlhfless.demo.run import DemoOptions, run_arm
 from verl_rlhfless.report.ab import build_arm
@@ -35,47 +36,58 @@ def mean_schedule(counts: list[int]) -> list[int]:
     return [total * (step + 1) // steps - total * step // steps for step in range(steps)]
 
 
-def control_arms(schedule: list[int]) -> tuple[Arm, ...]:
-    """Return the elastic arm with a fixed schedule of fleets, and with random dispatch."""
-    fixed = recipe.ELASTIC.with_overrides(
-        "rlhfless/planner=fixed", f"rlhfless.planner.schedule=[{','.join(map(str, schedule))}]"
-    )
-    random = recipe.ELASTIC.with_overrides("rlhfless/dispatcher=random")
-    return replace(fixed, name="fixed"), replace(random, name="random")
+def control_arms(schedule: list[int]) -> dict[str, Arm]:
+    """Return the elastic arm with a fixed schedule of fleets, with more weight on time, and with random dispatch."""
+    changes = {
+        "fixed": ("rlhfless/planner=fixed", f"rlhfless.planner.schedule=[{','.join(map(str, schedule))}]"),
+        "faster": ("rlhfless.planner.cost_weight=0.4",),
+        "random": ("rlhfless/dispatcher=random",),
+    }
+    return {name: replace(recipe.ELASTIC, name=name).with_overrides(*of) for name, of in changes.items()}
 
 
 def main() -> None:
     """Run the control arms beside a finished column and write their record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of a finished demo with the parked column")
-    out: Path = parser.parse_args().out.resolve()
+    parser.add_argument("--arms", default="fixed,faster,random")
+    arguments = parser.parse_args()
+    out: Path = arguments.out.resolve()
     record: dict[str, Any] = json.loads((out / COLUMN.name / RECORD_FILE).read_text())
     steps = record["arms"]["elastic"]["steps"]
     schedule = mean_schedule([step["num_replicas"] for step in steps])
-    seed = record["seed"]
-    workload = ablation.prepare(None, out, seed)
-    assets = build_assets(out / "assets", list(workload.problems), seed)
-    options = DemoOptions(out=out / COLUMN.name, steps=len(steps), seed=seed)
-    pace = COLUMN.pace.to_json() if COLUMN.pace else None
-    for arm in control_arms(schedule):
-        applied = COLUMN.applied_to(arm)
-        replayed = replace(applied, overrides=(*ablation.overrides(workload), *applied.overrides))
-        ended = run_arm(replayed, assets, options, print, pace)
-        if ended.exit_code:
-            raise SystemExit(f"{arm.name}: verl ended with exit code {ended.exit_code}; see {ended.folder}/train.log")
-        record["arms"][arm.name] = build_arm(ended.folder).as_json()
+    workload = ablation.prepare(None, out, record["seed"])
+    assets = build_assets(out / "assets", list(workload.problems), record["seed"])
+    options = DemoOptions(out=out / COLUMN.name, steps=len(steps), seed=record["seed"])
+    arms = control_arms(schedule)
+    for name in arguments.arms.split(","):
+        record["arms"][name] = _measured(arms[name], tuple(ablation.overrides(workload)), assets, options)
     summaries = summarise({COLUMN.name: record})
     print(render_columns(summaries))
     objective = {one.arm: one.objective for one in summaries}
-    ours = objective["elastic"]
     results = {
         "schedule": schedule,
         "warm_up_steps": WARM_UP,
         "target": TARGET,
         "arms": [asdict(one) for one in summaries],
-        "objective_over": {name: ours / objective[name] for name in ("fixed", "random")},
+        "elastic_objective_over": {name: objective["elastic"] / objective[name] for name in arguments.arms.split(",")},
     }
-    write_result("control_arms", results, command="python -m benchmarks.control_arms --out OUT", num_gpus=4)
+    command = f"python -m benchmarks.control_arms --out OUT --arms {arguments.arms}"
+    write_result("control_arms", results, command=command, num_gpus=recipe.NUM_GPUS)
+
+
+def _measured(arm: Arm, replay: tuple[str, ...], assets: Assets, options: DemoOptions) -> dict[str, Any]:
+    """Return the record of an arm, that of an earlier run if there is one."""
+    kept = options.out / arm.name / "record.json"
+    if not kept.exists():
+        applied = COLUMN.applied_to(arm)
+        replayed = replace(applied, overrides=(*replay, *applied.overrides))
+        ended = run_arm(replayed, assets, options, print, COLUMN.pace.to_json() if COLUMN.pace else None)
+        if ended.exit_code:
+            raise SystemExit(f"{arm.name}: verl ended with exit code {ended.exit_code}; see {ended.folder}/train.log")
+        kept.write_text(json.dumps(build_arm(ended.folder).as_json(), indent=2) + "\n")
+    measured: dict[str, Any] = json.loads(kept.read_text())
+    return measured
 
 
 if __name__ == "__main__":
