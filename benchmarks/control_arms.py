@@ -5,7 +5,7 @@ planner's own fleets and a dispatcher that chooses any replica; ``faster`` is th
 cost. All join the column of a finished ``rlhfless demo --out OUT --columns parked`` and replay its lengths; about seven
 minutes each, and those that have finished are kept.
 
-python -m benchmarks.control_arms --out OUT [--arms fixed,faster,random]    # writes benchmarks/results/control_arms.json
+python -m benchmarks.control_arms --out OUT [--arms fixed,faster,random]  # writes benchmarks/results/control_arms.json
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
         record["arms"][name] = _measured(arms[name], tuple(ablation.overrides(workload)), assets, options)
     summaries = summarise({COLUMN.name: record})
     print(render_columns(summaries))
-    objective = {one.arm: one.objective for one in summaries}
+    objective = {one.arm: one.objective for one in summaries if one.objective is not None}
     results = {
         "schedule": schedule,
         "warm_up_steps": WARM_UP,
