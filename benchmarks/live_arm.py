@@ -15,8 +15,8 @@ from verl_rlhfless.live.announcement import Announcement
 from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.live.routing import Nodes, RoutingSettings
 from verl_rlhfless.policy.arm import Outcome, Policy
+from verl_rlhfless.policy.invest import plan_parked_fleet
 from verl_rlhfless.policy.learnt import CostModel, Standby, apply
-from verl_rlhfless.policy.plan import plan_fleet
 from verl_rlhfless.policy.predict import LengthModel, learn
 from verl_rlhfless.policy.routing import Routing
 from verl_rlhfless.policy.snapshot import Batch, PoolSnapshot, Reaction, RolloutPlan, RolloutView
@@ -83,9 +83,8 @@ class LiveArm:
         """Return the planned fleet with a replica for every sample."""
         routing = self._routing(batch, ())
         prediction = routing.predict(memory.lengths, batch)
-        planned = plan_fleet(
-            replace(self.pool, warm=pool.warm), batch, prediction, self.settings.goal(), can_fuse=False
-        )
+        believed = replace(self.pool, warm=pool.warm)
+        planned = plan_parked_fleet(believed, batch, prediction, self.settings.goal())
         placed = self._routing(batch, planned.fleet).plan(memory.lengths, self.pool, batch)
         return replace(placed, price=planned.price, predicted_step_s=planned.predicted_step_s, reason=planned.reason)
 
