@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 
+from verl_rlhfless.live.engine_death import ends_with_engine
 from verl_rlhfless.live.engine_files import sockets_without_names
 from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.parked_memory import ParkedMemory, measure_parked
@@ -41,6 +42,7 @@ class ElasticServer(RequestServer):
         """Return the keys of the processes that run the engine and that must be gone once it ended."""
         return descendants(os.getpid())
 
+    @ends_with_engine
     async def pull_weights(self, version: int, store_name: str, timeout_s: float) -> PullReport:
         """Load ``version`` from the store into the engine and return what was loaded.
 
@@ -53,6 +55,7 @@ class ElasticServer(RequestServer):
         await self.set_global_steps(version)
         return report
 
+    @ends_with_engine
     async def park(self) -> ParkedMemory:
         """Put the engine to sleep without its weights, and return what it still holds; requests are refused meanwhile.
 
@@ -64,6 +67,7 @@ class ElasticServer(RequestServer):
         device_bytes = await self.engine.collective_rpc("device_bytes_in_use")
         return measure_parked(device_bytes, await self.engine_processes())
 
+    @ends_with_engine
     async def wake(self, lease: str) -> None:
         """Wake the engine on the lease of this name, on the devices that it slept on; its weights are to be pulled."""
         os.environ[LEASE_VARIABLE] = lease
