@@ -14,11 +14,10 @@ from verl_rlhfless.ab.cluster import private_cluster
 from verl_rlhfless.demo import recipe
 from verl_rlhfless.demo.assets import Assets
 from verl_rlhfless.demo.run import DemoOptions, arm_command, arm_environment, run_arm
-from verl_rlhfless.live.request_trainer import LENGTHS_FILE
-from verl_rlhfless.live.trainer import COSTS_FILE
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
 
+LENGTHS_FILE, COSTS_FILE = "rlhfless_lengths.json", "rlhfless_costs.json"
 KILLED_AFTER = 2
 SAMPLES = recipe.PROMPTS_PER_STEP * recipe.SAMPLES_PER_PROMPT
 
