@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import ray
@@ -89,7 +90,15 @@ def test_a_lease_waits_for_another_job_to_leave(foreign_job: Callable[[int], For
         assert left_s and lease.granted_s > left_s[0]
 
 
-def test_ctrl_c_while_waiting_leaves_nothing_pending(ray_cluster: Cluster) -> None:
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """A shell starts its background jobs with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_while_waiting_leaves_nothing_pending(ray_cluster: Cluster, interrupts: None) -> None:
     with Lease.acquire(request("holds-all", 4), 30):
         threading.Timer(1.0, _thread.interrupt_main).start()
         with pytest.raises(KeyboardInterrupt):
