@@ -165,9 +165,9 @@ def apply(model: CostModel, pool: PoolSnapshot, standby: Standby) -> PoolSnapsho
     """
     times = pool.trainer.times
     known = {name: value for name in _SECONDS if (value := model.figure(name)) is not None}
-    soon, late = ("wake_s", "warm_start_s") if standby.num_parked else ("warm_start_s", "cold_start_s")
-    if not standby.num_servers or late not in known:
-        late = "cold_start_s" if "cold_start_s" in known else "warm_start_s"
+    soon = "wake_s" if standby.num_parked else "warm_start_s"
+    has_servers = standby.num_parked and standby.num_servers and "warm_start_s" in known
+    late = "warm_start_s" if has_servers else "cold_start_s"
     moved = {"wake_s": soon, "cold_start_s": late, "park_s": "release_s", "grant_s": "grant_s"}
     figures = {name: known[source] for name, source in moved.items() if source in known}
     if "publish_s" in known:

@@ -73,6 +73,11 @@ def test_a_start_that_was_not_seen_keeps_its_figure() -> None:
     assert (times.wake_s, times.park_s) == (POOL.trainer.times.wake_s, POOL.trainer.times.park_s)
 
 
+def test_a_cold_start_that_was_not_seen_is_not_taken_for_a_warm_one() -> None:
+    only_warm = replace(TIMES, starts=(WARM,))
+    assert apply(learnt(only_warm), POOL, SERVERS).trainer.times.cold_start_s == POOL.trainer.times.cold_start_s
+
+
 def test_a_slow_first_step_is_not_expected_of_the_next_ones_but_a_lasting_change_is() -> None:
     model = CostModel()
     seen = []
