@@ -29,8 +29,8 @@ _sample: ContextVar[SampleKey | None] = ContextVar("rlhfless_sample", default=No
 
 
 @contextlib.contextmanager
-def serving(sample: SampleKey) -> Iterator[None]:
-    """Tell the client that every turn inside belongs to ``sample`` of the announced rollout."""
+def serving(sample: SampleKey | None) -> Iterator[None]:
+    """Tell the client that every turn inside belongs to ``sample`` of the announced rollout; ``None`` = to none."""
     token = _sample.set(sample)
     try:
         yield

@@ -68,14 +68,17 @@ class Fleet:
         """What waits for a replica."""
         return Standby(self.parking.num_parked, self._warm_servers.num_waiting)
 
-    def start(self, decision: FleetDecision, weights: WeightSource) -> None:
-        """Begin to start every replica of the decision at once, and return; the router knows how many will come."""
+    def expect(self, decision: FleetDecision) -> None:
+        """Tell the router which replicas will come: from then on a step can be announced; ``start`` follows."""
         assert not self.replicas and self._starting is None, "a fleet is released before the next one starts"
+        ray.get(self._router.expect.remote([spec.tp for spec in decision.replicas]))
+
+    def start(self, decision: FleetDecision, weights: WeightSource) -> None:
+        """Begin to start every replica of the decision at once, and return."""
         logger.info("rlhfless: step %d: %s", decision.step, decision.reason)
         self.max_gpus, self.num_started, self.gpu_s = decision.num_gpus, 0, 0.0
         self.starts, self.releases_s, self._num_servers = [], [], self.standby.num_servers
         self.parking.expect(decision)
-        ray.get(self._router.expect.remote([spec.tp for spec in decision.replicas]))
         candidates = self._asked_for = [self._new_replica(spec) for spec in decision.replicas]
         self._starting = Future()
         self._life = self._thread.submit(asyncio.run, self._live(candidates, weights, self._starting))

@@ -2,10 +2,15 @@
 
 verl's own agent-loop manager and worker do everything else, so any agent loop works unchanged. Validation is not
 announced: nothing is predicted for it and nothing is learnt from it.
+
+A worker builds its agent loops one a turn of its event loop: a build takes milliseconds, and verl's worker, which
+builds all of them in one turn, sends its first request after the last build.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -18,31 +23,47 @@ from verl_rlhfless.live.preload import SERVER_MODULE, import_in_background
 from verl_rlhfless.live.tickets import SampleKey
 
 
+class Turns:
+    """Deals out the turns of an event loop, so that what one coroutine sends leaves before the next goes on."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+
+    async def take(self) -> None:
+        """Return in a turn of the event loop in which no other caller does."""
+        async with self._lock:
+            await asyncio.sleep(0)
+
+
 class StageWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
     """verl's worker; its client learns which sample a turn belongs to, and when a sample has all its tokens."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._turns = Turns()
         import_in_background(SERVER_MODULE)
 
     async def _run_agent_loop(
         self, sampling_params: dict[str, Any], trajectory: dict[str, Any], *, agent_name: str, **kwargs: Any
     ) -> Any:
-        run = super()._run_agent_loop(sampling_params, trajectory, agent_name=agent_name, **kwargs)
-        if trajectory["validate"]:
-            return await run
-        sample = SampleKey(str(kwargs["uid"]), int(kwargs["session_id"]))
+        sample = None if trajectory["validate"] else _key_of(kwargs)
         try:
+            await self._turns.take()
             with serving(sample):
-                return await run
+                return await super()._run_agent_loop(sampling_params, trajectory, agent_name=agent_name, **kwargs)
         except BaseException:
-            self.llm_client.end_session(sample)  # else the router was told before its reward was computed
+            if sample is not None:
+                self.llm_client.end_session(sample)  # else the router was told before its reward was computed
             raise
 
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> None:
         if not validate:
-            self.llm_client.end_session(SampleKey(str(kwargs["uid"]), int(kwargs["session_id"])))
+            self.llm_client.end_session(_key_of(kwargs))
         await super()._agent_loop_postprocess(output, validate, **kwargs)
+
+
+def _key_of(sample: Mapping[str, Any]) -> SampleKey:
+    return SampleKey(str(sample["uid"]), int(sample["session_id"]))
 
 
 class StageManager(AgentLoopManagerTQ):

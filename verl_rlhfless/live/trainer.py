@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class ElasticTrainerSync(FusionTrainer):
         _adapt_to_verl(config, settings, self._store_name)
         self._data_state: Any = None  # of the data loader, before the prompts of a rollout without a trainer
         self._enable_hybrid_replicas = False
-        self._decision: FleetDecision | None = None  # of a step whose fleet was planned
+        self._decision: FleetDecision | None = None  # of the step, once its first prompts are there
         self._step_began_s = 0.0
         self._publish_s: float | None = None
         super().__init__(config, settings)
@@ -176,22 +177,30 @@ class ElasticTrainerSync(FusionTrainer):
         self._trainer_lease.during_rollout(self._fleet)
 
     def prepare_step(self) -> dict[str, Any]:
-        """Begin to start the step's replicas, and submit its prompts meanwhile: they wait in the router."""
+        """Submit the step's prompts, and begin to start its replicas."""
         self._decision, self._step_began_s = None, time.monotonic()
         if not self._trainer_lease.kept_because:
             self._data_state = self.train_dataloader.state_dict()
-        if not self._settings.plans:
-            self._start_fleet(scheduled_fleet(self.global_steps, self._settings.planner.schedule, self._tp()))
         return dict(super().prepare_step())
 
     def _submit_batch_to_rollout(self, batch: Any) -> int:
-        """Submit prompts as verl does; the first of a step are those that its fleet is planned for."""
-        if self._settings.plans and self._decision is None:
-            self._decision = self._planned_fleet(batch)
-            self._start_fleet(self._decision)
-        return super()._submit_batch_to_rollout(batch)
+        """Submit prompts as verl does; beside the first of a step the trainer leaves and its replicas begin to start.
 
-    def _planned_fleet(self, batch: Any) -> FleetDecision:
+        The prompts wait in the router: agent loops take as long to build as a parked engine to wake.
+        """
+        if self._decision is not None:
+            return super()._submit_batch_to_rollout(batch)
+        self._decision = decision = self._decide_fleet(batch)
+        self._fleet.expect(decision)
+        with ThreadPoolExecutor(1, "rlhfless-start") as beside:
+            started = beside.submit(self._start_fleet, decision)
+            num_prompts = super()._submit_batch_to_rollout(batch)
+        started.result()
+        return num_prompts
+
+    def _decide_fleet(self, batch: Any) -> FleetDecision:
+        if not self._settings.plans:
+            return scheduled_fleet(self.global_steps, self._settings.planner.schedule, self._tp())
         announced = announcement_of(batch, self.config.actor_rollout_ref.rollout)
         try:
             decision: FleetDecision = ray.get(self._router.plan.remote(announced, self._fleet.standby))
@@ -204,7 +213,7 @@ class ElasticTrainerSync(FusionTrainer):
         """Run verl's step; when no replica came up, say why."""
         try:
             batch = super().step(metrics, timing_raw)
-            if self._decision is not None:
+            if self._settings.plans:
                 self._learn_costs(timing_raw)
             return batch
         except Exception as error:
@@ -236,7 +245,7 @@ class ElasticTrainerSync(FusionTrainer):
             self._rollout_metrics |= self._take_back(self.global_steps - 1, self._data_state)
 
     def _consume_sync_metrics(self) -> dict[str, Any]:
-        if self._decision is not None:
+        if self._decision is not None and self._decision.forecast is not None:
             self._rollout_metrics |= self._account(self._decision)
         return super()._consume_sync_metrics()
 
@@ -254,7 +263,9 @@ class ElasticTrainerSync(FusionTrainer):
 
     def on_validate_begin(self) -> None:
         schedule = (self._largest_fleet(self._tp()),) if self._settings.plans else self._settings.planner.schedule
-        self._start_fleet(largest_fleet(self.global_steps, schedule, self._tp()), is_validation=True)
+        decision = largest_fleet(self.global_steps, schedule, self._tp())
+        self._fleet.expect(decision)
+        self._start_fleet(decision, is_validation=True)
         self._fleet.wait_started()
 
     def on_validate_end(self) -> None:

@@ -144,8 +144,13 @@ def fleet(router: FakeRouter, warm_servers: Any, monkeypatch: pytest.MonkeyPatch
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("rlhfless-fleet")]
 
 
+def begin(fleet: Fleet, decision: FleetDecision) -> None:
+    fleet.expect(decision)
+    fleet.start(decision, _WEIGHTS)
+
+
 def started(fleet: Fleet, *decision: Any, tp: int = 1) -> None:
-    fleet.start(scheduled_fleet(*decision, tp=tp), _WEIGHTS)
+    begin(fleet, scheduled_fleet(*decision, tp=tp))
     fleet.wait_started()
 
 
@@ -182,7 +187,7 @@ def test_step_goes_on_with_the_replicas_that_came_up(fleet: Fleet, router: FakeR
 
 def test_replicas_start_while_the_caller_submits_its_prompts(fleet: Fleet, router: FakeRouter) -> None:
     fleet_module.ElasticReplica.may_start = threading.Event()
-    fleet.start(scheduled_fleet(1, (1,), tp=1), _WEIGHTS)
+    begin(fleet, scheduled_fleet(1, (1,), tp=1))
     assert router.expected == [1] and not router.servers
     fleet_module.ElasticReplica.may_start.set()
     fleet.wait_started()
@@ -191,7 +196,7 @@ def test_replicas_start_while_the_caller_submits_its_prompts(fleet: Fleet, route
 
 def test_release_waits_for_a_replica_that_is_on_its_way(fleet: Fleet) -> None:
     fleet_module.ElasticReplica.may_start = threading.Event()
-    fleet.start(scheduled_fleet(1, (1,), tp=1), _WEIGHTS)
+    begin(fleet, scheduled_fleet(1, (1,), tp=1))
     threading.Timer(0.05, fleet_module.ElasticReplica.may_start.set).start()
     fleet.release()
     assert not fleet.replicas, "its lease is returned too"
@@ -248,7 +253,7 @@ def test_a_router_that_is_gone_during_the_start_is_an_error_and_no_endless_wait(
 
     router.give_up_expected = SimpleNamespace(remote=is_gone)
     fleet_module.ElasticReplica.start_fails = frozenset({0})
-    fleet.start(scheduled_fleet(1, (2,), tp=1), _WEIGHTS)
+    begin(fleet, scheduled_fleet(1, (2,), tp=1))
     assert fleet._starting is not None
     with pytest.raises(fleet_module.ray.exceptions.RayActorError):
         fleet._starting.result(timeout=10)
@@ -291,7 +296,7 @@ def test_a_replica_that_cannot_be_ended_fails_the_release_and_not_the_rollout(fl
 
 
 def test_replicas_of_different_sizes_start_and_the_router_knows_each(fleet: Fleet, router: FakeRouter) -> None:
-    fleet.start(FleetDecision(1, (ReplicaSpec(2), ReplicaSpec(1), ReplicaSpec(1)), "mixed"), _WEIGHTS)
+    begin(fleet, FleetDecision(1, (ReplicaSpec(2), ReplicaSpec(1), ReplicaSpec(1)), "mixed"))
     fleet.wait_started()
     assert router.expected == [2, 1, 1] and sorted(router.tps) == [1, 1, 2]
     assert sorted(replica.world_size for replica in fleet.replicas) == [1, 1, 2] and fleet.max_gpus == 4

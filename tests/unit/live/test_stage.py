@@ -13,7 +13,7 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from verl_rlhfless.live import stage
 from verl_rlhfless.live.announcement import announcement_of
 from verl_rlhfless.live.client import _sample
-from verl_rlhfless.live.stage import StageManager, StageWorker
+from verl_rlhfless.live.stage import StageManager, StageWorker, Turns
 from verl_rlhfless.live.tickets import SampleKey
 
 ROLLOUT = SimpleNamespace(n=4, prompt_length=64, response_length=32)
@@ -92,7 +92,7 @@ def run_sample(monkeypatch: pytest.MonkeyPatch, validate: bool, error: Exception
     """Return the sample that the client saw during a run of one agent loop, and the client."""
     seen: list[Any] = []
     worker = StageWorker.__new__(StageWorker)
-    worker.llm_client = Client()
+    worker.llm_client, worker._turns = Client(), Turns()
     stock = AgentLoopWorkerTQ.__ray_metadata__.modified_class
 
     async def loop(self: Any, sampling_params: Any, trajectory: Any, *, agent_name: str, **kwargs: Any) -> None:
@@ -126,3 +126,20 @@ def test_validation_belongs_to_no_announced_sample(monkeypatch: pytest.MonkeyPat
 def test_a_sample_that_fails_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="too long"):
         run_sample(monkeypatch, validate=False, error=ValueError("too long"))
+
+
+def test_what_a_sample_sends_leaves_before_the_next_agent_loop_is_built() -> None:
+    built, sent = [], []
+
+    async def sample(turns: Turns, number: int) -> None:
+        await turns.take()
+        built.append(number)
+        asyncio.get_running_loop().call_soon(lambda: sent.append(len(built)))
+
+    async def all_at_once() -> None:
+        turns = Turns()
+        await asyncio.gather(*[sample(turns, number) for number in range(5)])
+
+    asyncio.run(all_at_once())
+    assert built == [0, 1, 2, 3, 4]
+    assert sent == [1, 2, 3, 4, 5], "as many were built when each message left"
