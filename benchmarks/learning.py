@@ -1,4 +1,4 @@
-"""Does a model learn the same on elastic replicas? GRPO on arithmetic, stock verl beside the elastic arm, three seeds.
+"""Does a model learn the same on elastic replicas? GRPO on arithmetic, two declared GPUs, stock verl beside elastic.
 
 Lengths are the model's own. A seed makes model, data and sampling; one run is one real verl run on the CPU, about six
 minutes, and those that have finished are kept. Every run must rise, and the mean rewards of both arms at the end must
@@ -25,7 +25,12 @@ from verl_rlhfless.demo.assets import arithmetic_problems, build_assets
 from verl_rlhfless.demo.run import DemoOptions, run_arm
 from verl_rlhfless.report.ab import build_arm
 
-ARMS = {arm.name: arm for arm in (recipe.STOCK, recipe.ELASTIC)}
+GPUS = 2
+_BUDGET = f"trainer.n_gpus_per_node={GPUS}"
+ARMS = {
+    "stock": recipe.STOCK.with_overrides(_BUDGET),
+    "elastic": recipe.ELASTIC.with_overrides(_BUDGET, f"rlhfless.pool.max_gpus={GPUS}"),
+}
 PROBLEMS = 256
 WINDOW = 10
 """Steps over which a reward is averaged at the start and at the end of a run."""
@@ -123,7 +128,7 @@ def main() -> None:
         draw(runs, options.plot)
     command = f"python -m benchmarks.learning --out OUT --seeds {options.seeds} --steps {options.steps}"
     results = {"steps": options.steps, "window": WINDOW, **compare(runs), "rewards": runs}
-    write_result("learning", results, command=command, num_gpus=recipe.NUM_GPUS)
+    write_result("learning", results, command=command, num_gpus=GPUS)
 
 
 if __name__ == "__main__":
