@@ -158,7 +158,9 @@ class Fleet:
                 await self._router.lease_returned.remote(replica.world_size)
 
     async def _start_all(self, candidates: list[ElasticReplica], weights: WeightSource) -> list[str]:
-        """Return why replicas did not come up."""
+        """Return why replicas did not come up; nothing is leased while the servers of fresh ones still import."""
+        num_fresh = len(candidates) - self.parking.num_parked
+        await self._warm_servers.wait_warm(num_fresh, self._config.pool.start_timeout_s)
         failures = await asyncio.gather(*[self._try_start(replica, weights) for replica in candidates])
         return [failure for failure in failures if failure]
 

@@ -5,7 +5,9 @@ In waiting they hold no GPU and no lease: about 1.2 GB of host memory each, with
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -46,6 +48,18 @@ class WarmPool:
             node_id = nodes[index % len(nodes)]
             self._waiting.setdefault(node_id, deque()).append(self._create(node_id))
 
+    async def wait_warm(self, count: int, timeout_s: float) -> None:
+        """Return when ``count`` servers in waiting have done their imports, or all that live; or after a time-out."""
+        if count <= 0:
+            return
+        warming = {asyncio.ensure_future(_is_warm(server)) for servers in self._waiting.values() for server in servers}
+        deadline_s, num_warm = time.monotonic() + timeout_s, 0
+        while warming and num_warm < count and (left_s := deadline_s - time.monotonic()) > 0:
+            done, warming = await asyncio.wait(warming, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            num_warm += sum(task.result() for task in done)
+        for task in warming:
+            task.cancel()
+
     async def take(self, node_id: str) -> tuple[Any, ProcessKey]:
         """Return a server on the node and its process: one in waiting that still lives, else a new one."""
         waiting = self._waiting.get(node_id, deque())
@@ -82,6 +96,15 @@ class WarmPool:
             )
             .remote()
         )
+
+
+async def _is_warm(server: Any) -> bool:
+    """Return whether a server has done its imports, when it has; one that is dead has not."""
+    try:
+        await server.wait_until_warm.remote()
+    except ray.exceptions.RayError:
+        return False
+    return True
 
 
 def _environment() -> Mapping[str, str]:

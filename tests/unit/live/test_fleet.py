@@ -107,15 +107,19 @@ class FakeRouter:
 
 
 class FakeWarmPool:
-    """Counts how often it was asked to fill up."""
+    """Notes what it was asked for."""
 
     def __init__(self) -> None:
         self.num_fills = 0
         self.num_waiting = 1
         self.is_closed = False
+        self.waited_for: list[int] = []
 
     def fill(self) -> None:
         self.num_fills += 1
+
+    async def wait_warm(self, count: int, timeout_s: float) -> None:
+        self.waited_for.append(count)
 
     def close(self) -> None:
         self.is_closed = True
@@ -183,6 +187,22 @@ def test_step_goes_on_with_the_replicas_that_came_up(fleet: Fleet, router: FakeR
     started(fleet, 1, (2,))
     assert list(router.servers) == ["host:1"]
     assert router.given_up == 1, "the router does not wait for the one that failed"
+
+
+def test_nothing_is_leased_before_servers_have_done_their_imports(fleet: Fleet, warm_servers: FakeWarmPool) -> None:
+    imported = threading.Event()
+
+    async def wait_warm(count: int, timeout_s: float) -> None:
+        warm_servers.waited_for.append(count)
+        await asyncio.to_thread(imported.wait, 10)
+
+    warm_servers.wait_warm = wait_warm  # type: ignore[method-assign]
+    begin(fleet, scheduled_fleet(1, (2,), tp=1))
+    until(lambda: warm_servers.waited_for == [2])
+    assert not fleet.starts
+    imported.set()
+    fleet.wait_started()
+    assert len(fleet.starts) == 2
 
 
 def test_replicas_start_while_the_caller_submits_its_prompts(fleet: Fleet, router: FakeRouter) -> None:

@@ -19,7 +19,14 @@ class FakeServer:
     def __init__(self, node_id: str) -> None:
         self.node_id = node_id
         self.is_dead = False
+        self.imported = asyncio.Event()
+        self.wait_until_warm = SimpleNamespace(remote=self._wait_until_warm)
         self.process = SimpleNamespace(remote=self._process)
+
+    async def _wait_until_warm(self) -> None:
+        if self.is_dead:
+            raise ray.exceptions.RayActorError
+        await self.imported.wait()
 
     async def _process(self) -> tuple[int, float]:
         if self.is_dead:
@@ -85,3 +92,26 @@ def test_a_pool_of_size_zero_warms_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     pool = WarmPool(size=0, max_num_seqs=8)
     pool.fill()
     assert pool.num_waiting == 0 and _take(pool, "a").node_id == "a"
+
+
+def test_as_many_servers_are_waited_for_as_are_asked_for_and_dead_ones_not(pool: WarmPool) -> None:
+    async def wait() -> list[bool]:
+        pool.fill()
+        first, second, dead = (server for servers in pool._waiting.values() for server in servers)
+        dead.is_dead = True
+        both = asyncio.ensure_future(pool.wait_warm(2, timeout_s=30.0))
+        is_over = []
+        for server in (first, second):
+            server.imported.set()
+            await asyncio.wait([both], timeout=0.05)
+            is_over.append(both.done())
+        return is_over
+
+    assert asyncio.run(wait()) == [False, True]
+
+
+@pytest.mark.parametrize(("count", "timeout_s"), [(0, 30.0), (1, 0.01)])
+def test_the_wait_for_imports_ends(pool: WarmPool, count: int, timeout_s: float) -> None:
+    pool.fill()
+    asyncio.run(pool.wait_warm(count, timeout_s))
+    assert pool.num_waiting == 3
