@@ -73,15 +73,24 @@ class Fleet:
         assert not self.replicas and self._starting is None, "a fleet is released before the next one starts"
         ray.get(self._router.expect.remote([spec.tp for spec in decision.replicas]))
 
-    def start(self, decision: FleetDecision, weights: WeightSource) -> None:
-        """Begin to start every replica of the decision at once, and return."""
+    def start(self, decision: FleetDecision, weights: WeightSource, *, imports_first: bool) -> None:
+        """Begin to start every replica of the decision at once, and return.
+
+        Args:
+            decision: The fleet.
+            weights: What its replicas load.
+            imports_first: Whether nothing is leased before the servers of fresh replicas have done their imports. Not
+                beside a trainer that leaves once they are leased: late, they would get its own devices, and engines
+                parked on those could not wake beside it.
+        """
         logger.info("rlhfless: step %d: %s", decision.step, decision.reason)
         self.max_gpus, self.num_started, self.gpu_s = decision.num_gpus, 0, 0.0
         self.starts, self.releases_s, self._num_servers = [], [], self.standby.num_servers
         self.parking.expect(decision)
         candidates = self._asked_for = [self._new_replica(spec) for spec in decision.replicas]
         self._starting = Future()
-        self._life = self._thread.submit(asyncio.run, self._live(candidates, weights, self._starting))
+        num_imports = len(candidates) - self.parking.num_parked if imports_first else 0
+        self._life = self._thread.submit(asyncio.run, self._live(candidates, weights, num_imports, self._starting))
 
     @property
     def is_leased(self) -> bool:
@@ -106,10 +115,13 @@ class Fleet:
         if not self.num_started:
             raise ReplicaError("no rollout replica came up. " + " | ".join(failures))
 
-    async def _live(self, candidates: list[ElasticReplica], weights: WeightSource, started: Future[list[str]]) -> None:
+    async def _live(
+        self, candidates: list[ElasticReplica], weights: WeightSource, num_imports: int, started: Future[list[str]]
+    ) -> None:
         """Start the replicas, then replace lost ones for as long as the router asks."""
         orders = asyncio.create_task(self._take_orders(weights))
         try:
+            await self._warm_servers.wait_warm(num_imports, self._config.pool.start_timeout_s)
             started.set_result(await self._start_all(candidates, weights))
         except BaseException as error:  # noqa: BLE001  handed to the thread that waits for the start
             started.set_exception(error)
@@ -158,9 +170,7 @@ class Fleet:
                 await self._router.lease_returned.remote(replica.world_size)
 
     async def _start_all(self, candidates: list[ElasticReplica], weights: WeightSource) -> list[str]:
-        """Return why replicas did not come up; nothing is leased while the servers of fresh ones still import."""
-        num_fresh = len(candidates) - self.parking.num_parked
-        await self._warm_servers.wait_warm(num_fresh, self._config.pool.start_timeout_s)
+        """Return why replicas did not come up."""
         failures = await asyncio.gather(*[self._try_start(replica, weights) for replica in candidates])
         return [failure for failure in failures if failure]
 

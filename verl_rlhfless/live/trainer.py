@@ -172,8 +172,8 @@ class ElasticTrainerSync(FusionTrainer):
 
     def _start_fleet(self, decision: FleetDecision, *, is_validation: bool = False) -> None:
         source = WeightSource(self._store_name, self._version, self._settings.weights.pull_timeout_s)
-        self._trainer_lease.before_rollout(decision.num_gpus, is_validation=is_validation)
-        self._fleet.start(decision, source)
+        trainer = self._trainer_lease.before_rollout(decision.num_gpus, is_validation=is_validation)
+        self._fleet.start(decision, source, imports_first=trainer.is_first)
         self._trainer_lease.during_rollout(self._fleet)
 
     def prepare_step(self) -> dict[str, Any]:

@@ -148,9 +148,9 @@ def fleet(router: FakeRouter, warm_servers: Any, monkeypatch: pytest.MonkeyPatch
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("rlhfless-fleet")]
 
 
-def begin(fleet: Fleet, decision: FleetDecision) -> None:
+def begin(fleet: Fleet, decision: FleetDecision, *, imports_first: bool = False) -> None:
     fleet.expect(decision)
-    fleet.start(decision, _WEIGHTS)
+    fleet.start(decision, _WEIGHTS, imports_first=imports_first)
 
 
 def started(fleet: Fleet, *decision: Any, tp: int = 1) -> None:
@@ -197,12 +197,17 @@ def test_nothing_is_leased_before_servers_have_done_their_imports(fleet: Fleet, 
         await asyncio.to_thread(imported.wait, 10)
 
     warm_servers.wait_warm = wait_warm  # type: ignore[method-assign]
-    begin(fleet, scheduled_fleet(1, (2,), tp=1))
+    begin(fleet, scheduled_fleet(1, (2,), tp=1), imports_first=True)
     until(lambda: warm_servers.waited_for == [2])
     assert not fleet.starts
     imported.set()
     fleet.wait_started()
     assert len(fleet.starts) == 2
+
+
+def test_imports_are_not_waited_for_where_leases_must_not_come_late(fleet: Fleet, warm_servers: FakeWarmPool) -> None:
+    started(fleet, 1, (2,))
+    assert warm_servers.waited_for == [0]
 
 
 def test_replicas_start_while_the_caller_submits_its_prompts(fleet: Fleet, router: FakeRouter) -> None:
