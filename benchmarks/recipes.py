@@ -1,8 +1,9 @@
 """Short real runs of the recipes that people train with, on elastic replicas: do they work, and are they right?
 
 Every recipe is the demo's run (tiny Qwen3, real verl, vLLM and Ray, no GPU) with the overrides that make it that
-recipe. A run passes when all its steps end, no sample is missing, engine and trainer agree on every log-prob, every
-replica served the weights of its step, nothing is left behind, and the recipe did what it is for (``expects``).
+recipe; a reward model on the trainer's own GPUs needs the resident fleet. A run passes when all its steps end, no
+sample is missing, engine and trainer agree on every log-prob, every replica served the weights of its step, nothing is
+left behind, and the recipe did what it is for (``expects``).
 
 FSDP 1 is not among them: verl synchronises its module states, which torch does on a GPU only.
 
@@ -24,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import write_result
+from benchmarks.reward_model import build_reward_model
 from benchmarks.scheduled import scheduled
+from verl_rlhfless.ab.arms import Arm
 from verl_rlhfless.demo import recipe
 from verl_rlhfless.demo.assets import Assets, arithmetic_problems, build_assets
 from verl_rlhfless.demo.run import DemoOptions, run_arm
@@ -43,6 +46,16 @@ _REFERENCE = (
     "actor_rollout_ref.ref.fsdp_config.use_torch_compile=False",
     f"+actor_rollout_ref.ref.fsdp_config.mixed_precision={_FP32}",
 )
+_REWARD_MODEL = (
+    "reward.custom_reward_function.path=null",
+    "reward.reward_model.enable=True",
+    "reward.reward_model.rollout.name=vllm",
+    "reward.reward_model.rollout.tensor_model_parallel_size=1",
+    "reward.reward_model.rollout.dtype=float32",
+    "reward.reward_model.rollout.max_model_len=1024",
+    "reward.reward_model.rollout.free_cache_engine=False",
+    "+reward.reward_model.rollout.enable_sleep_mode=False",
+)
 _CRITIC = (
     "algorithm.adv_estimator=gae",
     "critic.strategy=fsdp2",
@@ -57,6 +70,9 @@ _CRITIC = (
 )
 
 
+_ELASTIC = scheduled(1, 2)
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """One recipe.
@@ -67,6 +83,8 @@ class Recipe:
         samples: Samples of a step that reach the trainer.
         modules: What every process of the run loads beside verl.
         probs_diff: Most difference of a probability between engine and trainer.
+        arm: What the recipe runs on.
+        has_reward_model: Whether a tiny reward model is built and scores the samples.
     """
 
     overrides: tuple[str, ...] = ()
@@ -74,6 +92,8 @@ class Recipe:
     samples: int = recipe.PROMPTS_PER_STEP * recipe.SAMPLES_PER_PROMPT
     modules: tuple[str, ...] = ()
     probs_diff: float = 1e-6
+    arm: Arm = _ELASTIC
+    has_reward_model: bool = False
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -113,6 +133,23 @@ RECIPES: Mapping[str, Recipe] = {
         probs_diff=1e-3,  # verl sends merged adapters as bfloat16, in stock too
     ),
     "validation": Recipe(("trainer.test_freq=1", "trainer.val_before_train=True"), {"val-core": 0.0}),
+    "reward-model": Recipe(
+        (
+            *_REWARD_MODEL,
+            "reward.reward_model.enable_resource_pool=True",
+            "reward.reward_model.nnodes=1",
+            "reward.reward_model.n_gpus_per_node=1",
+            "rlhfless.pool.max_gpus=3",  # one of the four is the reward model's
+        ),
+        {"critic/advantages/max": 1e-6},
+        has_reward_model=True,
+    ),
+    "reward-model-colocated": Recipe(
+        _REWARD_MODEL,
+        {"critic/advantages/max": 1e-6, "timing_s/reward": 0.0},
+        arm=recipe.RESIDENT.with_overrides("trainer.n_gpus_per_node=1"),
+        has_reward_model=True,
+    ),
 }
 FAST = ("dapo", "tool", "lora")
 """What the test suite runs: group filtering with refill, several turns with a tool, merged adapters."""
@@ -140,7 +177,9 @@ class Outcome:
 def run_recipe(name: str, assets: Assets, out: Path, steps: int = 2, overrides: tuple[str, ...] = ()) -> Outcome:
     """Train a recipe for some steps on elastic replicas and judge it."""
     chosen = RECIPES[name]
-    arm = replace(scheduled(1, 2), name=f"elastic-{name}").with_overrides(*chosen.overrides, *overrides)
+    if chosen.has_reward_model:
+        overrides = (f"reward.reward_model.model_path={build_reward_model(assets, out / 'reward-model')}", *overrides)
+    arm = replace(chosen.arm, name=f"{chosen.arm.name}-{name}").with_overrides(*chosen.overrides, *overrides)
     with _loaded(chosen.modules):
         ended = run_arm(arm, assets, DemoOptions(out=out, steps=steps, arms=("elastic",)), print)
     if ended.exit_code:

@@ -110,6 +110,11 @@ REFUSED = [
         {},
         ["rlhfless.planner.max_usd_per_step=1.0", "rlhfless.planner.usd_per_gpu_hour=PRICE"],
     ),
+    (
+        ["reward.reward_model.enable=True"],
+        {},
+        ["reward_model.enable_resource_pool=False", "colocated reward model", "+rlhfless=resident"],
+    ),
     (["data.train_files=/nowhere/train.parquet"], {}, ["data.train_files='/nowhere/train.parquet'", "missing"]),
     ([], {"VERL_USE_EXTERNAL_PLUGINS": "none"}, ["VERL_USE_EXTERNAL_PLUGINS='none'", "configured but not active"]),
     ([], {"VERL_USE_EXTERNAL_PLUGINS": "a,b"}, ["VERL_USE_EXTERNAL_PLUGINS='a,b'", "configured but not active"]),
@@ -315,7 +320,6 @@ def test_any_other_end_of_a_run_is_hydras_business(value: object, capsys: pytest
     [
         ((), ""),
         (("rlhfless.pool.suspend_trainer=never",), "rlhfless.pool.suspend_trainer=never"),
-        (("reward.reward_model.enable=True",), "a colocated reward model"),
         (("actor_rollout_ref.actor.strategy=megatron",), "only FSDP's state"),
     ],
 )

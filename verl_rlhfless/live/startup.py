@@ -162,8 +162,15 @@ def check_rollout(config: DictConfig, parsed: RlhflessConfig) -> None:
 
 
 def check_elastic(config: DictConfig) -> None:
-    """Refuse what a leased replica can't do: weights of an engine nobody tried, adapters apart, other parallelism."""
+    """Refuse what leases can't do: weights of an engine nobody tried, adapters apart, other parallelism or tenants."""
     check_adapters(config)
+    reward = config.reward.reward_model
+    if reward.enable and not reward.enable_resource_pool:
+        rule = "a colocated reward model would stay on GPUs that the trainer gives back"
+        action = (
+            "Give it GPUs of its own (enable_resource_pool=True, nnodes, n_gpus_per_node), or use +rlhfless=resident."
+        )
+        raise ConfigError("reward.reward_model.enable_resource_pool", False, rule, action)
     strategy = config.actor_rollout_ref.actor.strategy
     if strategy not in _STRATEGIES:
         rule = f"elastic replicas get their weights from {', '.join(_STRATEGIES)} only"

@@ -12,10 +12,8 @@ def why_lease_is_kept(run_config: Any, suspend_trainer: str) -> str:
         run_config: verl's configuration.
         suspend_trainer: ``rlhfless.pool.suspend_trainer``.
     """
-    reward = run_config.reward.reward_model
     reasons = {
         "rlhfless.pool.suspend_trainer=never": suspend_trainer == "never",
-        "a colocated reward model works on the trainer's GPUs": reward.enable and not reward.enable_resource_pool,
         "only FSDP's state is known to leave its device and come back": run_config.actor_rollout_ref.actor.strategy
         not in ("fsdp", "fsdp2"),
     }
