@@ -31,6 +31,7 @@ class Comparison:
         num_gpus: GPUs that the cluster declares.
         seed: Of all arms; ``None`` = not set.
         recipe: What the arms share, for the record; ``None`` = the demo's own.
+        pace: The declared device, for the record; ``None`` = the machine itself.
     """
 
     out: Path
@@ -39,6 +40,7 @@ class Comparison:
     num_gpus: int
     seed: int | None
     recipe: Mapping[str, Any] | None = None
+    pace: Mapping[str, Any] | None = None
 
 
 def compare(comparison: Comparison, train_arm: TrainArm, say: Say) -> dict[str, Any]:
@@ -93,6 +95,7 @@ def build_record(comparison: Comparison, outcomes: Mapping[str, ArmOutcome]) -> 
     return {
         **record,
         "recipe": comparison.recipe,
+        "pace": comparison.pace,
         "overrides": {arm.name: list(arm.overrides) for arm in comparison.arms},
         "failed": failed,
     }

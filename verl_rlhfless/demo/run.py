@@ -134,7 +134,14 @@ def _run_column(column: Column, options: DemoOptions, work: _Work, assets: Asset
     ]
     limits = GuardLimits(num_steps=options.steps, num_samples=work.num_samples, max_gpus=recipe.NUM_GPUS)
     pace = column.pace.to_json() if column.pace else None
-    comparison = Comparison(folder, tuple(arms), limits, recipe.NUM_GPUS, options.seed)
+    comparison = Comparison(
+        folder,
+        tuple(arms),
+        limits,
+        recipe.NUM_GPUS,
+        options.seed,
+        pace=asdict(column.pace) if column.pace else None,
+    )
     record = compare(comparison, lambda arm, tell: run_arm(arm, assets, in_folder, tell, pace), say)
     if work.workload is not None:
         least = ablation.least_prefill_of_steps(assets.model, work.workload, options.steps)

@@ -82,6 +82,12 @@ def test_the_steps_of_an_arm_that_failed_late_are_shown_and_its_guards_fail(tmp_
     assert [guard["ok"] for guard in record["guards"] if guard["name"] == "num_steps/stock"] == [False]
 
 
+@pytest.mark.parametrize("pace", [None, {"base_ms": 120.0}])
+def test_a_record_says_which_clock_its_seconds_are_of(tmp_path: Path, pace: dict[str, float] | None) -> None:
+    comparison = Comparison(tmp_path, ARMS[:1], LIMITS, 4, 1, pace=pace)
+    assert compare(comparison, lambda arm, say: recorded(arm, tmp_path), lambda line: None)["pace"] == pace
+
+
 def test_an_asynchronous_arm_is_marked(tmp_path: Path) -> None:
     arm = Arm("elastic", (), is_asynchronous=True)
     record, _ = run(tmp_path, lambda a, say: recorded(a, tmp_path), (ARMS[0], arm))
