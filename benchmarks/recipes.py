@@ -71,6 +71,23 @@ _CRITIC = (
 
 
 _ELASTIC = scheduled(1, 2)
+_FILTERED = (
+    "algorithm.filter_groups.enable=True",
+    "algorithm.filter_groups.metric=reward",
+    f"reward.custom_reward_function.path={_PARTS}",
+    "reward.custom_reward_function.name=coarse_score",
+)
+_TURNS = (
+    "actor_rollout_ref.rollout.multi_turn.enable=True",
+    "actor_rollout_ref.rollout.multi_turn.format=rlhfless_always",
+    f"actor_rollout_ref.rollout.multi_turn.function_tool_path={_TOOL}",
+    "actor_rollout_ref.rollout.multi_turn.max_assistant_turns=3",
+    "actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent",
+    "data.max_response_length=160",
+    f"actor_rollout_ref.rollout.max_model_len={recipe.MAX_PROMPT_TOKENS + 160}",
+)
+_EVICTED = {"training/filter_groups/evicted_samples": 1}
+_MOST_TURNS = {"num_turns/max": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,28 +119,9 @@ RECIPES: Mapping[str, Recipe] = {
     "ppo-critic-reference": Recipe(
         (*_CRITIC, *_REFERENCE), {"critic/vf_loss": 1e-9, "actor/kl_loss": 0.0}, modules=("benchmarks.cpu_critic",)
     ),
-    "dapo": Recipe(
-        (
-            "algorithm.filter_groups.enable=True",
-            "algorithm.filter_groups.metric=reward",
-            f"reward.custom_reward_function.path={_PARTS}",
-            "reward.custom_reward_function.name=coarse_score",
-        ),
-        {"training/filter_groups/evicted_samples": 1},
-    ),
-    "tool": Recipe(
-        (
-            "actor_rollout_ref.rollout.multi_turn.enable=True",
-            "actor_rollout_ref.rollout.multi_turn.format=rlhfless_always",
-            f"actor_rollout_ref.rollout.multi_turn.function_tool_path={_TOOL}",
-            "actor_rollout_ref.rollout.multi_turn.max_assistant_turns=3",
-            "actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent",
-            "data.max_response_length=160",
-            f"actor_rollout_ref.rollout.max_model_len={recipe.MAX_PROMPT_TOKENS + 160}",
-        ),
-        {"num_turns/max": 4},
-        modules=("benchmarks.recipe_parts",),
-    ),
+    "dapo": Recipe(_FILTERED, _EVICTED),
+    "tool": Recipe(_TURNS, _MOST_TURNS, modules=("benchmarks.recipe_parts",)),
+    "dapo-tool": Recipe((*_FILTERED, *_TURNS), _EVICTED | _MOST_TURNS, modules=("benchmarks.recipe_parts",)),
     "lora": Recipe(
         (
             "actor_rollout_ref.model.lora_rank=8",
@@ -151,8 +149,8 @@ RECIPES: Mapping[str, Recipe] = {
         has_reward_model=True,
     ),
 }
-FAST = ("dapo", "tool", "lora")
-"""What the test suite runs: group filtering with refill, several turns with a tool, merged adapters."""
+FAST = "dapo-tool"
+"""What every run of the test suite trains: several turns with a tool, groups filtered and refilled."""
 
 
 @dataclass(frozen=True, slots=True)

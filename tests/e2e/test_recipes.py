@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.recipes import FAST, run_recipe
+from benchmarks.recipes import FAST, RECIPES, run_recipe
 from verl_rlhfless.demo.assets import Assets
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+NAMES = [name if name == FAST else pytest.param(name, marks=pytest.mark.long) for name in RECIPES]
 
 
-@pytest.mark.parametrize("name", FAST)
-def test_recipe_trains_on_elastic_replicas(name: str, assets: Assets, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_trains(name: str, assets: Assets, tmp_path: Path) -> None:
     outcome = run_recipe(name, assets, tmp_path, steps=2)
     assert outcome.exit_code == 0 and not outcome.failed
     assert len(outcome.step_s) == 2
