@@ -1,10 +1,11 @@
-"""What some recipes need beside overrides: a coarse reward, and a model that always calls a tool."""
+"""What some recipes need beside overrides: two rewards, coarse and of a model, and a model that always calls a tool."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+import aiohttp
 from verl.experimental.agent_loop.tool_parser import FunctionCall, ToolParser
 
 TOOL_FORMAT = "rlhfless_always"
@@ -17,6 +18,29 @@ def coarse_score(data_source: str, solution_str: str, ground_truth: str, **_: An
     What a model can learn would soon have every group agree, and verl generates until enough groups don't.
     """
     return float(sum(solution_str.encode()) % 4 == 0)
+
+
+async def model_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: str,
+    reward_router_address: str,
+    reward_model_tokenizer: Any,
+    **_: Any,
+) -> float:
+    """Return the logit that the reward model has for a response.
+
+    verl 0.9.1 asks a reward model without such a function too, but then its agent loop misses ``reward_extra_info``.
+    """
+    asked = {
+        "model": reward_model_tokenizer.name_or_path,
+        "input": f"Is this {ground_truth}? {solution_str}",
+        "use_activation": False,
+    }
+    url = f"http://{reward_router_address}/classify"
+    async with aiohttp.ClientSession() as session, session.post(url, json=asked) as answer:
+        answer.raise_for_status()
+        return float((await answer.json())["data"][0]["probs"][0])
 
 
 @ToolParser.register(TOOL_FORMAT)

@@ -47,7 +47,6 @@ _REFERENCE = (
     f"+actor_rollout_ref.ref.fsdp_config.mixed_precision={_FP32}",
 )
 _REWARD_MODEL = (
-    "reward.custom_reward_function.path=null",
     "reward.reward_model.enable=True",
     "reward.reward_model.rollout.name=vllm",
     "reward.reward_model.rollout.tensor_model_parallel_size=1",
@@ -134,6 +133,8 @@ RECIPES: Mapping[str, Recipe] = {
     "reward-model": Recipe(
         (
             *_REWARD_MODEL,
+            f"reward.custom_reward_function.path={_PARTS}",
+            "reward.custom_reward_function.name=model_score",
             "reward.reward_model.enable_resource_pool=True",
             "reward.reward_model.nnodes=1",
             "reward.reward_model.n_gpus_per_node=1",
@@ -143,7 +144,7 @@ RECIPES: Mapping[str, Recipe] = {
         has_reward_model=True,
     ),
     "reward-model-colocated": Recipe(
-        _REWARD_MODEL,
+        (*_REWARD_MODEL, "reward.custom_reward_function.path=null"),
         {"critic/advantages/max": 1e-6, "timing_s/reward": 0.0},
         arm=recipe.RESIDENT.with_overrides("trainer.n_gpus_per_node=1"),
         has_reward_model=True,
