@@ -186,11 +186,13 @@ def run_recipe(name: str, assets: Assets, out: Path, steps: int = 2, overrides: 
             ended.exit_code, (f"verl ended with {ended.exit_code}; see {ended.folder}/train.log",), {}, (), ()
         )
     record = build_arm(ended.folder)
-    limits = GuardLimits(steps, chosen.samples, recipe.NUM_GPUS, (arm.name,), chosen.probs_diff)
+    pulling = (arm.name,) if arm.pulls_weights else ()
+    limits = GuardLimits(steps, chosen.samples, recipe.NUM_GPUS, pulling, chosen.probs_diff)
     guards = judge({arm.name: record}, limits, {arm.name: ended.leftovers})
     metrics = [json.loads(line)["data"] for line in (ended.folder / "metrics.jsonl").read_text().splitlines()]
     figures = {key: _greatest(metrics, key) for key in chosen.expects}
     failed = [f"{guard.name}: {guard.value}, limit {guard.limit}" for guard in guards if not guard.ok]
+    failed += ended.leftovers
     failed += [
         f"{key}: {figures[key]}, expected >= {least}"
         for key, least in chosen.expects.items()
