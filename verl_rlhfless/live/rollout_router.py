@@ -200,7 +200,7 @@ class RolloutRouter(Router):
         await super().progress(server, delta)
         load = self.book.servers.loads.get(server)
         if load is not None and self._planner is not None:
-            self._planner.speed.note(server, self.desk.tp_of(server), delta, (load.num_requests, load.context_tokens))
+            self._planner.speed.note(server, self.desk.tp_of(server), delta, load.context_tokens)
 
     async def learn_costs(self, times: StepTimes) -> None:
         """Take what a planned step took; the next plan counts with it."""

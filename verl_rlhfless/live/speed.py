@@ -1,7 +1,10 @@
 """Measured decode iterations, from the progress that replicas report anyway.
 
-While the same requests run on a replica, each gets one token an iteration; so the tokens of the longest stretch without
-a change, and its seconds, are one sample. Prefill is not measured: a stretch ends when a request joins.
+Each request that runs on a replica gets one token an iteration. So while none joins, the tokens of a request that goes
+on count the iterations, and the tokens of all divided by them are the mean batch. Requests may end meanwhile: else only
+the small batches of a rollout's tail would be measured, and plans would hold large ones to be as fast. Prefill is not
+measured: a report in which a request has its first tokens is left out, and so is the one before, in which it may have
+been computed.
 """
 
 from __future__ import annotations
@@ -15,17 +18,42 @@ from verl_rlhfless.live.tickets import Delta
 from verl_rlhfless.policy.calibrate import IterationSample
 
 _LEAST_ITERATIONS = 12  # a report may come one iteration early or late
-_MOST_ITERATIONS = 48
 _KEPT = 64
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Stretch:
-    requests: frozenset[str]
-    began_s: float
-    last_s: float
+    """What a server did while no request joined; context is summed over iterations."""
+
+    seconds: float = 0.0
     iterations: int = 0
-    context: float = 0.0
+    tokens: int = 0
+    context: int = 0
+
+    def __add__(self, other: _Stretch) -> _Stretch:
+        return _Stretch(
+            self.seconds + other.seconds,
+            self.iterations + other.iterations,
+            self.tokens + other.tokens,
+            self.context + other.context,
+        )
+
+    def sample(self) -> IterationSample:
+        return IterationSample(
+            decodes=round(self.tokens / self.iterations),
+            context_tokens=round(self.context / self.iterations),
+            prefill_tokens=0,
+            seconds=self.seconds / self.iterations,
+        )
+
+
+@dataclass(slots=True)
+class _Server:
+    """A server's last report, and what it did before it."""
+
+    reported_s: float
+    sure: _Stretch = _Stretch()
+    last: _Stretch = _Stretch()
 
 
 class SpeedMeter:
@@ -33,7 +61,7 @@ class SpeedMeter:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._stretches: dict[str, tuple[int, _Stretch]] = {}
+        self._servers: dict[str, _Server] = {}
         self._samples: dict[int, deque[IterationSample]] = {}
 
     @property
@@ -41,39 +69,25 @@ class SpeedMeter:
         """What was measured, by tensor-parallel size."""
         return {tp: tuple(of) for tp, of in self._samples.items()}
 
-    def note(self, server: str, tp: int, delta: Delta, load: tuple[int, int]) -> None:
+    def note(self, name: str, tp: int, delta: Delta, context: int) -> None:
         """Take a server's report.
 
         Args:
-            server: Who reports.
+            name: The server.
             tp: Its tensor-parallel size.
-            delta: New tokens of each request.
-            load: Requests that run there by now, and the tokens that they hold.
+            delta: New tokens of each request that goes on.
+            context: Tokens that the requests on it hold by now.
         """
-        num_requests, context = load
-        requests, now_s = frozenset(part.attempt for part in delta.parts), self._clock()
-        found = self._stretches.get(server)
-        stretch = found[1] if found else None
-        if stretch is None or stretch.requests != requests or len(requests) != num_requests:
-            self._close(server)
-            if len(requests) == num_requests:
-                self._stretches[server] = tp, _Stretch(requests, now_s, now_s)
+        now_s = self._clock()
+        server = self._servers.get(name)
+        if server is None or not delta.parts or any(part.start == 0 for part in delta.parts):
+            self._servers[name] = _Server(now_s)
             return
+        server.sure += server.last
+        if server.sure.iterations >= _LEAST_ITERATIONS:
+            self._samples.setdefault(tp, deque(maxlen=_KEPT)).append(server.sure.sample())
+            server.sure = _Stretch()
         iterations = max(len(part.tokens) for part in delta.parts)
-        stretch.iterations += iterations
-        stretch.context += iterations * context
-        stretch.last_s = now_s
-        if stretch.iterations >= _MOST_ITERATIONS:
-            self._close(server)
-
-    def _close(self, server: str) -> None:
-        tp, stretch = self._stretches.pop(server, (0, None))
-        if stretch is None or stretch.iterations < _LEAST_ITERATIONS:
-            return
-        sample = IterationSample(
-            decodes=len(stretch.requests),
-            context_tokens=round(stretch.context / stretch.iterations),
-            prefill_tokens=0,
-            seconds=(stretch.last_s - stretch.began_s) / stretch.iterations,
-        )
-        self._samples.setdefault(tp, deque(maxlen=_KEPT)).append(sample)
+        tokens = sum(len(part.tokens) for part in delta.parts)
+        server.last = _Stretch(now_s - server.reported_s, iterations, tokens, iterations * context)
+        server.reported_s = now_s
