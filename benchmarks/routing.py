@@ -1,7 +1,7 @@
 """What routing alone gains: rollout time on a resident fleet of four paced replicas, part by part.
 
 All arms replay the same lengths on verl's own hybrid replicas, so elasticity plays no part. One arm is one real verl
-run on the CPU, about three minutes; finished arms are kept, so a run can be taken up again.
+run on the CPU, about ten minutes; finished arms are kept, so a run can be taken up again.
 
 python -m benchmarks.routing --out OUT [--arms stock,all] [--trace FILE]   # writes benchmarks/results/routing.json
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from benchmarks.record import write_result
 from verl_rlhfless.demo import ablation, recipe
 from verl_rlhfless.demo.assets import build_assets
+from verl_rlhfless.demo.columns import MAX_HOST_CPU, PACE
 from verl_rlhfless.demo.run import DemoOptions, run_arm
 from verl_rlhfless.demo.workload import Size, Workload
 from verl_rlhfless.report.ab import build_arm
@@ -27,9 +29,6 @@ WARM_UP = 1  # imports, and a length model that knows nothing
 SEED = 1
 SIZE = Size(prompts=16, samples=8, max_response_tokens=160)
 SLOTS = 14  # requests that a replica runs at once; the rest waits, as when keys and values of long responses fill a GPU
-PACE = {"base_ms": 60.0, "per_request_ms": 2.0, "per_prefill_token_ms": 0.2, "per_context_token_us": 1.0}
-"""Ratios of a 7B model on an L40S (22 ms weights, 0.07 ms a prompt token), slowed down until two cores can follow."""
-MAX_HOST_CPU = 70.0
 
 _GROUPS = {"predictor": "off", "dispatcher": "stock", "prefix_dedup": "off", "migration": "off"}
 ARMS: dict[str, dict[str, str] | None] = {
@@ -82,7 +81,7 @@ def _run(name: str, workload: Workload, folder: Path) -> dict[str, Any]:
     ]
     options = DemoOptions(out=folder.parent, steps=STEPS, seed=SEED, arms=("stock",))
     say = partial(print, flush=True)
-    outcome = run_arm(recipe.Arm(folder.name, tuple(overrides)), assets, options, say, json.dumps(PACE))
+    outcome = run_arm(recipe.Arm(folder.name, tuple(overrides)), assets, options, say, PACE.to_json())
     if outcome.exit_code != 0:
         raise SystemExit(f"{name}: verl ended with exit code {outcome.exit_code}; see {folder / 'train.log'}")
     least = ablation.least_prefill_of_steps(assets.model, workload, STEPS, SIZE)
@@ -143,7 +142,7 @@ def main() -> None:
     compared = compare({name: measure(name, workload, out) for name in names})
     for name, figures in compared.items():
         print(f"{name:>20}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
-    settings = {"pace": PACE, "steps": STEPS, "slots": SLOTS, "prompts": SIZE.prompts, "samples": SIZE.samples}
+    settings = {"pace": asdict(PACE), "steps": STEPS, "slots": SLOTS, "prompts": SIZE.prompts, "samples": SIZE.samples}
     command = f"python -m benchmarks.routing --out OUT --arms {','.join(names)}"
     write_result("routing", {**settings, "arms": compared}, command=command)
 
