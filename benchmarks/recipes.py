@@ -1,9 +1,9 @@
-"""Short real runs of the recipes that people train with, on elastic replicas: do they work, and are they right?
+"""Short real runs of the recipes that people train with, on our replicas: do they work, and are they right?
 
-Every recipe is the demo's run (tiny Qwen3, real verl, vLLM and Ray, no GPU) with the overrides that make it that
-recipe; a reward model on the trainer's own GPUs needs the resident fleet. A run passes when all its steps end, no
-sample is missing, engine and trainer agree on every log-prob, every replica served the weights of its step, nothing is
-left behind, and the recipe did what it is for (``expects``).
+Every recipe is the demo's elastic run (tiny Qwen3, real verl, vLLM and Ray, no GPU) with the overrides that make it
+that recipe; ``resident`` is the resident fleet, which a reward model on the trainer's own GPUs needs. A run passes when
+all its steps end, no sample is missing, engine and trainer agree on every log-prob, every replica served the weights of
+its step, nothing is left behind, and the recipe did what it is for (``expects``).
 
 FSDP 1 is not among them: verl synchronises its module states, which torch does on a GPU only.
 
@@ -70,6 +70,7 @@ _CRITIC = (
 
 
 _ELASTIC = scheduled(1, 2)
+_RESIDENT = recipe.RESIDENT.with_overrides("trainer.n_gpus_per_node=1")
 _FILTERED = (
     "algorithm.filter_groups.enable=True",
     "algorithm.filter_groups.metric=reward",
@@ -143,10 +144,11 @@ RECIPES: Mapping[str, Recipe] = {
         {"critic/advantages/max": 1e-6},
         has_reward_model=True,
     ),
+    "resident": Recipe(arm=_RESIDENT),
     "reward-model-colocated": Recipe(
         (*_REWARD_MODEL, "reward.custom_reward_function.path=null"),
         {"critic/advantages/max": 1e-6, "timing_s/reward": 0.0},
-        arm=recipe.RESIDENT.with_overrides("trainer.n_gpus_per_node=1"),
+        arm=_RESIDENT,
         has_reward_model=True,
     ),
 }

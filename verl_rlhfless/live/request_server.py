@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,11 @@ import ray
 from verl.workers.rollout.replica import TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
+from verl_rlhfless.live.engine_files import sockets_without_names
 from verl_rlhfless.live.streams import EngineStreams
 from verl_rlhfless.live.tickets import ENGINE_DEAD, ServerLimits
+from verl_rlhfless.processes import descendants
+from verl_rlhfless.shared_memory import mapped_segments, unlink_segments
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +30,13 @@ class RequestServer(vLLMHttpServer):
     _reporting: asyncio.Task[None] | None = None
 
     async def launch_server(self, *args: Any, **kwargs: Any) -> None:
-        """Launch as verl does, then follow the engine's streams."""
-        await super().launch_server(*args, **kwargs)
+        """Launch as verl does, then follow the engine's streams.
+
+        From then on only this actor's processes hold the engine's shared memory and sockets: nothing stays behind.
+        """
+        with sockets_without_names():
+            await super().launch_server(*args, **kwargs)
+        unlink_segments(mapped_segments([os.getpid(), *(pid for pid, _ in descendants(os.getpid()))]))
         if self.node_rank == 0:
             self._streams = EngineStreams(self.engine)
 

@@ -1,21 +1,18 @@
-"""The server actor of an elastic replica: a request server that also pulls weights and ends without a trace."""
+"""The server actor of an elastic replica: a request server that also pulls weights, and whose end is confirmed."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from typing import Any
 
 import psutil
 
 from verl_rlhfless.live.engine_death import ends_with_engine
-from verl_rlhfless.live.engine_files import sockets_without_names
 from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.parked_memory import ParkedMemory, measure_parked
 from verl_rlhfless.live.request_server import RequestServer
 from verl_rlhfless.live.weights import PullReport, pull_into_engine
 from verl_rlhfless.processes import ProcessKey, descendants, end_processes, process_key
-from verl_rlhfless.shared_memory import mapped_segments, unlink_segments
 
 _DROP_ALL = 2  # vLLM's sleep level that keeps neither weights nor keys and values
 _WORKER_EXTENSION = "verl_rlhfless.live.engine_worker.ElasticWorkerExtension"
@@ -26,13 +23,6 @@ class ElasticServer(RequestServer):
 
     def _get_worker_extension_cls(self) -> str:
         return _WORKER_EXTENSION
-
-    async def launch_server(self, *args: Any, **kwargs: Any) -> None:
-        """Launch as verl does; then only this actor's processes hold the engine's shared memory and sockets."""
-        with sockets_without_names():
-            await super().launch_server(*args, **kwargs)
-        pids = [os.getpid(), *(pid for pid, _ in descendants(os.getpid()))]
-        unlink_segments(mapped_segments(pids))
 
     async def process(self) -> ProcessKey:
         """Return the key of this actor's process."""
