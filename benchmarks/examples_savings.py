@@ -3,8 +3,9 @@
     python -m benchmarks.examples_savings      # writes the record and the table in examples/README.md
 
 Response lengths are synthetic, from the statistics named with each example. The stock arm is verl's synchronous trainer
-with the recipe's tensor-parallel size; beside it stands the best static size, which a user could find by trial. Turns
-and waits for tools are not modelled, and Megatron's training is priced as FSDP's.
+with the recipe's tensor-parallel size; beside it stand the best static size, which a user could find by trial, and our
+routing alone on stock's own engines. Turns and waits for tools are not modelled, and Megatron's training is priced as
+FSDP's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from benchmarks.record import write_result
 from verl_rlhfless.policy.arm import Arm
 from verl_rlhfless.policy.baselines.stock import StockSync
 from verl_rlhfless.policy.gpus import GPUS
+from verl_rlhfless.policy.routing import Routing
 from verl_rlhfless.policy.shapes import MODELS
 from verl_rlhfless.policy.transitions import RECIPES, LeaseTimes
 from verl_rlhfless.sim.cell import Cell
@@ -88,12 +90,13 @@ def cell_of(example: Example, gpu: str, folder: Path) -> Cell:
 
 
 def savings(example: Example, gpu: str, folder: Path) -> dict[str, Any]:
-    """Return seconds and dollars of a mean step for stock, for the best static size and for ours."""
+    """Return seconds and dollars of a mean step for stock, the best static size, ours, and our routing alone."""
     cell = cell_of(example, gpu, folder)
     arms: dict[str, Arm] = {
         "stock": StockSync(example.tp),
         "best_static": cell.arm("stock_sync_best_tp"),
         "ours": cell.arm("ours"),
+        "resident": Routing((example.tp,) * (cell.cluster.num_gpus // example.tp), migration="cut_and_migrate"),
     }
     row: dict[str, Any] = {"example": example.name, "gpu": gpu, "gpus": cell.cluster.num_gpus}
     row |= {"usd_per_gpu_h": cell.cluster.usd_per_gpu_h, "best_static_tp": cell.best_tp}
@@ -104,13 +107,17 @@ def savings(example: Example, gpu: str, folder: Path) -> dict[str, Any]:
     for other in ("stock", "best_static"):
         row[f"saving_to_{other}"] = round(1 - row["ours_usd_per_step"] / row[f"{other}_usd_per_step"], 3)
         row[f"time_to_{other}"] = round(row["ours_step_s"] / row[f"{other}_step_s"] - 1, 3)
+    row["resident_to_stock"] = round(row["resident_step_s"] / row["stock_step_s"] - 1, 3)
     return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
     columns = ("Example", "GPUs, list price", "Stock: step, cost", "Ours: step, cost", "Ours to stock")
-    lines = [f"| {' | '.join(columns)} | To the best static size |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"| {' | '.join(columns)} | To the best static size | Resident to stock |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         price = f"{row['gpus']} x {row['gpu']}, ${row['usd_per_gpu_h']:.2f}/h"
         stock, ours = (f"{row[f'{arm}_step_s']:.1f} s, ${row[f'{arm}_usd_per_step']:.3f}" for arm in ("stock", "ours"))
@@ -118,7 +125,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{_percent(-row[f'saving_to_{arm}'])} cost, {_percent(row[f'time_to_{arm}'])} time"
             for arm in ("stock", "best_static")
         )
-        lines.append(f"| `{row['example']}` | {price} | {stock} | {ours} | {to_stock} | {to_static} |")
+        resident = _percent(row["resident_to_stock"])
+        lines.append(f"| `{row['example']}` | {price} | {stock} | {ours} | {to_stock} | {to_static} | {resident} |")
     return "\n".join(lines)
 
 
