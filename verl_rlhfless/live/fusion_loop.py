@@ -10,7 +10,6 @@ compute what it would have computed without.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -27,7 +26,6 @@ from verl_rlhfless.live.fusion_recall import num_tokens
 from verl_rlhfless.policy.fuse import CallCost, next_chunk
 
 logger = logging.getLogger(__name__)
-logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
 
 _PARTITION = "train"
 _LOOK_S = 0.2  # a look asks the queue for its keys, about a millisecond

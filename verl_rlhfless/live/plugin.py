@@ -13,6 +13,7 @@ from types import ModuleType
 import wrapt
 
 from verl_rlhfless.errors import RlhflessError
+from verl_rlhfless.live.logs import configure_logging
 
 
 def _register_trainer(_: ModuleType) -> None:
@@ -33,6 +34,7 @@ def _install_sample_log(_: ModuleType) -> None:
 
 def register() -> None:
     """Register the platform at once and everything else when verl imports the module that it extends."""
+    configure_logging()
     if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
         from verl_rlhfless.live import cpu
 

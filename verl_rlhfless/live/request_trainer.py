@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from verl_rlhfless.live.routing import Nodes, RoutingSettings
 from verl_rlhfless.live.tickets import RouterSettings
 
 logger = logging.getLogger(__name__)
-logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
 
 LENGTHS_FILE = "rlhfless_lengths.json"
 """Length history in a checkpoint's folder."""
