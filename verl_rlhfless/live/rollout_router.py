@@ -137,15 +137,18 @@ class RolloutRouter(Router):
         """Note that a replica's GPUs were given back during the rollout."""
         self.desk.returned(tp)
 
-    async def announce(self, announced: Announcement) -> None:
+    async def announce(self, announced: Announcement) -> tuple[int, ...]:
         """Plan a step for the replicas that are up or expected; prompts may be submitted from then on.
+
+        Returns:
+            The groups' positions in the batch, in the order in which their prompts are best submitted.
 
         Raises:
             ReplicaError: No replica is up and none is expected.
         """
         if not self.book.is_done:
             logger.info("rlhfless: step %d: further prompts join without a plan", announced.step)
-            return
+            return tuple(range(len(announced.groups)))
         await self._control_ended()
         assert self._routing is not None and self._planner is not None, "configured before the first rollout"
         servers = await self.get_all_servers()
@@ -170,6 +173,7 @@ class RolloutRouter(Router):
         control = self._run((policy, plan, ports), batch, self._live)
         self._control = asyncio.get_running_loop().create_task(control)
         await asyncio.sleep(0)  # the loop has placed every sample when the caller goes on to submit
+        return tuple(dict.fromkeys(batch.group_of[plan.order].tolist()))
 
     async def report(self) -> RolloutReport | None:
         """Return what was done for the last rollout, when it has ended; ``None`` when none was announced."""

@@ -4,13 +4,14 @@ verl's own agent-loop manager and worker do everything else, so any agent loop w
 announced: nothing is predicted for it and nothing is learnt from it.
 
 A worker builds its agent loops one a turn of its event loop: a build takes milliseconds, and verl's worker, which
-builds all of them in one turn, sends its first request after the last build.
+builds all of them in one turn, sends its first request after the last build. What the plan puts first is built first:
+a replica has its first requests at once, and holds no place for one that is still to come.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -78,5 +79,11 @@ class StageManager(AgentLoopManagerTQ):
         is_validation = prompts["validate"] if "validate" in prompts else False  # noqa: SIM401  get() wraps the value
         if not is_validation:
             router = self.llm_client._load_balancer
-            ray.get(router.announce.remote(announcement_of(prompts, self.rollout_config)))
+            order = ray.get(router.announce.remote(announcement_of(prompts, self.rollout_config)))
+            prompts = prompts[dealt(order, len(self.agent_loop_workers))]
         super().generate_sequences(prompts)
+
+
+def dealt(order: Sequence[int], num_workers: int) -> list[int]:
+    """Return the order that gives each worker's share, one run of the batch, every ``num_workers``-th prompt."""
+    return [prompt for worker in range(num_workers) for prompt in order[worker::num_workers]]

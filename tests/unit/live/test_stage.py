@@ -70,7 +70,8 @@ def test_training_is_announced_before_it_is_submitted_and_validation_is_not(
     router, order = Router(), []
     manager = StageManager.__new__(StageManager)
     manager.llm_client, manager.rollout_config = SimpleNamespace(_load_balancer=router), ROLLOUT
-    monkeypatch.setattr(stage.ray, "get", lambda value: order.append("announced"))
+    manager.agent_loop_workers = [object()]
+    monkeypatch.setattr(stage.ray, "get", lambda value: order.append("announced") or (0,))
     monkeypatch.setattr(AgentLoopManagerTQ, "generate_sequences", lambda self, batch: order.append("submitted"))
     batch = prompts("a")
     if validate:
@@ -78,6 +79,21 @@ def test_training_is_announced_before_it_is_submitted_and_validation_is_not(
     manager.generate_sequences(batch)
     assert len(router.announced) == expected
     assert order == ["announced", "submitted"][1 - expected :]
+
+
+def test_what_the_plan_puts_first_is_the_first_that_each_worker_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    router, submitted = Router(), []
+    manager = StageManager.__new__(StageManager)
+    manager.llm_client, manager.rollout_config = SimpleNamespace(_load_balancer=router), ROLLOUT
+    manager.agent_loop_workers = [object(), object()]
+    monkeypatch.setattr(stage.ray, "get", lambda value: (4, 2, 0, 1, 3))
+    monkeypatch.setattr(AgentLoopManagerTQ, "generate_sequences", lambda self, batch: submitted.append(batch))
+    manager.generate_sequences(prompts("a", "b", "c", "d", "e"))
+    shares = [list(chunk["uid"]) for chunk in submitted[0].chunk(2)]
+    assert shares == [["u4", "u0", "u3"], ["u2", "u1"]]
+    assert submitted[0]["global_steps"] == 7
+    (announced,) = router.announced
+    assert [group.uid for group in announced.groups] == ["u0", "u1", "u2", "u3", "u4"], "in the order of the batch"
 
 
 class Client:
