@@ -13,6 +13,7 @@ from verl_rlhfless.policy.migrate import RULES, Change, consolidate, cut_by_rule
 from verl_rlhfless.policy.plan import Goal, plan_fleet, static_step_s
 from verl_rlhfless.policy.predict import LengthModel, Prediction, exact, learn, predict, refine
 from verl_rlhfless.policy.snapshot import FINISHED, Batch, PoolSnapshot, Reaction, RolloutPlan, RolloutView
+from verl_rlhfless.policy.step_costs import static_gpus
 
 _LOOKS = 7
 """Looks per predicted remaining time; a look costs about as much as a decode iteration of a small model."""
@@ -85,7 +86,7 @@ class Ours:
 
     def layout(self, memory: Memory, pool: PoolSnapshot) -> Mapping[int, int]:
         """Return one full engine set for each tensor-parallel size of the first plan."""
-        return {tp: pool.trainer.num_gpus // tp for tp in memory.first_sizes}
+        return {tp: static_gpus(pool) // tp for tp in memory.first_sizes}
 
     def plan(self, memory: Memory, pool: PoolSnapshot, batch: Batch) -> RolloutPlan:
         """Return the fleet for the predicted lengths."""

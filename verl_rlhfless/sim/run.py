@@ -1,6 +1,7 @@
 """A whole simulated run of one arm over a trace.
 
-Init, then for each step sync or publish, rollout, trainer phases, account.
+Init, then for each step sync or publish, rollout, trainer phases, account. A trainer that keeps its lease stays beside
+the replicas.
 
 Invariant: the same arm, trace, cluster, model and seed give an identical record.
 """
@@ -81,15 +82,20 @@ class ArmRun:
         self._book.release(self._trainer)
 
     def _start_engines(self, layout: Mapping[int, int]) -> Generator[simpy.Event, Any, None]:
-        """Start the first engines: on the trainer's lease, or on their own when they need fewer GPUs than it holds."""
-        env, times = self._env, self.pool.trainer.times
-        if sum(tp * count for tp, count in layout.items()) >= self.cluster.trainer_gpus:
+        """Start the first engines: on the trainer's lease, or on their own when they need fewer GPUs than it holds.
+
+        A trainer that keeps its lease has none of them on it.
+        """
+        env, pool, times = self._env, self.pool, self.pool.trainer.times
+        num_gpus = sum(tp * count for tp, count in layout.items())
+        if num_gpus >= pool.trainer.num_gpus and not pool.keeps_trainer:
             for tp, count in sorted(layout.items()):
                 yield env.timeout(times.cold_start_s)
                 self._park(tp, count)
             return
-        yield env.timeout(self.pool.trainer.state_copy_s)
-        self._book.release(self._trainer)
+        if not pool.keeps_trainer:
+            yield env.timeout(pool.trainer.state_copy_s)
+            self._book.release(self._trainer)
         leases: list[tuple[Lease, int]] = []
         for tp, count in sorted(layout.items(), reverse=True):
             granted = partial(_note, leases, tp)
@@ -98,25 +104,28 @@ class ArmRun:
         yield env.timeout(times.grant_s + times.cold_start_s)
         for lease, tp in leases:
             self._book.release(lease, tp)
-        yield from self._lease_trainer(times.resume_s + self.pool.trainer.state_copy_s)
+        if not pool.keeps_trainer:
+            yield from self._lease_trainer(times.resume_s + pool.trainer.state_copy_s)
 
     def _lease_trainer(self, start_s: float) -> Generator[simpy.Event, Any, None]:
         env = self._env
         got = env.event()
-        delay = self.pool.trainer.times.grant_s
-        self._book.request_gpus("trainer", self.cluster.trainer_gpus, lambda lease: _fire(got, lease), delay)
+        num_gpus, delay = self.pool.trainer.num_gpus, self.pool.trainer.times.grant_s
+        self._book.request_gpus("trainer", num_gpus, lambda lease: _fire(got, lease), delay)
         self._trainer: Lease = yield got
         yield env.timeout(start_s)
 
     def _step(self, step: StepData, memory: Any) -> Generator[simpy.Event, Any, None]:
-        env, trainer = self._env, self.pool.trainer
+        env, trainer, keeps_trainer = self._env, self.pool.trainer, self.pool.keeps_trainer
         began_s = env.now
-        snapshot = replace(self.pool, num_gpus=self._book.num_up, warm=self._book.warm_gpus())
+        held = trainer.num_gpus if keeps_trainer else 0
+        snapshot = replace(self.pool, num_gpus=self._book.num_up - held, warm=self._book.warm_gpus())
         plan = self.arm.plan(memory, snapshot, step.batch)
         if not plan.is_resident:
-            yield env.timeout(trainer.publish_s + trainer.state_copy_s)
+            yield env.timeout(trainer.publish_s + (0.0 if keeps_trainer else trainer.state_copy_s))
             self._trainer_was_busy(began_s)
-            self._book.release(self._trainer)
+            if not keeps_trainer:
+                self._book.release(self._trainer)
         if step.min_start_s is not None:
             step = replace(step, min_start_s=step.min_start_s - (env.now - began_s))
         self._plan = plan
@@ -134,8 +143,9 @@ class ArmRun:
         """The rollout is over: colocated engines go to sleep, or the trainer gets a lease again."""
         trainer, times = self.pool.trainer, self.pool.trainer.times
         if not plan.is_resident:
-            yield from self._lease_trainer(times.resume_s + trainer.state_copy_s)
-            self._trainer.usable_s = self._env.now
+            if not self.pool.keeps_trainer:
+                yield from self._lease_trainer(times.resume_s + trainer.state_copy_s)
+                self._trainer.usable_s = self._env.now
             return
         for tp in set(plan.fleet):
             self._park(tp, plan.fleet.count(tp))
