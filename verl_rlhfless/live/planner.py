@@ -20,6 +20,9 @@ from verl_rlhfless.types import FleetDecision
 
 logger = logging.getLogger(__name__)
 
+_LOSSES = 3
+"""Plans in a row that expect to lose against verl's own replicas, after which the user is told."""
+
 
 class LivePlanner:
     """Plans, and learns what plans should count with.
@@ -35,6 +38,7 @@ class LivePlanner:
         self.costs, self.speed = costs, SpeedMeter()
         self.next: tuple[RolloutPlan, PoolSnapshot] | None = None
         self._has_planned = False
+        self._num_losses = 0
 
     def plan(self, announced: Announcement, lengths: LengthModel, standby: Standby) -> FleetDecision:
         """Return the fleet for a step.
@@ -62,6 +66,8 @@ class LivePlanner:
             nearest = replace(goal, max_step_s=None, max_gpu_s=None, cost_weight=weight)
             plan = self._plan_fleet(pool, batch, prediction, nearest)
             plan = replace(plan, reason=f"{plan.reason}; the nearest to a limit that can't be met: {error}")
+        if lengths.num_samples:
+            self._count_losses(plan, announced.step)
         # during the rollout a further replica would find no warm server: the fleet has taken them
         self._has_planned, self.next = True, (plan, replace(pool, warm={}))
         return decision_of(plan, announced.step)
@@ -70,6 +76,20 @@ class LivePlanner:
         if self._routing.config.pool.park == "never":
             return plan_fleet(pool, batch, prediction, goal, can_fuse=False)
         return plan_parked_fleet(pool, batch, prediction, goal)
+
+    def _count_losses(self, plan: RolloutPlan, step: int) -> None:
+        """Tell the user once that leased replicas don't pay; with a trainer that stays there is nothing to compare."""
+        assert plan.objective is not None
+        loses = plan.objective > 1 and not self._routing.keeps_trainer
+        self._num_losses = self._num_losses + 1 if loses else 0
+        if self._num_losses == _LOSSES:
+            logger.warning(
+                "rlhfless: step %d: the last %d plans expect leased replicas to lose against verl's own (time and cost "
+                "weighted: %.2f against 1.00). +rlhfless=resident keeps verl's replicas, with our routing.",
+                step,
+                _LOSSES,
+                plan.objective,
+            )
 
     async def learn(self, done: tuple[Batch, IntArray], times: StepTimes) -> None:
         """Take what a step took; ``done`` holds its prompts and lengths."""

@@ -84,6 +84,7 @@ def plan_fleet(
         predicted_gpu_s=chosen.gpu_s,
         predicted_rollout_s=None if chosen.is_resident else costs.rollout_s(chosen.step_s / goal.caution),
         static_step_s=ref.step_s,
+        objective=goal.objective(chosen.step_s / ref.step_s, chosen.gpu_s / ref.gpu_s),
         reason=reason,
     )
 

@@ -103,6 +103,7 @@ class RolloutPlan:
         predicted_step_s / predicted_gpu_s: What the planner expects of the whole step.
         predicted_rollout_s: Of that, from the request for the fleet to the last sample's end; elastic fleets only.
         static_step_s: What it expects of the best static fleet.
+        objective: Weighted time and cost of the step over those of the best static fleet.
         reason: Why this fleet.
     """
 
@@ -119,6 +120,7 @@ class RolloutPlan:
     predicted_gpu_s: float | None = None
     predicted_rollout_s: float | None = None
     static_step_s: float | None = None
+    objective: float | None = None
     reason: str = ""
 
 

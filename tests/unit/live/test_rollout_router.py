@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from verl_rlhfless.config import parse_config
 from verl_rlhfless.errors import ConfigError, ReplicaError
+from verl_rlhfless.live import planner as planner_module
 from verl_rlhfless.live import rollout_router as rollout_module
 from verl_rlhfless.live.announcement import Announcement, Group
 from verl_rlhfless.live.orders import EndReplica, StartReplica
 from verl_rlhfless.live.pacing import PaceModel
+from verl_rlhfless.live.planner import LivePlanner
 from verl_rlhfless.live.rollout_router import RolloutRouter
 from verl_rlhfless.live.routing import RoutingSettings
 from verl_rlhfless.live.tickets import Grant, Outcome, OutcomeKind, RouterSettings, SampleKey, SessionEnd, Ticket
 from verl_rlhfless.policy import routing as routing_module
-from verl_rlhfless.policy.learnt import ReplicaTimes, Standby, StepTimes
+from verl_rlhfless.policy.learnt import CostModel, ReplicaTimes, Standby, StepTimes
 from verl_rlhfless.policy.perf import EngineLimits
+from verl_rlhfless.policy.predict import LengthModel, learn
 from verl_rlhfless.policy.routing import RoutingPolicy
 
 PARTS = {"predictor": "history", "dispatcher": "length_bucket", "prefix_dedup": "on", "migration": "cut_and_migrate"}
@@ -346,6 +351,20 @@ def test_looks_do_not_run_hot_when_a_dry_replica_stays_dry() -> None:
     on_router(check)
 
 
+def test_the_prompts_that_will_probably_be_long_are_submitted_first() -> None:
+    async def check(world: World) -> None:
+        first = announcement()
+        assert sorted(await world.router.announce(first)) == [0, 1, 2, 3]
+        grants = await world.submit(first)
+        for group, tokens in enumerate((10, 90, 20, 60)):
+            uid = first.groups[group].uid
+            await world.finish([g for g in grants if world._tickets[g.ticket].uid == uid], tokens=tokens)
+        await world.router.report()
+        assert await world.router.announce(announcement(2)) == (1, 3, 2, 0)
+
+    on_router(check)
+
+
 def test_the_actor_of_the_plugin_seam_is_the_router() -> None:
     assert rollout_module.RolloutRouterActor.__ray_metadata__.modified_class.__name__ == "RolloutRouter"
 
@@ -483,3 +502,18 @@ def test_slow_starts_and_phases_of_one_step_are_expected_of_the_next_one() -> No
         assert await other.costs() == await world.router.costs()
 
     on_planning_router(check)
+
+
+@pytest.mark.parametrize(("wake_s", "is_told"), [(300.0, True), (0.01, False)])
+def test_a_user_whose_leases_do_not_pay_is_told_once_what_does(
+    wake_s: float, is_told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(planner_module.logger, "warning", lambda text, *values: told.append(text % values))
+    leaves = replace(settings("elastic", {"name": "cost_aware"}), keeps_trainer=False)
+    planner = LivePlanner(leaves, CostModel({"wake_s": (wake_s,), "cold_start_s": (2 * wake_s,)}))
+    lengths = learn(LengthModel(), announcement().batch(), np.array([5, 90, 10, 10, 15, 10, 10, 10]))
+    for step in range(1, 8):
+        planner.plan(announcement(step), lengths, Standby(num_parked=4))
+    assert len(told) == is_told
+    assert all("+rlhfless=resident" in text for text in told)
