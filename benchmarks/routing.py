@@ -19,15 +19,19 @@ from typing import Any
 from benchmarks.record import write_result
 from verl_rlhfless.demo import ablation, recipe
 from verl_rlhfless.demo.assets import build_assets
-from verl_rlhfless.demo.columns import MAX_HOST_CPU, PACE
+from verl_rlhfless.demo.columns import MAX_HOST_CPU
 from verl_rlhfless.demo.run import DemoOptions, run_arm
 from verl_rlhfless.demo.workload import Size, Workload
+from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.report.ab import build_arm
 
 STEPS = 7
 WARM_UP = 1  # imports, and a length model that knows nothing
 SEED = 1
 SIZE = Size(prompts=16, samples=8, max_response_tokens=160)
+DEVICE = PaceModel(base_ms=180.0, per_request_ms=6.0, per_prefill_token_ms=0.6, per_context_token_us=3.0)
+"""The demo's, half as slow again, until two cores can follow four engines with twice the demo's samples. No phase of
+the trainer is paced: only rollouts are compared."""
 SLOTS = 14  # requests that a replica runs at once; the rest waits, as when keys and values of long responses fill a GPU
 
 _GROUPS = {"predictor": "off", "dispatcher": "stock", "prefix_dedup": "off", "migration": "off"}
@@ -81,7 +85,7 @@ def _run(name: str, workload: Workload, folder: Path) -> dict[str, Any]:
     ]
     options = DemoOptions(out=folder.parent, steps=STEPS, seed=SEED, arms=("stock",))
     say = partial(print, flush=True)
-    outcome = run_arm(recipe.Arm(folder.name, tuple(overrides)), assets, options, say, PACE.to_json())
+    outcome = run_arm(recipe.Arm(folder.name, tuple(overrides)), assets, options, say, DEVICE.to_json())
     if outcome.exit_code != 0:
         raise SystemExit(f"{name}: verl ended with exit code {outcome.exit_code}; see {folder / 'train.log'}")
     least = ablation.least_prefill_of_steps(assets.model, workload, STEPS, SIZE)
@@ -142,7 +146,13 @@ def main() -> None:
     compared = compare({name: measure(name, workload, out) for name in names})
     for name, figures in compared.items():
         print(f"{name:>20}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
-    settings = {"pace": asdict(PACE), "steps": STEPS, "slots": SLOTS, "prompts": SIZE.prompts, "samples": SIZE.samples}
+    settings = {
+        "pace": asdict(DEVICE),
+        "steps": STEPS,
+        "slots": SLOTS,
+        "prompts": SIZE.prompts,
+        "samples": SIZE.samples,
+    }
     command = f"python -m benchmarks.routing --out OUT --arms {','.join(names)}"
     write_result("routing", {**settings, "arms": compared}, command=command)
 
