@@ -15,6 +15,7 @@ from verl_rlhfless.sim.cell import ARMS
 from verl_rlhfless.sim.cluster import CLUSTERS
 from verl_rlhfless.sim.records import RunRecord
 from verl_rlhfless.sim.report import cell_record, table
+from verl_rlhfless.sim.run import ArmRun
 
 DATA = steps(2, 32, 4, mean=900.0)
 
@@ -65,6 +66,19 @@ def test_elastic_arms_pay_for_waking_and_stock_does_not_depend_on_it() -> None:
     cheap = fast.arm("rlhfless_paper")
     assert slow.run(cheap).gpu_s_startup > fast.run(cheap).gpu_s_startup
     assert slow.run(cheap).steps[1].step_s > fast.run(cheap).steps[1].step_s
+
+
+def test_a_trainer_that_keeps_its_lease_trains_beside_its_replicas() -> None:
+    one = cell(DATA)
+    trainer = replace(one.pool.trainer, num_gpus=8)
+    pool = replace(one.pool, num_gpus=8, trainer=trainer, keeps_trainer=True, has_resident=False)
+    record = ArmRun(Ours(can_fuse=False), one.cluster, pool, DATA).run()
+    assert record.max_gpus <= 16
+    for step, data in zip(record.steps, DATA, strict=True):
+        assert step.tokens == data.lengths.sum()
+        assert step.gpu_s_busy + step.gpu_s_idle + step.gpu_s_startup == pytest.approx(step.gpu_s_allocated)
+        replicas_gpu_s = step.gpu_s_allocated - 8 * step.step_s
+        assert 0 < replicas_gpu_s <= 8 * step.gen_s * (1 + 1e-9)
 
 
 def test_a_parked_engine_is_reported_and_can_be_charged() -> None:
