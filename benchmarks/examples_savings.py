@@ -2,10 +2,11 @@
 
     python -m benchmarks.examples_savings      # writes the record and the table in examples/README.md
 
-Response lengths are synthetic, from the statistics named with each example. The stock arm is verl's synchronous trainer
-with the recipe's tensor-parallel size; beside it stand the best static size, which a user could find by trial, and our
-routing alone on stock's own engines. Turns and waits for tools are not modelled, and Megatron's training is priced as
-FSDP's.
+The arms are those of the scripts: ``stock``, verl's synchronous trainer with the recipe's tensor-parallel size;
+``elastic``, which leases replicas in every step, whether that pays or not; ``resident``, our routing on stock's own
+engines. Beside them stands the best static size, which a user could find by trial. Response lengths are synthetic, from
+the statistics named with each example. Turns, waits for tools and fused inference are not modelled, and Megatron's
+training is priced as FSDP's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,21 @@ from benchmarks.record import write_result
 from verl_rlhfless.policy.arm import Arm
 from verl_rlhfless.policy.baselines.stock import StockSync
 from verl_rlhfless.policy.gpus import GPUS
+from verl_rlhfless.policy.ours import Ours
 from verl_rlhfless.policy.routing import Routing
 from verl_rlhfless.policy.shapes import MODELS
+from verl_rlhfless.policy.snapshot import PoolSnapshot
 from verl_rlhfless.policy.transitions import RECIPES, LeaseTimes
 from verl_rlhfless.sim.cell import Cell
 from verl_rlhfless.sim.cluster import Cluster
 from verl_rlhfless.sim.generate import TraceSpec, write_trace
+from verl_rlhfless.sim.run import ArmRun
 from verl_rlhfless.sim.workload import load_steps
 
 README = Path(__file__).parents[1] / "examples" / "README.md"
 GPU_TYPES = ("L40S", "H100")
+OTHERS = {"elastic": "Elastic", "resident": "Resident", "best_static": "Best static size"}
+"""Arms that are held against stock, with their titles."""
 _GPUS_PER_NODE = 8
 
 
@@ -46,6 +52,7 @@ class Example:
         recipe: What the trainer computes.
         tp: Tensor-parallel size of the rollout.
         nodes: Of eight GPUs.
+        kept_gpus: GPUs of an elastic trainer that keeps its lease during the rollout; 0 = it leaves all of them.
         lengths: Groups, responses of a group and caps are the recipe's; mean, tail and ICC are assumed.
     """
 
@@ -55,6 +62,7 @@ class Example:
     tp: int
     nodes: int
     lengths: TraceSpec
+    kept_gpus: int = 0
 
 
 def _gsm8k(groups: int, n: int, cap: int, mean: float = 300.0, tail: float = 0.35) -> TraceSpec:
@@ -75,7 +83,7 @@ EXAMPLES = (
         TraceSpec(3, 2, 512, 12, 2500.0, 0.8, icc=0.2, max_response_tokens=8192, prompt_tokens=150),
     ),
     Example("multiturn_gsm8k_qwen2_5_3b", "qwen2.5-3b", "grpo", 1, 1, _gsm8k(256, 16, 1024, mean=450.0, tail=0.5)),
-    Example("megatron_gsm8k_qwen2_5_7b", "qwen2.5-7b", "grpo", 2, 1, _gsm8k(1024, 5, 2048)),
+    Example("megatron_gsm8k_qwen2_5_7b", "qwen2.5-7b", "grpo", 2, 1, _gsm8k(1024, 5, 2048), kept_gpus=4),
 )
 
 
@@ -89,44 +97,55 @@ def cell_of(example: Example, gpu: str, folder: Path) -> Cell:
     return Cell(load_steps(path), cluster, MODELS[example.model], LeaseTimes(), recipe=RECIPES[example.recipe])
 
 
+def elastic_pool(example: Example, cell: Cell) -> PoolSnapshot:
+    """Return what the elastic arm leases: it has no engines on the trainer's lease to fall back on."""
+    pool = replace(cell.pool, has_resident=False)
+    if not example.kept_gpus:
+        return pool
+    trainer = replace(pool.trainer, num_gpus=example.kept_gpus)
+    return replace(pool, num_gpus=pool.num_gpus - example.kept_gpus, trainer=trainer, keeps_trainer=True)
+
+
 def savings(example: Example, gpu: str, folder: Path) -> dict[str, Any]:
-    """Return seconds and dollars of a mean step for stock, the best static size, ours, and our routing alone."""
+    """Return seconds and dollars of a mean step of each arm, and both relative to stock's."""
     cell = cell_of(example, gpu, folder)
-    arms: dict[str, Arm] = {
-        "stock": StockSync(example.tp),
-        "best_static": cell.arm("stock_sync_best_tp"),
-        "ours": cell.arm("ours"),
-        "resident": Routing((example.tp,) * (cell.cluster.num_gpus // example.tp), migration="cut_and_migrate"),
+    num_engines = cell.cluster.num_gpus // example.tp
+    arms: dict[str, tuple[Arm, PoolSnapshot]] = {
+        "stock": (StockSync(example.tp), cell.pool),
+        "best_static": (cell.arm("stock_sync_best_tp"), cell.pool),
+        "elastic": (Ours(can_fuse=False), elastic_pool(example, cell)),
+        "resident": (Routing((example.tp,) * num_engines, migration="cut_and_migrate"), cell.pool),
     }
     row: dict[str, Any] = {"example": example.name, "gpu": gpu, "gpus": cell.cluster.num_gpus}
     row |= {"usd_per_gpu_h": cell.cluster.usd_per_gpu_h, "best_static_tp": cell.best_tp}
-    for name, arm in arms.items():
-        steps = cell.run(arm).steps
+    for name, (arm, pool) in arms.items():
+        steps = ArmRun(arm, cell.cluster, pool, cell.data).run().steps
         row[f"{name}_step_s"] = round(float(np.mean([step.step_s for step in steps])), 2)
         row[f"{name}_usd_per_step"] = round(float(np.mean([step.gpu_lease_usd for step in steps])), 5)
-    for other in ("stock", "best_static"):
-        row[f"saving_to_{other}"] = round(1 - row["ours_usd_per_step"] / row[f"{other}_usd_per_step"], 3)
-        row[f"time_to_{other}"] = round(row["ours_step_s"] / row[f"{other}_step_s"] - 1, 3)
-    row["resident_to_stock"] = round(row["resident_step_s"] / row["stock_step_s"] - 1, 3)
+    for name in OTHERS:
+        for figure in ("step_s", "usd_per_step"):
+            row[f"{name}_{figure}_to_stock"] = round(row[f"{name}_{figure}"] / row[f"stock_{figure}"] - 1, 3)
     return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
-    columns = ("Example", "GPUs, list price", "Stock: step, cost", "Ours: step, cost", "Ours to stock")
-    lines = [
-        f"| {' | '.join(columns)} | To the best static size | Resident to stock |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    titles = (
+        "Example",
+        "GPUs, list price",
+        "Stock: step, cost",
+        *(f"{title}: time, cost" for title in OTHERS.values()),
+    )
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
         price = f"{row['gpus']} x {row['gpu']}, ${row['usd_per_gpu_h']:.2f}/h"
-        stock, ours = (f"{row[f'{arm}_step_s']:.1f} s, ${row[f'{arm}_usd_per_step']:.3f}" for arm in ("stock", "ours"))
-        to_stock, to_static = (
-            f"{_percent(-row[f'saving_to_{arm}'])} cost, {_percent(row[f'time_to_{arm}'])} time"
-            for arm in ("stock", "best_static")
-        )
-        resident = _percent(row["resident_to_stock"])
-        lines.append(f"| `{row['example']}` | {price} | {stock} | {ours} | {to_stock} | {to_static} | {resident} |")
+        stock = f"{row['stock_step_s']:.1f} s, ${row['stock_usd_per_step']:.3f}"
+        others = [
+            f"{_percent(row[f'{arm}_step_s_to_stock'])}, {_percent(row[f'{arm}_usd_per_step_to_stock'])}"
+            for arm in OTHERS
+        ]
+        name = f"`{row['example']}`"
+        lines.append(f"| {' | '.join((name, price, stock, *others))} |")
     return "\n".join(lines)
 
 

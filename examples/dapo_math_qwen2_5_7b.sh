@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # DAPO on DAPO-Math-17k, Qwen2.5-Math-7B with a context of 32k, two nodes of 8 GPUs: long responses, dynamic sampling.
-# Usage: examples/dapo_math_qwen2_5_7b.sh stock|elastic [OVERRIDE]...
+# Usage: examples/dapo_math_qwen2_5_7b.sh stock|elastic|resident [OVERRIDE]...
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

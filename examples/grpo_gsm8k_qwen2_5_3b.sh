@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # GRPO on GSM8K, Qwen2.5-3B-Instruct, one node of 8 GPUs.
-# Usage: examples/grpo_gsm8k_qwen2_5_3b.sh stock|elastic [OVERRIDE]...
+# Usage: examples/grpo_gsm8k_qwen2_5_3b.sh stock|elastic|resident [OVERRIDE]...
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

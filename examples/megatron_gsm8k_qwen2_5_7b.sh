@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # GRPO on GSM8K with Megatron, Qwen2.5-7B-Instruct, one node of 8 GPUs.
-# Usage: examples/megatron_gsm8k_qwen2_5_7b.sh stock|elastic [OVERRIDE]...
+# Usage: examples/megatron_gsm8k_qwen2_5_7b.sh stock|elastic|resident [OVERRIDE]...
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 export CUDA_DEVICE_MAX_CONNECTIONS=1

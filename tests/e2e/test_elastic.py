@@ -66,6 +66,13 @@ def test_engines_sleep_between_steps_and_a_killed_one_is_replaced(records: list[
     assert all(record["seconds"] < 5 for record in woken), "no start"
 
 
+def test_the_log_tells_the_reason_of_every_fleet_and_the_loss_of_a_replica(outcome: ArmOutcome) -> None:
+    log = (outcome.folder / "train.log").read_text()
+    for step in range(1, _KILL_STEP + 1):
+        assert f"rlhfless: step {step}: " in log
+    assert "is lost: " in log
+
+
 def test_right_step_passes_the_weight_guards(arm: Any, records: list[dict[str, Any]]) -> None:
     assert arm.steps[0].figures.rollout_probs_diff_max < 1e-6
     assert _loaded(records, step=1) == {_published(records, version=0)}

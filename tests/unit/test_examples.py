@@ -1,4 +1,4 @@
-"""Every example composes with verl's own configuration, as stock and as elastic, and our start-up check accepts it."""
+"""Every example composes with verl's own configuration, in each arm, and our start-up check accepts it."""
 
 from __future__ import annotations
 
@@ -82,14 +82,23 @@ def test_the_elastic_command_passes_the_start_up_check_within_the_gpus_of_stock(
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
-def test_elastic_changes_nothing_that_is_learnt(example: Example, script: Path) -> None:
-    stock, elastic = (OmegaConf.to_container(example(script, arm)) for arm in ("stock", "elastic"))
-    assert isinstance(stock, dict) and isinstance(elastic, dict)
+def test_the_resident_command_passes_the_start_up_check_on_the_gpus_of_stock(example: Example, script: Path) -> None:
+    stock, resident = (example(script, arm) for arm in ("stock", "resident"))
+    assert check_run(resident, {}).startswith("active: pool=resident predictor=history")
+    for key in ("n_gpus_per_node", "nnodes"):
+        assert resident.trainer[key] == stock.trainer[key]
+
+
+@pytest.mark.parametrize("arm", ["elastic", "resident"])
+@pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
+def test_no_arm_changes_anything_that_is_learnt(example: Example, script: Path, arm: str) -> None:
+    stock, ours = (OmegaConf.to_container(example(script, name)) for name in ("stock", arm))
+    assert isinstance(stock, dict) and isinstance(ours, dict)
     for section in ("algorithm", "data", "critic", "reward"):
-        assert elastic[section] == stock[section]
-    for values in (stock, elastic):
+        assert ours[section] == stock[section]
+    for values in (stock, ours):
         del values["actor_rollout_ref"]["rollout"]["gpu_memory_utilization"]
-    assert elastic["actor_rollout_ref"] == stock["actor_rollout_ref"]
+    assert ours["actor_rollout_ref"] == stock["actor_rollout_ref"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
@@ -112,7 +121,9 @@ def test_an_example_without_an_arm_says_how_it_is_used() -> None:
 
 @pytest.mark.parametrize("simulated", EXAMPLES, ids=lambda one: one.name)
 def test_the_expected_saving_is_that_of_the_recipe(example: Example, simulated: Simulated) -> None:
-    config = example(EXAMPLES_FOLDER / f"{simulated.name}.sh", "stock")
+    config, elastic = (example(EXAMPLES_FOLDER / f"{simulated.name}.sh", arm) for arm in ("stock", "elastic"))
+    trains, leases = elastic.trainer.n_gpus_per_node * elastic.trainer.nnodes, elastic.rlhfless.pool.max_gpus
+    assert simulated.kept_gpus == (0 if trains == leases else trains)
     rollout, lengths = config.actor_rollout_ref.rollout, simulated.lengths
     assert (lengths.groups, lengths.n) == (config.data.train_batch_size, rollout.n)
     assert lengths.max_response_tokens == config.data.max_response_length
