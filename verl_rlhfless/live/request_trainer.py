@@ -6,7 +6,6 @@ Weights, placement and every phase are verl's. A batch that lost a sample stops 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,6 @@ from verl_rlhfless.live.request_server import RequestReplica
 from verl_rlhfless.live.rollout_router import RolloutReport
 from verl_rlhfless.live.routing import Nodes, RoutingSettings
 from verl_rlhfless.live.tickets import RouterSettings
-
-logger = logging.getLogger(__name__)
 
 LENGTHS_FILE = "rlhfless_lengths.json"
 """Length history in a checkpoint's folder."""
@@ -57,7 +54,6 @@ class RequestTrainer(PPOTrainerSync):
         super()._setup()
         self._routing = self._routing_settings()
         ray.get(self._router.configure_rollouts.remote(self._router_settings(), self._routing))
-        logger.info("rlhfless: active: %s", self._settings.active())
 
     @property
     def _router(self) -> Any:
