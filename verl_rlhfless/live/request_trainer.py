@@ -5,6 +5,7 @@ Weights, placement and every phase are verl's. A batch that lost a sample stops 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ LENGTHS_FILE = "rlhfless_lengths.json"
 _ROUTER_CONFIG = Path(__file__).with_name("router.yaml")
 _STAGE_MANAGER = "verl_rlhfless.live.stage.StageManager"
 _POLL_INTERVAL_S = 0.05  # verl's replay buffer polls every 2 s, which a short rollout would pay in full
+_LOOK_S = 0.5  # groups that end before the rollout does are looked for this often: some are refilled
 
 
 class RequestTrainer(PPOTrainerSync):
@@ -43,6 +45,8 @@ class RequestTrainer(PPOTrainerSync):
         _adapt_to_verl(config, settings)
         super().__init__(config)
         self.replay_buffer.poll_interval = _POLL_INTERVAL_S
+        self._stock_wait = self.replay_buffer._wait_for_next_poll
+        self.replay_buffer._wait_for_next_poll = self._wait_for_samples
         self._events = EventLog.from_environment()
         self._rollout_ledger = RolloutLedger(config.actor_rollout_ref.rollout.n)
         self._rollout_metrics: dict[str, float] = {}
@@ -54,6 +58,12 @@ class RequestTrainer(PPOTrainerSync):
         super()._setup()
         self._routing = self._routing_settings()
         ray.get(self._router.configure_rollouts.remote(self._router_settings(), self._routing))
+
+    def _wait_for_samples(self, partition_id: str, last_debug_time: float) -> float:
+        """Wait as verl's replay buffer does, but poll often only after the last sample: a poll reads every key."""
+        with contextlib.suppress(ray.exceptions.RayActorError):  # the clients of a dead router say so
+            ray.get(self._router.wait_ended.remote(_LOOK_S))
+        return float(self._stock_wait(partition_id, last_debug_time))
 
     @property
     def _router(self) -> Any:

@@ -175,6 +175,11 @@ class RolloutRouter(Router):
         await asyncio.sleep(0)  # the loop has placed every sample when the caller goes on to submit
         return tuple(dict.fromkeys(batch.group_of[plan.order].tolist()))
 
+    @ray.method(concurrency_group=WAITING)
+    async def wait_ended(self, timeout_s: float) -> None:
+        """Return when the announced rollout's last sample is complete, at once when none runs, or at the deadline."""
+        await self._on_own_loop(self._control_ended(timeout_s))
+
     async def report(self) -> RolloutReport | None:
         """Return what was done for the last rollout, when it has ended; ``None`` when none was announced."""
         await self._control_ended()
@@ -261,9 +266,9 @@ class RolloutRouter(Router):
         if self._live is not None:
             self._live.on_change()
 
-    async def _control_ended(self) -> None:
+    async def _control_ended(self, timeout_s: float | None = None) -> None:
         if self._control is not None:
-            await asyncio.wait([self._control])
+            await asyncio.wait([self._control], timeout=timeout_s)
 
     async def _run(self, loop: tuple[Policy, RolloutPlan, RolloutPorts], batch: Batch, live: LiveRollout) -> None:
         began_cpu_s, failure = time.process_time(), ""

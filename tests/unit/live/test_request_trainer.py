@@ -28,6 +28,13 @@ class Router:
         self.lengths = SimpleNamespace(remote=lambda: self.memory)
         self.report = SimpleNamespace(remote=lambda: self.last)
         self.restore_lengths = SimpleNamespace(remote=self._restore)
+        self.wait_ended = SimpleNamespace(remote=self._wait_ended)
+        self.is_alive, self.waits_s = True, []
+
+    def _wait_ended(self, timeout_s: float) -> None:
+        self.waits_s.append(timeout_s)
+        if not self.is_alive:
+            raise ray.exceptions.RayActorError
 
     def _restore(self, text: str) -> None:
         try:
@@ -52,6 +59,16 @@ def router(trainer: RequestTrainer) -> Router:
     found: Any = trainer.llm_server_manager.global_load_balancer
     assert isinstance(found, Router)
     return found
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_the_replay_buffer_polls_when_the_router_has_seen_the_last_sample_or_is_gone(
+    trainer: RequestTrainer, is_alive: bool
+) -> None:
+    router(trainer).is_alive = is_alive
+    trainer._stock_wait = lambda partition_id, last_debug_time: last_debug_time + len(router(trainer).waits_s)
+    assert trainer._wait_for_samples("train", 5.0) == 6.0
+    assert 0 < router(trainer).waits_s[0] < 2
 
 
 def test_the_length_history_is_in_the_checkpoint_and_comes_back(trainer: RequestTrainer, tmp_path: Path) -> None:

@@ -351,6 +351,21 @@ def test_looks_do_not_run_hot_when_a_dry_replica_stays_dry() -> None:
     on_router(check)
 
 
+def test_the_end_of_a_rollout_is_told_at_once_and_waiting_for_it_is_bounded() -> None:
+    async def check(world: World) -> None:
+        await asyncio.wait_for(world.router.wait_ended(60.0), 5)  # none runs
+        announced = announcement()
+        await world.router.announce(announced)
+        grants = await world.submit(announced)
+        waiting = asyncio.create_task(world.router.wait_ended(60.0))
+        await asyncio.wait_for(world.router.wait_ended(0.01), 5)
+        assert not waiting.done()
+        await world.finish(grants)
+        await asyncio.wait_for(waiting, 5)
+
+    on_router(check)
+
+
 def test_the_prompts_that_will_probably_be_long_are_submitted_first() -> None:
     async def check(world: World) -> None:
         first = announcement()
