@@ -34,9 +34,8 @@ def test_prompts_are_dealt_to_the_workers_unchanged(
     manager: Any = manager_class.__new__(manager_class)
     manager.agent_loop_workers = workers = [Worker(), Worker()]
     manager.rollout_config = SimpleNamespace(n=4, prompt_length=64, response_length=32)
-    manager.llm_client = SimpleNamespace(
-        _load_balancer=SimpleNamespace(announce=SimpleNamespace(remote=lambda announced: None))
-    )
+    announce = SimpleNamespace(remote=lambda announced: tuple(range(num_prompts)))
+    manager.llm_client = SimpleNamespace(_load_balancer=SimpleNamespace(announce=announce))
     batch = TensorDict(
         {
             "uid": NonTensorStack(*[f"u{i}" for i in range(num_prompts)]),

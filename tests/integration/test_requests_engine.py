@@ -59,7 +59,11 @@ class Trial:
         await self.router.send_to.remote(list(range(SAMPLES)), 0)
         tasks = [asyncio.create_task(sample(index)) for index in range(SAMPLES)]
         await disturb(self)
-        return await asyncio.wait_for(asyncio.gather(*tasks), WAIT_S)
+        async with asyncio.timeout(WAIT_S):
+            outputs = await asyncio.gather(*tasks)
+            while not (await self.router.states.remote())[1]:  # the end of the last sample is on its way still
+                await asyncio.sleep(0.01)
+        return outputs
 
     async def wait_for_share(self, share: float) -> None:
         """Return when about this share of the tokens is generated."""

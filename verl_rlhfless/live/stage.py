@@ -80,10 +80,12 @@ class StageManager(AgentLoopManagerTQ):
         if not is_validation:
             router = self.llm_client._load_balancer
             order = ray.get(router.announce.remote(announcement_of(prompts, self.rollout_config)))
-            prompts = prompts[dealt(order, len(self.agent_loop_workers))]
+            prompts = prompts[ordered_in_shares(order, len(self.agent_loop_workers))]
         super().generate_sequences(prompts)
 
 
-def dealt(order: Sequence[int], num_workers: int) -> list[int]:
-    """Return the order that gives each worker's share, one run of the batch, every ``num_workers``-th prompt."""
-    return [prompt for worker in range(num_workers) for prompt in order[worker::num_workers]]
+def ordered_in_shares(order: Sequence[int], num_workers: int) -> list[int]:
+    """Return the prompts' positions so that each worker has the share that verl deals it, sorted as in ``order``."""
+    size = -(-len(order) // num_workers)
+    rank = {prompt: place for place, prompt in enumerate(order)}
+    return sorted(range(len(order)), key=lambda prompt: (prompt // size, rank[prompt]))

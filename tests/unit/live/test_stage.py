@@ -81,7 +81,7 @@ def test_training_is_announced_before_it_is_submitted_and_validation_is_not(
     assert order == ["announced", "submitted"][1 - expected :]
 
 
-def test_what_the_plan_puts_first_is_the_first_that_each_worker_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_gets_the_prompts_of_its_share_in_the_order_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     router, submitted = Router(), []
     manager = StageManager.__new__(StageManager)
     manager.llm_client, manager.rollout_config = SimpleNamespace(_load_balancer=router), ROLLOUT
@@ -90,7 +90,7 @@ def test_what_the_plan_puts_first_is_the_first_that_each_worker_gets(monkeypatch
     monkeypatch.setattr(AgentLoopManagerTQ, "generate_sequences", lambda self, batch: submitted.append(batch))
     manager.generate_sequences(prompts("a", "b", "c", "d", "e"))
     shares = [list(chunk["uid"]) for chunk in submitted[0].chunk(2)]
-    assert shares == [["u4", "u0", "u3"], ["u2", "u1"]]
+    assert shares == [["u2", "u0", "u1"], ["u4", "u3"]]
     assert submitted[0]["global_steps"] == 7
     (announced,) = router.announced
     assert [group.uid for group in announced.groups] == ["u0", "u1", "u2", "u3", "u4"], "in the order of the batch"
