@@ -1,7 +1,7 @@
 """What routing alone gains: rollout time on a resident fleet of four paced replicas, part by part.
 
 All arms replay the same lengths on verl's own hybrid replicas, so elasticity plays no part. One arm is one real verl
-run on the CPU, about ten minutes; finished arms are kept, so a run can be taken up again.
+run on the CPU, about twelve minutes; finished arms are kept, so a run can be taken up again.
 
 python -m benchmarks.routing --out OUT [--arms stock,all] [--trace FILE]   # writes benchmarks/results/routing.json
 """

@@ -78,7 +78,7 @@ class LivePlanner:
         return plan_parked_fleet(pool, batch, prediction, goal)
 
     def _count_losses(self, plan: RolloutPlan, step: int) -> None:
-        """Tell the user once that leased replicas don't pay; with a trainer that stays there is nothing to compare."""
+        """Tell the user, once a run of losses, that leases don't pay; a trainer that stays has nothing to compare."""
         assert plan.objective is not None
         loses = plan.objective > 1 and not self._routing.keeps_trainer
         self._num_losses = self._num_losses + 1 if loses else 0
