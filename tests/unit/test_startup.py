@@ -168,22 +168,32 @@ def test_refused_before_anything_starts(
 
 
 @pytest.mark.parametrize(
-    ("override", "part"),
+    ("trainer", "sizes", "part"),
     [
-        ("rlhfless.planner.tensor_parallel_sizes=[1,3]", "3 must be at most 6 GPUs and divide the model's 4 heads"),
-        ("rlhfless.planner.tensor_parallel_sizes=[8]", "8 must be at most 6 GPUs"),
+        ("never", "[1,3]", "3 must be at most 2 GPUs and divide the model's 4 heads"),
+        ("never", "[4]", "4 must be at most 2 GPUs"),
+        ("auto", "[8]", "8 must be at most 4 GPUs"),
     ],
 )
 def test_a_tensor_parallel_size_that_the_model_cannot_have_is_refused_before_ray_starts(
-    recipe: Compose, tmp_path: Path, override: str, part: str
+    recipe: Compose, tmp_path: Path, trainer: str, sizes: str, part: str
 ) -> None:
+    overrides = [*_sized(tmp_path), f"rlhfless.pool.suspend_trainer={trainer}"]
+    check_run(recipe("+rlhfless=default", *overrides), {})
+    with pytest.raises(RlhflessError, match=re.escape(part)):
+        check_run(recipe("+rlhfless=default", *overrides, f"rlhfless.planner.tensor_parallel_sizes={sizes}"), {})
+
+
+def test_a_replica_may_be_as_large_as_the_budget_when_the_trainer_leaves(recipe: Compose, tmp_path: Path) -> None:
+    check_run(recipe("+rlhfless=default", *_sized(tmp_path), "rlhfless.planner.tensor_parallel_sizes=[4]"), {})
+
+
+def _sized(tmp_path: Path) -> list[str]:
+    """Return the overrides of a run on four GPUs, two of them the trainer's, with a model of four heads."""
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "num_hidden_layers": 2}
     config = {**sizes, "intermediate_size": 128, "vocab_size": 99}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    overrides = ["rlhfless/planner=cost_aware", "rlhfless.pool.max_gpus=8", f"actor_rollout_ref.model.path={tmp_path}"]
-    check_run(recipe("+rlhfless=default", *overrides), {})
-    with pytest.raises(RlhflessError, match=re.escape(part)):
-        check_run(recipe("+rlhfless=default", *overrides, override), {})
+    return ["rlhfless/planner=cost_aware", "rlhfless.pool.max_gpus=4", f"actor_rollout_ref.model.path={tmp_path}"]
 
 
 def test_an_elastic_run_says_what_is_active(recipe: Compose) -> None:

@@ -137,8 +137,12 @@ class RoutingSettings:
         """Return what a plan may lease, as declared.
 
         Raises:
-            ConfigError: No tensor-parallel size is possible.
+            ConfigError: No GPU is left for replicas, or no tensor-parallel size is possible.
         """
+        if not self.replica_gpus:
+            rule = f"leaves no GPU of the cluster for a replica beside the trainer's {self.trainer_gpus}, which it keeps"
+            action = "Add GPUs, or use +rlhfless=resident, which needs none beside the trainer's."
+            raise ConfigError("rlhfless.pool.max_gpus", self.config.pool.max_gpus, rule, action)
         sizes = legal_sizes(self.config.planner, self.model, min(self.gpus_per_node, self.replica_gpus))
         if self.pace is not None:
             sizes = tuple(tp for tp in sizes if tp == 1 or tp in self.pace.tp_speedup)

@@ -222,7 +222,7 @@ def check_budget(config: DictConfig, parsed: RlhflessConfig, environ: Mapping[st
                 limit,
                 f"the trainer's {trainer} GPUs and the {'smallest planned' if parsed.plans else 'largest scheduled'} "
                 f"fleet, {len(fleet)} replicas of {fleet[0]} GPUs, need {needed}" + (f" ({kept})" if kept else ""),
-                f"Raise it to {needed}, or lower trainer.n_gpus_per_node or {key_of_fleet}.",
+                f"Raise it to {needed}, lower trainer.n_gpus_per_node or {key_of_fleet}, or use +rlhfless=resident.",
             )
 
 
@@ -248,7 +248,8 @@ def check_sizes(config: DictConfig, parsed: RlhflessConfig) -> None:
     except ValueError as error:
         raise DataError(f"{file}: not valid JSON ({error}). Correct the model's configuration.") from error
     trainer = config.trainer.n_gpus_per_node * config.trainer.nnodes
-    legal_sizes(parsed.planner, model, _MOST_GPUS if limit is None else limit - trainer)
+    kept = why_lease_is_kept(config, parsed.pool.suspend_trainer)
+    legal_sizes(parsed.planner, model, _MOST_GPUS if limit is None else limit - trainer if kept else limit)
 
 
 def check_data_files(config: DictConfig) -> None:

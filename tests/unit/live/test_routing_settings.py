@@ -83,10 +83,12 @@ LARGE = {
 }  # fmt: skip
 
 
-def planned(planner: dict[str, Any], pace: PaceModel | None = None, model: Any = DENSE) -> RoutingSettings:
+def planned(
+    planner: dict[str, Any], pace: PaceModel | None = None, model: Any = DENSE, replica_gpus: int = 8
+) -> RoutingSettings:
     config = parse_config({**PLANNED, "planner": {"name": "cost_aware", **planner}})
     resources = () if pace else ("accelerator_type:H100",)
-    return RoutingSettings(config, 2, 8, EngineLimits(64, 8192), 100, model, pace, resources, 8, 8)
+    return RoutingSettings(config, 2, 8, EngineLimits(64, 8192), 100, model, pace, resources, 8, replica_gpus)
 
 
 def test_a_plan_may_lease_what_the_trainer_leaves() -> None:
@@ -107,6 +109,12 @@ def test_a_size_that_was_asked_for_and_cannot_be_is_refused() -> None:
         planned({"tensor_parallel_sizes": [1]}, model=LARGE).planning_pool()
     with pytest.raises(ConfigError, match="declare tp_speedup"):
         planned({"tensor_parallel_sizes": [4]}, PaceModel(60.0)).planning_pool()
+
+
+@pytest.mark.parametrize("planner", [{}, {"tensor_parallel_sizes": [2]}])
+def test_a_trainer_that_keeps_every_gpu_is_told_of_the_way_that_needs_no_more(planner: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"no GPU of the cluster .* trainer's 8, which it keeps.*\+rlhfless=resident"):
+        planned(planner, replica_gpus=0).planning_pool()
 
 
 def test_a_budget_in_money_is_one_in_gpu_seconds() -> None:
