@@ -6,8 +6,10 @@ import re
 import tempfile
 from pathlib import Path
 
-# vLLM's rendezvous, its sockets (bare UUIDs, in a folder of ours), and verl's sockets of a weight load.
-_OF_ENGINES = re.compile(r"vllm_dist_|rlhfless-sockets-|rl-colocate-zmq-|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
+# vLLM's rendezvous, its sockets (bare UUIDs, in a folder of ours), verl's sockets of a weight load, multiprocessing's own.
+_OF_ENGINES = re.compile(
+    r"vllm_dist_|rlhfless-sockets-|rl-colocate-zmq-|pymp-|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
+)
 
 
 def files_of_engines() -> set[str]:

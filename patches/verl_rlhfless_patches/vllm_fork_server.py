@@ -15,6 +15,7 @@ import multiprocessing.context
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -43,9 +44,14 @@ class _Context(multiprocessing.context.ForkServerContext):
     Process = _Process
 
 
-def start(preload: str) -> None:
-    """Start this process's fork server now; it imports the module ``preload`` in the background."""
+def start(preload: str, folder: Path) -> None:
+    """Start this process's fork server now; it imports the module ``preload`` in the background.
+
+    Its socket lies in ``folder``: one in a folder that multiprocessing makes stays behind when this process is killed.
+    """
     server: Any = multiprocessing.forkserver
+    this_process: Any = multiprocessing.current_process()
+    this_process._config["tempdir"] = str(folder)
     server.set_forkserver_preload([preload])
     server.ensure_running()
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import ray
 
 from verl_rlhfless.live.server import ElasticServer
 from verl_rlhfless.processes import ProcessKey, descendants
@@ -24,7 +27,7 @@ class WarmServer(ElasticServer):
 
     def __init__(self) -> None:
         vllm_fork_server.apply()
-        vllm_fork_server.start(_PRELOAD)
+        vllm_fork_server.start(_PRELOAD, _sockets_of_session())
 
     async def wait_until_warm(self) -> None:
         """Return when the fork server has done its imports: it answers nothing before."""
@@ -44,3 +47,8 @@ class WarmServer(ElasticServer):
         """
         os.environ.update(environment)
         super().__init__(**arguments)
+
+
+def _sockets_of_session() -> Path:
+    """Return the folder of Ray's own sockets, which goes with Ray's session."""
+    return Path(ray._private.worker._global_node.get_sockets_dir_path())
