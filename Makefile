@@ -6,7 +6,7 @@ help:
 	@echo "make test    set up, then all checks and tests"
 	@echo "make test-long  set up, then the real runs that take several minutes each"
 	@echo "make check   set up, then format, lint and type checks, unit and property tests"
-	@echo "make bench   set up, then the benchmarks; results in benchmarks/results"
+	@echo "make bench   set up, then the benchmarks that need nothing but this host; results in benchmarks/results"
 	@echo "make setup   create or reuse .venv"
 	@echo "make clean   remove build output, caches and out/ (keeps .venv)"
 

@@ -1,4 +1,4 @@
 """Speed and memory, measured: each module prints its figures and records them under ``results``.
 
-Run them all with ``make bench``.
+``make bench`` runs those that need nothing but this host.
 """

@@ -1,22 +1,18 @@
 """Milliseconds of the policies on one core, against their budgets.
 
-Usage: python -m benchmarks.policy --json OUT
+python -m benchmarks.policy          # about 1 minute; writes benchmarks/results/policy.json
 """
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import typer
 
+from benchmarks.record import write_result
 from verl_rlhfless.policy.dedup import dedup
 from verl_rlhfless.policy.migrate import consolidate
 from verl_rlhfless.policy.plan import Goal, plan_fleet
@@ -90,18 +86,16 @@ def deduplicating() -> dict[str, float]:
     return median_ms(lambda: dedup([p for p in prompts for _ in range(4)]), 15)
 
 
-def main(out: Annotated[Path, typer.Option("--json")]) -> None:
-    """Measure everything once."""
+def main() -> None:
+    """Measure everything once: milliseconds of CPU time of one process."""
     found = {
         "plan_1024x16_on_160": planning() | {"budget_ms": 30},
         "tick_128x8_on_16": tick(128, 8, "h100-16") | {"budget_ms": 10},
         "tick_1024x16_on_160": tick(1024, 16, "h100-160") | {"budget_ms": 10},
         "dedup_1024x1024": deduplicating() | {"budget_ms": 50},
-        "host": f"{platform.machine()}, Python {platform.python_version()}, CPU time of one process",
     }
-    out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    write_result("policy", found, command="python -m benchmarks.policy")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -1,11 +1,24 @@
-"""Run every benchmark, one after another."""
+"""Run every benchmark that needs nothing but this host, one after another: about half an hour.
+
+The others take a trace, a folder of runs, or much longer; each module says how it is run.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
-MODULES = ("foundation", "instrument", "weights")
+MODULES = (
+    "policy",
+    "scaling",
+    "foundation",
+    "instrument",
+    "weights",
+    "router",
+    "journal",
+    "engine_start",
+    "host_memory",
+)
 
 
 def main() -> None:

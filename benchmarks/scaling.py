@@ -1,22 +1,18 @@
 """Seconds and memory of the simulator on one core against their budgets, and how they grow with the batch.
 
-Usage: python -m benchmarks.scaling --json OUT [--largest 16384]
+python -m benchmarks.scaling          # about 3 minutes; writes benchmarks/results/scaling.json
 """
 
 from __future__ import annotations
 
-import json
-import platform
 import resource
 import time
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import typer
 
 from benchmarks.policy import step
+from benchmarks.record import write_result
 from verl_rlhfless.policy.ours import Ours
 from verl_rlhfless.policy.shapes import MODELS
 from verl_rlhfless.policy.transitions import LeaseTimes
@@ -54,25 +50,22 @@ def exponent(curve: list[dict[str, float]]) -> float:
     return round(float(np.polyfit(x, y, 1)[0]), 2)
 
 
-def main(out: Annotated[Path, typer.Option("--json")], largest: int = SIZES[-1]) -> None:
-    """Measure the smallest first, so that the peak memory of each size is known."""
+def main() -> None:
+    """Measure CPU seconds of one process; the smallest first, so that the peak memory of each size is known."""
     small = simulated(128, 8, "h100-16") | {"budget_s": 0.1}
     curve = []
     for groups in SIZES:
-        if groups <= largest:
-            curve.append(simulated(groups, 16, "h100-160", _REPEATS if groups <= 1024 else 1))
-            print(curve[-1], flush=True)
+        curve.append(simulated(groups, 16, "h100-160", _REPEATS if groups <= 1024 else 1))
+        print(curve[-1], flush=True)
     budgets = {"budget_s": 3, "budget_gib": 2}
     found = {
         "simulate_128x8_on_16": small,
-        "simulate_1024x16_on_160": next((dict(c) | budgets for c in curve if c["groups"] == 1024), None),
+        "simulate_1024x16_on_160": next(dict(c) | budgets for c in curve if c["groups"] == 1024),
         "growth_16_on_160": curve,
         "growth_exponent": exponent(curve),
-        "host": f"{platform.machine()}, Python {platform.python_version()}, CPU time of one process",
     }
-    out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    write_result("scaling", found, command="python -m benchmarks.scaling")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -140,7 +140,9 @@ class RoutingSettings:
             ConfigError: No GPU is left for replicas, or no tensor-parallel size is possible.
         """
         if not self.replica_gpus:
-            rule = f"leaves no GPU of the cluster for a replica beside the trainer's {self.trainer_gpus}, which it keeps"
+            rule = (
+                f"leaves no GPU of the cluster for a replica beside the trainer's {self.trainer_gpus}, which it keeps"
+            )
             action = "Add GPUs, or use +rlhfless=resident, which needs none beside the trainer's."
             raise ConfigError("rlhfless.pool.max_gpus", self.config.pool.max_gpus, rule, action)
         sizes = legal_sizes(self.config.planner, self.model, min(self.gpus_per_node, self.replica_gpus))
