@@ -6,7 +6,7 @@ import re
 import tempfile
 from pathlib import Path
 
-# vLLM's rendezvous, its sockets (bare UUIDs, in a folder of ours), verl's sockets of a weight load, multiprocessing's own.
+# vLLM's rendezvous, its sockets (bare UUIDs, in a folder of ours), verl's sockets of a weight load, multiprocessing's.
 _OF_ENGINES = re.compile(
     r"vllm_dist_|rlhfless-sockets-|rl-colocate-zmq-|pymp-|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 )
