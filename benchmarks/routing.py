@@ -52,7 +52,12 @@ ARMS: dict[str, dict[str, str] | None] = {
         "prefix_dedup": "on",
         "migration": "cut_and_migrate",
     },
-    "random": {"dispatcher": "random", "prefix_dedup": "on", "migration": "cut_and_migrate"},
+    "random": {
+        "predictor": "history",
+        "dispatcher": "random",
+        "prefix_dedup": "on",
+        "migration": "cut_and_migrate",
+    },
     "no-prediction": {"dispatcher": "length_bucket", "prefix_dedup": "on", "migration": "cut_and_migrate"},
 }
 

@@ -66,7 +66,7 @@ class LivePlanner:
             nearest = replace(goal, max_step_s=None, max_gpu_s=None, cost_weight=weight)
             plan = self._plan_fleet(pool, batch, prediction, nearest)
             plan = replace(plan, reason=f"{plan.reason}; the nearest to a limit that can't be met: {error}")
-        if lengths.num_samples:
+        if lengths.level is not None:  # a plan without history says little
             self._count_losses(plan, announced.step)
         # during the rollout a further replica would find no warm server: the fleet has taken them
         self._has_planned, self.next = True, (plan, replace(pool, warm={}))

@@ -295,9 +295,11 @@ class RolloutRouter(Router):
         self._live = None
 
     def _learn(self, batch: Batch) -> None:
+        assert self._routing is not None
         view = self.book.view(0.0)
         if (view.generated > 0).all() and (view.state == FINISHED).all():
-            self._lengths = learn(self._lengths, batch, view.generated)
+            if self._routing.remembers:
+                self._lengths = learn(self._lengths, batch, view.generated)
             self._last = batch, view.generated
 
 

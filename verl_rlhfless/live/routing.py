@@ -99,6 +99,11 @@ class RoutingSettings:
             keeps_trainer=keeps_trainer,
         )
 
+    @property
+    def remembers(self) -> bool:
+        """Whether a step's lengths are remembered for later ones."""
+        return self.config.predictor.name != "off"
+
     def arm(self, announced: Announcement, fleet: Sequence[int]) -> Routing:
         """Return the policy of one step on replicas of these tensor-parallel sizes."""
         config = self.config

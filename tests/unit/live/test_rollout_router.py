@@ -176,6 +176,18 @@ def test_lengths_of_a_step_are_learnt_and_survive_a_checkpoint() -> None:
     on_router(check)
 
 
+def test_without_a_predictor_every_step_is_planned_as_the_first_one() -> None:
+    async def check(world: World) -> None:
+        before = await world.router.lengths()
+        announced = announcement()
+        await world.router.announce(announced)
+        await world.finish(await world.submit(announced), tokens=40)
+        await world.router.report()
+        assert await world.router.lengths() == before
+
+    on_router(check, predictor="off")
+
+
 def test_prompts_that_come_before_their_replicas_wait_for_them() -> None:
     async def check(world: World) -> None:
         announced = announcement()
@@ -519,15 +531,19 @@ def test_slow_starts_and_phases_of_one_step_are_expected_of_the_next_one() -> No
     on_planning_router(check)
 
 
-@pytest.mark.parametrize(("wake_s", "is_told"), [(300.0, True), (0.01, False)])
+@pytest.mark.parametrize(
+    ("wake_s", "has_history", "is_told"), [(300.0, True, True), (300.0, False, False), (0.01, True, False)]
+)
 def test_a_user_whose_leases_do_not_pay_is_told_once_what_does(
-    wake_s: float, is_told: bool, monkeypatch: pytest.MonkeyPatch
+    wake_s: float, has_history: bool, is_told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
     monkeypatch.setattr(planner_module.logger, "warning", lambda text, *values: told.append(text % values))
     leaves = replace(settings("elastic", {"name": "cost_aware"}), keeps_trainer=False)
     planner = LivePlanner(leaves, CostModel({"wake_s": (wake_s,), "cold_start_s": (2 * wake_s,)}))
-    lengths = learn(LengthModel(), announcement().batch(), np.array([5, 90, 10, 10, 15, 10, 10, 10]))
+    lengths = LengthModel()
+    if has_history:
+        lengths = learn(lengths, announcement().batch(), np.array([5, 90, 10, 10, 15, 10, 10, 10]))
     for step in range(1, 8):
         planner.plan(announcement(step), lengths, Standby(num_parked=4))
     assert len(told) == is_told
