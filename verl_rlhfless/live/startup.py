@@ -247,9 +247,9 @@ def check_sizes(config: DictConfig, parsed: RlhflessConfig) -> None:
         model = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file}: not valid JSON ({error}). Correct the model's configuration.") from error
-    trainer = config.trainer.n_gpus_per_node * config.trainer.nnodes
-    kept = why_lease_is_kept(config, parsed.pool.suspend_trainer)
-    legal_sizes(parsed.planner, model, _MOST_GPUS if limit is None else limit - trainer if kept else limit)
+    stays = bool(why_lease_is_kept(config, parsed.pool.suspend_trainer))
+    held = config.trainer.n_gpus_per_node * config.trainer.nnodes if stays else 0
+    legal_sizes(parsed.planner, model, _MOST_GPUS if limit is None else limit - held)
 
 
 def check_data_files(config: DictConfig) -> None:
