@@ -85,8 +85,7 @@ class LiveArm:
         prediction = routing.predict(memory.lengths, batch)
         believed = replace(self.pool, warm=pool.warm)
         planned = plan_parked_fleet(believed, batch, prediction, self.settings.goal())
-        placed = self._routing(batch, planned.fleet).plan(memory.lengths, self.pool, batch)
-        return replace(placed, price=planned.price, predicted_step_s=planned.predicted_step_s, reason=planned.reason)
+        return self._routing(batch, planned.fleet).plan_leased(planned, memory.lengths, self.pool, batch)
 
     def policy(self, memory: Memory) -> Policy:
         """Return the decisions during the rollout."""

@@ -158,9 +158,11 @@ class RolloutRouter(Router):
         batch = announced.batch()
         arm = self._routing.arm(announced, fleet)
         planned, pool = self._planner.next or (None, self._routing.pool(fleet))
-        plan, policy = arm.plan(self._lengths, pool, batch), arm.policy(self._lengths)
-        if planned is not None:
-            plan = replace(plan, price=planned.price)
+        policy = arm.policy(self._lengths)
+        if planned is None:
+            plan = arm.plan(self._lengths, pool, batch)
+        else:
+            plan = arm.plan_leased(planned, self._lengths, pool, batch)
             policy = self._routing.resizing(arm, policy, self._lengths)
         self._planner.next = None
         predicted = arm.predict(self._lengths, batch).mean()

@@ -130,6 +130,7 @@ def _split(
     option = ways[0].option
     gpus = options.gpus[option]
     woken, parked = _woken(pool, options, option)
+    late_s = pool.trainer.times.cold_start_s - pool.trainer.times.wake_s
     fastest = float(time_s.min(axis=1).max())
     slowest = float(time_s[np.arange(len(ways)), gpu_s.argmin(axis=1)].max())
     deadlines = np.geomspace(fastest, max(slowest, fastest * 1.01), _NUM_DEADLINES)[:, None]
@@ -144,13 +145,13 @@ def _split(
         bounds = (0, *inner, len(cuts) - 1)
         of = [spans.index(pair) for pair in pairwise(bounds)]
         fits = is_met[:, :, of].all(axis=2) & (best_n[:, :, of].sum(axis=2) <= pool.num_gpus)
-        fits &= (woken[:, best[:, :, of]].sum(axis=3) <= parked).all(axis=0)
         widths = tuple(cuts[j] - cuts[i] for i, j in pairwise(bounds))
         chosen = best[:, :, of][fits]
+        started = np.maximum(0, woken[:, chosen].sum(axis=2) - parked).sum(axis=0) * late_s
         plans.append(
             _Plans(
-                best_s[:, :, of][fits].max(axis=1, initial=0.0),
-                best_g[:, :, of][fits].sum(axis=1),
+                best_s[:, :, of][fits].max(axis=1, initial=0.0) + started / gpus[chosen].sum(axis=1),
+                best_g[:, :, of][fits].sum(axis=1) + started,
                 (widths,) * len(chosen),
                 option[chosen],
             )
@@ -159,14 +160,14 @@ def _split(
 
 
 def _woken(pool: PoolSnapshot, options: Options, option: IntArray) -> tuple[IntArray, IntArray]:
-    """Return the GPUs on which a lane's way wakes parked engines, [sizes, Q], and those that are parked, [sizes, 1, 1].
+    """Return the GPUs on which a lane's way wakes parked engines, [sizes, Q], and those that are parked, [sizes, 1].
 
-    Each lane alone counts on all of them.
+    Each lane alone counts on all of them: what lanes together lack has to be started.
     """
     sizes = [tp for tp, _ in options.sizes]
-    parked = np.array([pool.warm.get(tp, 0) for tp in sizes], dtype=np.int64)
-    gpus, is_of = options.gpus[option], options.tp[option] == np.array(sizes)[:, None]
-    return np.where(is_of & (gpus <= parked[:, None]), gpus, 0), parked[:, None, None]
+    parked = np.array([[pool.warm.get(tp, 0)] for tp in sizes], dtype=np.int64)
+    is_of = options.tp[option] == np.array(sizes)[:, None]
+    return np.where(is_of, np.minimum(options.gpus[option], parked), 0), parked
 
 
 def _unbeaten(found: list[tuple[float, float, _Plans, int]]) -> list[tuple[float, float, _Plans, int]]:

@@ -33,15 +33,17 @@ def plan_parked_fleet(pool: PoolSnapshot, batch: Batch, prior: Prediction, goal:
         return plan_fleet(pool, batch, prior, goal, can_fuse=False)
     shared = replace(times, cold_start_s=times.cold_start_s - later_s)
     plan = plan_fleet(replace(pool, trainer=replace(pool.trainer, times=shared)), batch, prior, goal, can_fuse=False)
-    fresh = sum(max(0, count - pool.warm.get(tp, 0) // tp) for tp, count in Counter(plan.fleet).items())
-    if not fresh or plan.predicted_rollout_s is None:
+    fresh = {tp: max(0, count - pool.warm.get(tp, 0) // tp) for tp, count in Counter(plan.fleet).items()}
+    if not any(fresh.values()) or plan.predicted_rollout_s is None:
         return plan
     assert plan.predicted_step_s is not None and plan.predicted_gpu_s is not None
-    held = sum(plan.fleet) + (pool.trainer.num_gpus if pool.keeps_trainer else 0)
+    leased = sum(plan.fleet)
+    wait_s = later_s * sum(tp * count for tp, count in fresh.items()) / leased
+    held = leased + (pool.trainer.num_gpus if pool.keeps_trainer else 0)
     return replace(
         plan,
-        predicted_rollout_s=plan.predicted_rollout_s + later_s,
-        predicted_step_s=plan.predicted_step_s + later_s,
-        predicted_gpu_s=plan.predicted_gpu_s + later_s * held,
-        reason=f"{plan.reason}; {fresh} started now wake in later rollouts",
+        predicted_rollout_s=plan.predicted_rollout_s + wait_s,
+        predicted_step_s=plan.predicted_step_s + wait_s,
+        predicted_gpu_s=plan.predicted_gpu_s + wait_s * held,
+        reason=f"{plan.reason}; {sum(fresh.values())} started now wake in later rollouts",
     )

@@ -9,7 +9,7 @@ prompt once more costs; nothing moves for less than a least gain.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -111,6 +111,18 @@ class Routing:
             first_look_s=_LOOK_S,
             reason=f"{self.dispatcher} on {len(self.fleet)} given replicas",
         )
+
+    def plan_leased(self, planned: RolloutPlan, memory: LengthModel, pool: PoolSnapshot, batch: Batch) -> RolloutPlan:
+        """Return the plan on a fleet that was planned: with the lanes that it was planned for, if it came as a whole.
+
+        Lanes keep what is predicted long apart from the rest, so that replicas of the rest end early. Neither stock's
+        nor a random dispatcher knows them, and samples that are placed one by one are in none.
+        """
+        placed = self.plan(memory, pool, batch)
+        if self.dispatcher == "length_bucket" and self.keeps_groups and planned.fleet == self.fleet:
+            placed = replace(placed, replica_of=planned.replica_of)
+        expected_s, reason = planned.predicted_step_s, planned.reason
+        return replace(placed, price=planned.price, predicted_step_s=expected_s, reason=reason)
 
     def _place(self, pool: PoolSnapshot, batch: Batch, prediction: Prediction) -> IntArray:
         count = len(self.fleet)

@@ -78,11 +78,15 @@ class StepCosts:
         return held_s * self.pool.trainer.num_gpus
 
     def start_s(self, options: Options) -> FloatArray:
-        """Return [M] leased seconds until an option's replicas are usable."""
+        """Return [M] leased seconds until an option's replicas are usable, the mean over its GPUs.
+
+        Replicas that wake begin while others still start.
+        """
         times = self.pool.trainer.times
-        load = np.array([self.pool.perf[int(tp)].load_s for tp in options.tp])
-        warm = np.array([self.pool.warm.get(int(tp), 0) for tp in options.tp])
-        start_s: FloatArray = np.where(options.gpus <= warm, times.wake_s, times.cold_start_s) + load
+        load = options.by_size(lambda tp: self.pool.perf[tp].load_s)
+        warm = options.by_size(lambda tp: self.pool.warm.get(tp, 0))
+        cold_share = np.maximum(0.0, 1 - warm / options.gpus)
+        start_s: FloatArray = times.wake_s + cold_share * (times.cold_start_s - times.wake_s) + load
         return start_s
 
     def fused(self, rollout_s: FloatArray, rollout_gpu_s: FloatArray) -> tuple[FloatArray, FloatArray]:

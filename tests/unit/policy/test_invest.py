@@ -43,6 +43,22 @@ def test_a_start_that_pays_over_later_rollouts_is_made_and_the_forecast_holds_al
     assert plan.predicted_rollout_s is not None and plan.predicted_rollout_s > 13.0 + 10.0
 
 
+@pytest.mark.parametrize("num_parked", [1, 2])
+def test_a_parked_fleet_grows_by_the_engines_that_it_lacks(num_parked: int) -> None:
+    assert len(plan_parked_fleet(pool(3, start_s=9.6), BATCH, exact(LENGTHS), Goal()).fleet) == 3
+    plan = plan_parked_fleet(pool(num_parked, start_s=9.6), BATCH, exact(LENGTHS), Goal())
+    assert len(plan.fleet) == 3 and f"{3 - num_parked} started now" in plan.reason
+
+
+@pytest.mark.parametrize("start_s", [2.0, 9.6, 40.0])
+@pytest.mark.parametrize("cost_weight", [0.2, 0.5, 0.8])
+def test_the_more_is_parked_the_better_is_the_plan(start_s: float, cost_weight: float) -> None:
+    goal = Goal(cost_weight=cost_weight)
+    plans = [plan_parked_fleet(pool(n, start_s), BATCH, exact(LENGTHS), goal) for n in (1, 2, 3, 4)]
+    reached = [plan.objective for plan in plans if plan.objective is not None]
+    assert len(reached) == 4 and reached == sorted(reached, reverse=True)
+
+
 def test_a_start_that_takes_far_longer_than_rollouts_is_not_made() -> None:
     plan = plan_parked_fleet(pool(1, start_s=600.0), BATCH, exact(LENGTHS), Goal())
     assert len(plan.fleet) == 1 and "later" not in plan.reason

@@ -11,7 +11,17 @@ import pytest
 from tests.unit.policy.paced import POOL
 from verl_rlhfless.policy.predict import LengthModel
 from verl_rlhfless.policy.routing import Routing, RoutingPolicy
-from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, STARTING, WAITING, Batch, ReplicaView, RolloutView
+from verl_rlhfless.policy.snapshot import (
+    FINISHED,
+    READY,
+    RUNNING,
+    STARTING,
+    WAITING,
+    Batch,
+    ReplicaView,
+    RolloutPlan,
+    RolloutView,
+)
 
 FLEET = (1, 1)
 
@@ -51,6 +61,35 @@ def test_siblings_share_a_replica_when_prefixes_are_kept_together(dispatcher: st
 def test_a_group_is_split_when_its_decode_costs_more_than_its_prompt() -> None:
     plan = Routing(FLEET, "length_bucket").plan(LengthModel(), POOL, batch(groups=1, n=16, prompt=10))
     assert np.bincount(plan.replica_of).tolist() == [8, 8]
+
+
+def planned(fleet: tuple[int, ...] = FLEET) -> RolloutPlan:
+    """Return a plan that keeps the first group apart."""
+    lanes = np.minimum(batch().group_of, 1)
+    known = {"price": 7.0, "predicted_step_s": 30.0, "reason": "two lanes"}
+    return RolloutPlan(fleet, lanes, np.arange(16), is_resident=False, is_static=False, **known)
+
+
+def test_a_planned_fleet_is_used_as_it_was_planned() -> None:
+    plan = Routing(FLEET).plan_leased(planned(), LengthModel(), POOL, batch())
+    assert (plan.replica_of == planned().replica_of).all()
+    assert (plan.price, plan.predicted_step_s, plan.reason) == (7.0, 30.0, "two lanes")
+
+
+@pytest.mark.parametrize(
+    ("arm", "fleet"),
+    [
+        (Routing(FLEET, "stock"), FLEET),
+        (Routing(FLEET, "random"), FLEET),
+        (Routing(FLEET, keeps_groups=False), FLEET),
+        (Routing(FLEET), (1, 1, 1)),
+    ],
+    ids=["stock", "random", "one by one", "a replica less"],
+)
+def test_other_dispatchers_and_smaller_fleets_know_no_lanes(arm: Routing, fleet: tuple[int, ...]) -> None:
+    plan = arm.plan_leased(planned(fleet), LengthModel(), POOL, batch())
+    assert (plan.replica_of == arm.plan(LengthModel(), POOL, batch()).replica_of).all()
+    assert (plan.replica_of != planned().replica_of).any() and plan.price == 7.0
 
 
 def test_random_is_drawn_from_the_seed() -> None:
