@@ -10,30 +10,24 @@ proportional set size of every process that Ray started for the run; pages of th
 
 from __future__ import annotations
 
-import contextlib
 import json
-import re
 import subprocess
 import tempfile
-import threading
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from benchmarks.process_watch import Look, ProcessWatch
 from benchmarks.record import write_result
 from benchmarks.scheduled import scheduled
-from verl_rlhfless.ab.cluster import Cluster, HostSize, private_cluster
+from verl_rlhfless.ab.cluster import HostSize, private_cluster
 from verl_rlhfless.demo.assets import MODEL_SIZE, ModelSize, arithmetic_problems, build_assets
 from verl_rlhfless.demo.run import DemoOptions, arm_command, arm_environment
+from verl_rlhfless.live.observer import METRICS_FILE
 
 _GPUS = 2
 _STEPS = 2
 _NUM_CPUS = 64  # logical: verl reserves some for each declared GPU
-_LOOK_S = 1.0
 _TIMEOUT_S = 600.0
 _TARGET = 0.2
 _LARGER = ModelSize(hidden=768, intermediate=3072, layers=12, heads=12, kv_heads=12, head_dim=64)
@@ -47,69 +41,6 @@ _OVERRIDES = (
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=2",
 )
-_KIND = re.compile(r"ray::(?:IDLE|(\w+))")
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """Proportional set size by kind of process, and how many there were, at one moment."""
-
-    pss_bytes: Mapping[str, int]
-    counts: Mapping[str, int]
-
-    @property
-    def total_bytes(self) -> int:
-        """All kinds together."""
-        return sum(self.pss_bytes.values())
-
-
-class MemoryWatch:
-    """Looks at the processes of a cluster until it is closed, and keeps the largest look."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self.peak = Look({}, {})
-        self.peaks: dict[str, int] = {}
-
-    def __enter__(self) -> MemoryWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(_LOOK_S):
-            look = _look(self._cluster.processes())
-            if look.total_bytes > self.peak.total_bytes:
-                self.peak = look
-            for kind, pss in look.pss_bytes.items():
-                self.peaks[kind] = max(self.peaks.get(kind, 0), pss)
-
-
-def _look(processes: list[psutil.Process]) -> Look:
-    pss: dict[str, int] = defaultdict(int)
-    counts: dict[str, int] = defaultdict(int)
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            command = " ".join(process.cmdline())
-            kind = _kind(command)
-            pss[kind] += process.memory_full_info().pss
-            counts[kind] += 1
-    return Look(dict(pss), dict(counts))
-
-
-def _kind(command: str) -> str:
-    for mark in ("VLLM::EngineCore", "VLLM::Worker", "forkserver", "resource_tracker", "raylet", "gcs_server"):
-        if mark in command:
-            return mark
-    if "main_ppo" in command:
-        return "main_ppo"
-    match = _KIND.match(command)
-    return (match.group(1) or "idle worker") if match else "other of Ray"
 
 
 def measure(name: str, size: ModelSize, object_store_bytes: int, out: Path) -> dict[str, Any]:
@@ -123,7 +54,7 @@ def measure(name: str, size: ModelSize, object_store_bytes: int, out: Path) -> d
     with (
         private_cluster(_GPUS, environment, HostSize(_NUM_CPUS, object_store_bytes)) as cluster,
         (folder / "train.log").open("w") as log,
-        MemoryWatch(cluster) as watch,
+        ProcessWatch(cluster, folder / METRICS_FILE) as watch,
     ):
         driver = subprocess.Popen(command, env=cluster.child_environment(), stdout=log, stderr=log)
         try:
@@ -133,17 +64,23 @@ def measure(name: str, size: ModelSize, object_store_bytes: int, out: Path) -> d
     if exit_code:
         raise SystemExit(f"{name}: the run ended with {exit_code}; see {folder / 'train.log'}")
     (account,) = [event for event in _events(folder) if event["event"] == "host_memory"]
-    computed, measured = account["num_bytes"], watch.peak.total_bytes
+    peak = max(watch.looks, key=lambda look: look.total_bytes)
+    computed, measured = account["num_bytes"], peak.total_bytes
     return {
         "computed_bytes": computed,
         "measured_bytes": measured,
         "computed_to_measured": computed / measured,
         "is_within_target": abs(computed / measured - 1) <= _TARGET,
         "computed": account["parts"],
-        "measured": dict(watch.peak.pss_bytes),
-        "num_processes": dict(watch.peak.counts),
-        "measured_peaks": watch.peaks,
+        "measured": dict(peak.pss_bytes),
+        "num_processes": dict(peak.counts),
+        "measured_peaks": _peaks(watch.looks),
     }
+
+
+def _peaks(looks: Sequence[Look]) -> dict[str, int]:
+    kinds = {kind for look in looks for kind in look.pss_bytes}
+    return {kind: max(look.pss_bytes.get(kind, 0) for look in looks) for kind in sorted(kinds)}
 
 
 def _events(folder: Path) -> list[dict[str, Any]]:

@@ -116,11 +116,15 @@ class Routing:
         """Return the plan on a fleet that was planned: with the lanes that it was planned for, if it came as a whole.
 
         Lanes keep what is predicted long apart from the rest, so that replicas of the rest end early. Neither stock's
-        nor a random dispatcher knows them, and samples that are placed one by one are in none.
+        nor a random dispatcher knows them, and samples that are placed one by one are in none. Replicas may come in
+        another order than planned.
         """
         placed = self.plan(memory, pool, batch)
-        if self.dispatcher == "length_bucket" and self.keeps_groups and planned.fleet == self.fleet:
-            placed = replace(placed, replica_of=planned.replica_of)
+        is_whole = sorted(planned.fleet) == sorted(self.fleet)
+        if self.dispatcher == "length_bucket" and self.keeps_groups and is_whole:
+            came_as = np.empty(len(self.fleet), dtype=np.int64)
+            came_as[np.argsort(planned.fleet, kind="stable")] = np.argsort(self.fleet, kind="stable")
+            placed = replace(placed, replica_of=came_as[planned.replica_of])
         expected_s, reason = planned.predicted_step_s, planned.reason
         return replace(placed, price=planned.price, predicted_step_s=expected_s, reason=reason)
 

@@ -24,6 +24,7 @@ from verl_rlhfless.policy.snapshot import (
 )
 
 FLEET = (1, 1)
+MIXED = replace(POOL, perf={1: POOL.perf[1], 2: POOL.perf[1]})
 
 
 def batch(groups: int = 4, n: int = 4, prompt: int = 200) -> Batch:
@@ -63,17 +64,23 @@ def test_a_group_is_split_when_its_decode_costs_more_than_its_prompt() -> None:
     assert np.bincount(plan.replica_of).tolist() == [8, 8]
 
 
-def planned(fleet: tuple[int, ...] = FLEET) -> RolloutPlan:
-    """Return a plan that keeps the first group apart."""
-    lanes = np.minimum(batch().group_of, 1)
+def planned(fleet: tuple[int, ...] = FLEET, lanes: int = 2) -> RolloutPlan:
+    """Return a plan that keeps each of the first groups apart."""
+    of = np.minimum(batch().group_of, lanes - 1)
     known = {"price": 7.0, "predicted_step_s": 30.0, "reason": "two lanes"}
-    return RolloutPlan(fleet, lanes, np.arange(16), is_resident=False, is_static=False, **known)
+    return RolloutPlan(fleet, of, np.arange(16), is_resident=False, is_static=False, **known)
 
 
 def test_a_planned_fleet_is_used_as_it_was_planned() -> None:
     plan = Routing(FLEET).plan_leased(planned(), LengthModel(), POOL, batch())
     assert (plan.replica_of == planned().replica_of).all()
     assert (plan.price, plan.predicted_step_s, plan.reason) == (7.0, 30.0, "two lanes")
+
+
+def test_lanes_keep_their_size_of_replica_when_replicas_come_in_another_order() -> None:
+    lanes = Routing((1, 2, 2)).plan_leased(planned((2, 2, 1), 3), LengthModel(), MIXED, batch()).replica_of
+    assert (np.array((1, 2, 2))[lanes] == np.array((2, 2, 1))[planned((2, 2, 1), 3).replica_of]).all()
+    assert sorted(set(lanes.tolist())) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
