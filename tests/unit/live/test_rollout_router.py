@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -400,9 +400,13 @@ def on_planning_router(test: Callable[[World], Coroutine[Any, Any, None]], **pla
     on_router(test, servers=0, pool="elastic", planner={"name": "cost_aware", **planner})
 
 
-async def start_planned(world: World, announced: Announcement) -> list[Grant]:
-    """Plan a step, start every replica of its fleet, and return what may start."""
+async def start_planned(world: World, announced: Announcement, replica_of: Sequence[int] | None = None) -> list[Grant]:
+    """Plan a step, with other lanes if they are given, start every replica of its fleet, and return what may start."""
     decision = await world.router.plan(announced, standby=SERVERS)
+    if replica_of is not None:
+        assert world.router._planner is not None and world.router._planner.next is not None
+        plan, pool = world.router._planner.next
+        world.router._planner.next = replace(plan, replica_of=np.array(replica_of)), pool
     await world.router.expect([spec.tp for spec in decision.replicas])
     await world.router.announce(announced)
     for number, spec in enumerate(decision.replicas):
@@ -420,6 +424,18 @@ def test_a_step_is_planned_from_its_prompts_within_the_limits() -> None:
         assert "static" in decision.reason
 
     on_planning_router(check, min_replicas=2)
+
+
+@pytest.mark.parametrize("lanes", [(0, 0, 1, 1), (0, 1, 1, 0), (1, 1, 0, 0)])
+def test_requests_go_to_the_lanes_that_the_fleet_was_planned_for(lanes: tuple[int, ...]) -> None:
+    async def check(world: World) -> None:
+        announced = announcement()
+        grants = await start_planned(world, announced, [lane for lane in lanes for _ in range(2)])
+        await world.finish(grants)
+        lanes_of = {sample: f"host:{lanes[number // 2]}" for number, sample in enumerate(announced.samples())}
+        assert world.where == {sample: [server] for sample, server in lanes_of.items()}
+
+    on_planning_router(check, min_replicas=2, max_replicas=2)
 
 
 def test_a_deadline_that_no_fleet_meets_is_refused_before_anything_is_leased() -> None:
