@@ -31,7 +31,9 @@ PACE = PaceModel(
 pass), slowed down until two cores can follow four of them."""
 
 MAX_HOST_CPU = 70.0
-"""Mean percent of all cores during a rollout, above which a paced arm is void: the host was late, not the device."""
+"""Percent of all cores during the median rollout, above which a paced arm is void: the host was late, not the device.
+
+A step that starts an engine may exceed it: where engines run on the host's own cores, that start slows the others."""
 
 WARM_UP = 1
 """Steps that no median holds: imports, and a length model that knows nothing."""
@@ -80,7 +82,7 @@ class Summary:
         startup_gpu_s: Of these, until a replica or the trainer was usable.
         step_over_stock: ``step_s`` over stock's in the same column; ``None`` without a stock arm.
         gpu_over_stock: ``gpu_s`` over stock's.
-        host_cpu_percent: Greatest of the same steps.
+        host_cpu_percent: Load of all cores during the rollout.
         is_void: Whether a paced arm kept the host too busy to be believed.
     """
 
@@ -120,7 +122,7 @@ def _of_column(column: Column, arms: Mapping[str, Any]) -> list[Summary]:
             continue
         step_s, gpu_s, startup_gpu_s = figures
         loads = [step["host_cpu_percent"] for step in arms[name]["steps"][WARM_UP:]]
-        load = max((percent for percent in loads if percent is not None), default=None)
+        load = None if None in loads else statistics.median(loads)
         summaries.append(
             Summary(
                 column=column.name,

@@ -35,6 +35,15 @@ def test_a_paced_arm_on_a_busy_host_is_void_and_the_table_says_so() -> None:
     assert "void" not in render_columns([unpaced])
 
 
+@pytest.mark.parametrize(("loads", "is_void"), [([99.0, 60, 60, 80], False), ([40.0, 60, 80, 80], True)])
+def test_an_arm_is_void_when_its_median_step_was_too_busy(loads: list[float], is_void: bool) -> None:
+    busy = arm([1, 1, 1, 1], [4, 4, 4, 4])
+    for step, load in zip(busy["steps"], loads, strict=True):
+        step["host_cpu_percent"] = load
+    (summary,) = summarise({"parked": {"arms": {"stock": busy}}})
+    assert summary.is_void is is_void
+
+
 def test_an_arm_that_never_got_past_its_warm_up_is_left_out() -> None:
     assert summarise({"unpaced": {"arms": {"stock": arm([1], [4])}}}) == []
 
