@@ -24,6 +24,7 @@ from verl_rlhfless.ab.cluster import private_cluster
 from verl_rlhfless.demo import recipe
 from verl_rlhfless.demo.assets import arithmetic_problems, build_assets
 from verl_rlhfless.demo.run import DemoOptions, arm_command, arm_environment
+from verl_rlhfless.live.observer import METRICS_FILE
 
 _GPUS = 2
 _STEPS = 90
@@ -56,7 +57,7 @@ def measure(arm: Arm, steps: int, out: Path) -> dict[str, Any]:
     with (
         private_cluster(_GPUS, arm_environment(folder)) as cluster,
         (folder / "train.log").open("w") as log,
-        ProcessWatch(cluster, _LOOK_S) as watch,
+        ProcessWatch(cluster, folder / METRICS_FILE, _LOOK_S) as watch,
     ):
         driver = subprocess.Popen(command, env=cluster.child_environment(), stdout=log, stderr=log)
         try:
