@@ -11,60 +11,31 @@ proportional set size of every process that Ray started for the run; pages of th
 from __future__ import annotations
 
 import json
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.process_watch import Look, ProcessWatch
+from benchmarks.process_watch import Look
 from benchmarks.record import write_result
 from benchmarks.scheduled import scheduled
-from verl_rlhfless.ab.cluster import HostSize, private_cluster
-from verl_rlhfless.demo.assets import MODEL_SIZE, ModelSize, arithmetic_problems, build_assets
-from verl_rlhfless.demo.run import DemoOptions, arm_command, arm_environment
-from verl_rlhfless.live.observer import METRICS_FILE
+from benchmarks.watched_run import NUM_GPUS, watched_run
+from verl_rlhfless.ab.cluster import HostSize
+from verl_rlhfless.demo.assets import MODEL_SIZE, ModelSize
 
-_GPUS = 2
 _STEPS = 2
 _NUM_CPUS = 64  # logical: verl reserves some for each declared GPU
-_TIMEOUT_S = 600.0
 _TARGET = 0.2
 _LARGER = ModelSize(hidden=768, intermediate=3072, layers=12, heads=12, kv_heads=12, head_dim=64)
-_OVERRIDES = (
-    f"rlhfless.pool.max_gpus={_GPUS}",
-    "data.train_batch_size=4",
-    "data.max_response_length=16",
-    "actor_rollout_ref.rollout.n=2",
-    "actor_rollout_ref.rollout.max_model_len=528",
-    "actor_rollout_ref.actor.ppo_mini_batch_size=4",
-    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",
-    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=2",
-)
 
 
 def measure(name: str, size: ModelSize, object_store_bytes: int, out: Path) -> dict[str, Any]:
     """Run two steps and return the computed and the measured bytes."""
     folder = out / name
-    folder.mkdir(parents=True)
-    assets = build_assets(folder / "assets", arithmetic_problems(64, seed=1), seed=1, size=size)
-    arm = scheduled(1).with_overrides(*_OVERRIDES)
-    command = arm_command(arm, assets, DemoOptions(out=folder, steps=_STEPS), folder)
-    environment = arm_environment(folder)
-    with (
-        private_cluster(_GPUS, environment, HostSize(_NUM_CPUS, object_store_bytes)) as cluster,
-        (folder / "train.log").open("w") as log,
-        ProcessWatch(cluster, folder / METRICS_FILE) as watch,
-    ):
-        driver = subprocess.Popen(command, env=cluster.child_environment(), stdout=log, stderr=log)
-        try:
-            exit_code = driver.wait(_TIMEOUT_S)
-        finally:
-            driver.kill()
-    if exit_code:
-        raise SystemExit(f"{name}: the run ended with {exit_code}; see {folder / 'train.log'}")
+    arm = scheduled(1).with_overrides(f"rlhfless.pool.max_gpus={NUM_GPUS}")
+    looks = watched_run(arm, _STEPS, folder, size, HostSize(_NUM_CPUS, object_store_bytes))
     (account,) = [event for event in _events(folder) if event["event"] == "host_memory"]
-    peak = max(watch.looks, key=lambda look: look.total_bytes)
+    peak = max(looks, key=lambda look: look.total_bytes)
     computed, measured = account["num_bytes"], peak.total_bytes
     return {
         "computed_bytes": computed,
@@ -74,7 +45,7 @@ def measure(name: str, size: ModelSize, object_store_bytes: int, out: Path) -> d
         "computed": account["parts"],
         "measured": dict(peak.pss_bytes),
         "num_processes": dict(peak.counts),
-        "measured_peaks": _peaks(watch.looks),
+        "measured_peaks": _peaks(looks),
     }
 
 
