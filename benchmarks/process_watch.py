@@ -14,6 +14,7 @@ import psutil
 
 from verl_rlhfless.ab.cluster import Cluster
 
+_LOOK_S = 1.0
 _KIND = re.compile(r"ray::(?:IDLE|(\w+))")
 _MARKS = ("VLLM::EngineCore", "VLLM::Worker", "forkserver", "resource_tracker", "raylet", "gcs_server")
 
@@ -37,14 +38,14 @@ class Look:
 
 
 class ProcessWatch:
-    """Looks at the processes of a cluster every ``interval_s`` until it is closed; ``metrics`` is verl's file logger's.
+    """Looks at the processes of a cluster every second until it is closed; ``metrics`` is verl's file logger's.
 
     Attributes:
         looks: Oldest first.
     """
 
-    def __init__(self, cluster: Cluster, metrics: Path, interval_s: float = 1.0) -> None:
-        self._cluster, self._metrics, self._interval_s = cluster, metrics, interval_s
+    def __init__(self, cluster: Cluster, metrics: Path) -> None:
+        self._cluster, self._metrics = cluster, metrics
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self.looks: list[Look] = []
@@ -58,7 +59,7 @@ class ProcessWatch:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._over.wait(self._interval_s):
+        while not self._over.wait(_LOOK_S):
             steps = len(self._metrics.read_text().splitlines()) if self._metrics.exists() else 0
             self.looks.append(_look(self._cluster.processes(), steps))
 

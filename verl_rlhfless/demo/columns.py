@@ -31,9 +31,9 @@ PACE = PaceModel(
 pass), slowed down until two cores can follow four of them."""
 
 MAX_HOST_CPU = 70.0
-"""Percent of all cores during the median rollout, above which a paced arm is void: the host was late, not the device.
+"""Mean percent of all cores during a rollout, above which the host was late, not the device.
 
-A step that starts an engine may exceed it: where engines run on the host's own cores, that start slows the others."""
+An arm is void when its median step exceeds it: a step that starts an engine on the host's own cores may."""
 
 WARM_UP = 1
 """Steps that no median holds: imports, and a length model that knows nothing."""
