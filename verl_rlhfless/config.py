@@ -50,7 +50,7 @@ class PoolConfig(Section):
 
     ``max_gpus`` counts the trainer's GPUs and the replicas' together; ``None`` sets no limit of our own. With
     ``suspend_trainer=auto`` the trainer gives its GPUs back during a rollout when that pays, or when the replicas need
-    them.
+    them; with ``share_trainer=auto`` a planned step whose replicas had better not be leased runs them on its GPUs.
     ``park`` says whether the engine of a replica that leaves the rollout sleeps until the next one, and
     ``park_residual_bytes`` is the most memory that may then be in use on its device; above it the engine is ended.
     ``same_device_wait_s`` bounds the wait for the devices of a suspended trainer or a parked engine.
@@ -68,6 +68,7 @@ class PoolConfig(Section):
     same_device_wait_s: float = within(0.1, default=30.0)
     resume_timeout_s: float = within(0.1, default=600.0)
     suspend_trainer: str = one_of("auto", "never")
+    share_trainer: str = one_of("auto", "never")
     park: str = one_of("auto", "always", "never")
     park_residual_bytes: int = within(0, default=4 << 30)
 

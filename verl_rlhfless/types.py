@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+DeviceKey = tuple[tuple[str, frozenset[str]], ...]
+"""The devices of a lease as ``((node id, {device ids}), ...)``, sorted by node: equal keys mean the same devices."""
+
 
 @dataclass(frozen=True, slots=True)
 class LeasedNode:
@@ -119,14 +122,18 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class FleetDecision:
-    """The replicas of one step, with the reason that is logged, asserted on and counted."""
+    """The replicas of one step, with the reason that is logged, asserted on and counted.
+
+    ``is_resident``: they share the trainer's lease, and nothing is leased for them.
+    """
 
     step: int
     replicas: tuple[ReplicaSpec, ...]
     reason: str
     forecast: Forecast | None = None
+    is_resident: bool = False
 
     @property
     def num_gpus(self) -> int:
-        """GPUs that the fleet leases."""
+        """GPUs that the fleet runs on."""
         return sum(replica.tp for replica in self.replicas)

@@ -63,7 +63,7 @@ class EngineLog:
 
     Attributes:
         pid: Process id of the worker that wrote it.
-        lease: Lease that the engine runs on (:data:`LEASE_VARIABLE`); ``None`` when it was not told.
+        lease: Lease that the engine runs on or on a part of (:data:`LEASE_VARIABLE`); ``None`` when not told.
         replica_rank: verl's rank of the replica; ``None`` outside verl.
         tp: Tensor-parallel size.
         started_s: When the worker started.

@@ -16,13 +16,13 @@ from omegaconf import OmegaConf, open_dict
 from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import ReplicaError, RlhflessError
 from verl_rlhfless.live.events import EventLog
-from verl_rlhfless.live.lease import DeviceKey
 from verl_rlhfless.live.orders import StartReplica
 from verl_rlhfless.live.parking import ParkingLot
 from verl_rlhfless.live.replica import ElasticReplica, WeightSource
+from verl_rlhfless.live.shared_lease import TrainerDevices
 from verl_rlhfless.live.warm_pool import WarmPool
 from verl_rlhfless.policy.learnt import ReplicaTimes, Standby, Way
-from verl_rlhfless.types import FleetDecision, ReplicaSpec
+from verl_rlhfless.types import DeviceKey, FleetDecision, ReplicaSpec
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class Fleet:
         self._ranks = itertools.count()
         self.replicas: list[ElasticReplica] = []
         self._asked_for: list[ElasticReplica] = []
+        self._shared: TrainerDevices | None = None
         self.max_gpus = self.num_started = 0
         self.gpu_s = 0.0
         self.starts: list[ReplicaTimes] = []
@@ -73,7 +74,14 @@ class Fleet:
         assert not self.replicas and self._starting is None, "a fleet is released before the next one starts"
         ray.get(self._router.expect.remote([spec.tp for spec in decision.replicas]))
 
-    def start(self, decision: FleetDecision, weights: WeightSource, *, imports_first: bool) -> None:
+    def start(
+        self,
+        decision: FleetDecision,
+        weights: WeightSource,
+        *,
+        imports_first: bool = False,
+        shared: TrainerDevices | None = None,
+    ) -> None:
         """Begin to start every replica of the decision at once, and return.
 
         Args:
@@ -82,9 +90,11 @@ class Fleet:
             imports_first: Whether nothing is leased before the servers of fresh replicas have done their imports. Not
                 beside a trainer that leaves once they are leased: late, they would get its own devices, and engines
                 parked on those could not wake beside it.
+            shared: The trainer's devices, on which the replicas run without leases; ``None`` = each leases.
         """
         logger.info("rlhfless: step %d: %s", decision.step, decision.reason)
-        self.max_gpus, self.num_started, self.gpu_s = decision.num_gpus, 0, 0.0
+        self._shared = shared
+        self.max_gpus, self.num_started, self.gpu_s = 0 if shared else decision.num_gpus, 0, 0.0
         self.starts, self.releases_s, self._num_servers = [], [], self.standby.num_servers
         self.parking.expect(decision)
         candidates = self._asked_for = [self._new_replica(spec) for spec in decision.replicas]
@@ -186,7 +196,7 @@ class Fleet:
 
     async def _start_one(self, fresh: ElasticReplica, weights: WeightSource) -> None:
         asked_s = time.time()
-        replica, report = await self.parking.bring_up(fresh, weights)
+        replica, report = await self.parking.bring_up(fresh, weights, self._shared)
         self.replicas.append(replica)
         way = self._started() if replica is fresh else "wake"
         assert replica.lease is not None
@@ -252,8 +262,8 @@ class Fleet:
     async def _release_one(self, replica: ElasticReplica) -> None:
         lease = replica.lease  # a parked one may be woken on another lease at once
         self.releases_s.append(await self.parking.retire(replica))
-        assert lease is not None and lease.released_s is not None
-        self.gpu_s += replica.world_size * (lease.released_s - lease.granted_s)
+        assert lease is not None
+        self.gpu_s += lease.gpu_s
 
 
 def _can_sleep(run_config: Any) -> bool:

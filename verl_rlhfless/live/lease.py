@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from verl_rlhfless.errors import LeaseImpossibleError, LeaseReleaseError, LeaseTimeoutError, RlhflessError
 from verl_rlhfless.live.leased_node import free_port, leased_node
-from verl_rlhfless.types import LeasedNode
+from verl_rlhfless.types import DeviceKey, LeasedNode
 
 RELEASE_TIMEOUT_S = 30.0
 """How long a release that nobody gave a time-out for may take."""
@@ -31,9 +31,6 @@ _ANSWER_S = 60.0  # the first task on a node waits for a worker process
 _NODE_PIN = 0.001  # share of the resource that every Ray node has under its own name
 _RELEASE_POLL_S = 0.002
 _FREED_S, _FREED_POLL_S = 0.25, 0.005  # Ray's scheduler learns within 0.1 s of what a removed group has freed
-
-DeviceKey = tuple[tuple[str, frozenset[str]], ...]
-"""The devices of a lease as ``((node id, {device ids}), ...)``, sorted by node: equal keys mean the same devices."""
 
 _leased_node = ray.remote(num_cpus=0, max_calls=0)(leased_node)  # Ray would end a worker after each task with a GPU
 _free_port = ray.remote(num_cpus=0)(free_port)
@@ -130,6 +127,12 @@ class Lease:
         except BaseException:  # an interrupt too must leave no group behind
             _remove(request.group_name, group, RELEASE_TIMEOUT_S)
             raise
+
+    @property
+    def gpu_s(self) -> float:
+        """GPU-seconds from grant to release, or until now."""
+        until_s = time.time() if self.released_s is None else self.released_s
+        return sum(len(node.device_ids) for node in self.nodes) * (until_s - self.granted_s)
 
     def device_key(self) -> DeviceKey:
         """Return the leased devices as sets per node, to compare leases with."""

@@ -18,12 +18,13 @@ import ray
 from verl_rlhfless.config import PoolConfig
 from verl_rlhfless.errors import ReplicaError, RlhflessError
 from verl_rlhfless.live.events import EventLog
-from verl_rlhfless.live.lease import DeviceKey, Lease
+from verl_rlhfless.live.lease import Lease
 from verl_rlhfless.live.replica import ElasticReplica, ReplicaState, WeightSource
 from verl_rlhfless.live.same_devices import DeviceSearch, lease_devices
+from verl_rlhfless.live.shared_lease import SharedLease, TrainerDevices
 from verl_rlhfless.live.weights import PullReport
 from verl_rlhfless.policy.park import ParkDecision, ParkView, decide_park, worth_waiting_s
-from verl_rlhfless.types import FleetDecision
+from verl_rlhfless.types import DeviceKey, FleetDecision
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +69,22 @@ class ParkingLot:
             self._uses[tp] = max(self._uses[tp], count)
         self._largest_fleet = max(self._largest_fleet, len(decision.replicas))
 
-    async def bring_up(self, fresh: ElasticReplica, weights: WeightSource) -> tuple[ElasticReplica, PullReport]:
+    async def bring_up(
+        self, fresh: ElasticReplica, weights: WeightSource, shared: TrainerDevices | None = None
+    ) -> tuple[ElasticReplica, PullReport]:
         """Return a replica that serves, a woken one if its devices can be had in time, else ``fresh``, started.
+
+        Args:
+            fresh: Started if no parked engine can serve for it.
+            weights: What it loads.
+            shared: Where it runs without a lease of its own; ``None`` = it leases.
 
         Raises:
             LeaseTimeoutError: No GPUs in time.
             ReplicaError: The engine did not start.
         """
+        if shared is not None:
+            return await self._bring_up_beside_trainer(fresh, weights, shared)
         lease, gave_way = None, False
         if self._alike(fresh):
             lease = fresh.lease = (await self._searched(fresh)).lease
@@ -89,6 +99,22 @@ class ParkingLot:
                 lease = fresh.lease = None  # returned with the engine that did not wake
         report = await fresh.start(weights, lease)
         (self._relaunches_s if gave_way else self._starts_s)[fresh.world_size].append(fresh.engine_s)
+        self._version_bytes = report.num_bytes
+        return fresh, report
+
+    async def _bring_up_beside_trainer(
+        self, fresh: ElasticReplica, weights: WeightSource, devices: TrainerDevices
+    ) -> tuple[ElasticReplica, PullReport]:
+        wanted = [parked.lease.device_key() for parked in self._alike(fresh) if parked.lease is not None]
+        lease = fresh.lease = devices.take(fresh.name, fresh.world_size, wanted)
+        parked = self._bound_to(lease.device_key(), fresh)
+        if parked is not None:
+            report = await self._wake(parked, lease, weights)
+            if report is not None:
+                return parked, report
+            lease = fresh.lease = devices.take(fresh.name, fresh.world_size)
+        report = await fresh.start(weights, lease)
+        self._starts_s[fresh.world_size].append(fresh.engine_s)
         self._version_bytes = report.num_bytes
         return fresh, report
 
@@ -175,7 +201,9 @@ class ParkingLot:
         found = [one for one in self._alike(fresh) if one.lease is not None and one.lease.device_key() == key]
         return found[0] if found else None
 
-    async def _wake(self, parked: ElasticReplica, lease: Lease, weights: WeightSource) -> PullReport | None:
+    async def _wake(
+        self, parked: ElasticReplica, lease: Lease | SharedLease, weights: WeightSource
+    ) -> PullReport | None:
         """Return what a parked engine loaded, ``None`` if it did not wake: the lease is returned then."""
         assert parked.lease is not None
         slept_as = parked.lease.name

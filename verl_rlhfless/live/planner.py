@@ -67,7 +67,7 @@ class LivePlanner:
             plan = self._plan_fleet(pool, batch, prediction, nearest)
             plan = replace(plan, reason=f"{plan.reason}; the nearest to a limit that can't be met: {error}")
         if lengths.level is not None:  # a plan without history says little
-            self._count_losses(plan, announced.step)
+            self._count_losses(plan, announced.step, may_share=pool.has_resident)
         # during the rollout a further replica would find no warm server: the fleet has taken them
         self._has_planned, self.next = True, (plan, replace(pool, warm={}))
         return decision_of(plan, announced.step)
@@ -77,10 +77,13 @@ class LivePlanner:
             return plan_fleet(pool, batch, prediction, goal, can_fuse=False)
         return plan_parked_fleet(pool, batch, prediction, goal)
 
-    def _count_losses(self, plan: RolloutPlan, step: int) -> None:
-        """Tell the user, once a run of losses, that leases don't pay; a trainer that stays has nothing to compare."""
+    def _count_losses(self, plan: RolloutPlan, step: int, *, may_share: bool) -> None:
+        """Tell the user, once a run of losses, that leases don't pay.
+
+        Not where the plan had the choice to share the trainer's GPUs, nor where the trainer stays: it has no other.
+        """
         assert plan.objective is not None
-        loses = plan.objective > 1 and not self._routing.keeps_trainer
+        loses = plan.objective > 1 and not self._routing.keeps_trainer and not may_share
         self._num_losses = self._num_losses + 1 if loses else 0
         if self._num_losses == _LOSSES:
             logger.warning(

@@ -24,6 +24,7 @@ from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.lease import Lease, LeaseRequest
 from verl_rlhfless.live.parked_memory import ParkedMemory
 from verl_rlhfless.live.replica_life import ParkReport, ReleaseReport, ReplicaState, WeightSource
+from verl_rlhfless.live.shared_lease import SharedLease
 from verl_rlhfless.live.warm_pool import WarmPool
 from verl_rlhfless.live.weights import PullReport
 from verl_rlhfless.processes import ProcessKey
@@ -34,13 +35,13 @@ _DRAIN_POLL_S = 0.02
 
 
 class ElasticReplica(vLLMReplica):
-    """A vLLM replica on a lease of its own, or parked between two leases of the same devices.
+    """A vLLM replica on a lease of its own or a part of the trainer's, or parked between two of the same devices.
 
     Its rank is never reused: verl's actor and socket names contain it.
 
     Attributes:
         state: Where it is in its life.
-        lease: The current lease; the last one when parked or ended.
+        lease: The current lease, or its part of the trainer's; the last one when parked or ended.
         engine_s: How long the last start or wake of the engine took, weights not included [s].
     """
 
@@ -50,7 +51,7 @@ class ElasticReplica(vLLMReplica):
         super().__init__(replica_rank, config, model_config, gpus_per_node=config.tensor_model_parallel_size)
         self.rollout_mode = RolloutMode.STANDALONE
         self.state = ReplicaState.REQUESTED
-        self.lease: Lease | None = None
+        self.lease: Lease | SharedLease | None = None
         self.engine_s = 0.0
         self._pool = pool
         self._warm_servers = warm_servers
@@ -81,7 +82,7 @@ class ElasticReplica(vLLMReplica):
         resource = Accelerator.of_platform().resource
         return Lease.acquire(LeaseRequest(name, "replica", (self.world_size,), resource), timeout_s)
 
-    async def start(self, weights: WeightSource, lease: Lease | None = None) -> PullReport:
+    async def start(self, weights: WeightSource, lease: Lease | SharedLease | None = None) -> PullReport:
         """Start the engine on ``lease``, or on a new one, load the weights, and return what was loaded.
 
         Raises:
@@ -91,7 +92,7 @@ class ElasticReplica(vLLMReplica):
         self.lease = lease or await asyncio.to_thread(self.acquire, self.name, self._pool.grant_timeout_s)
         return await self._bring_up(self.launch_servers, weights)
 
-    async def wake(self, weights: WeightSource, lease: Lease) -> PullReport:
+    async def wake(self, weights: WeightSource, lease: Lease | SharedLease) -> PullReport:
         """Wake the parked engine on a lease of the devices that it slept on, load the weights, and return what was.
 
         Raises:

@@ -39,6 +39,9 @@ class DeviceResidency(Protocol):
     def onload(self, worker: Any) -> None:
         """Undo :meth:`offload`; return when the copies are complete."""
 
+    def free_share(self, worker: Any) -> float:
+        """Give cached device memory back and return the share of the device that is free."""
+
     def stay(self, worker: Any) -> None:
         """Prepare for a checkpoint that is saved from the host, after which the rank ends."""
 
@@ -76,6 +79,16 @@ class VerlResidency:
             optimizer = not engine.is_optimizer_offload_enabled and not is_fixed_on_host
             engine.to(_device_name(), model=model, optimizer=optimizer, grad=model)
         _synchronize()
+
+    def free_share(self, worker: Any) -> float:
+        """Empty torch's device cache and return the share of the device that is free; 1 where it is the host."""
+        if _device_name() == "cpu":
+            return 1.0
+        device = _device()
+        gc.collect()
+        device.empty_cache()
+        free_bytes, total_bytes = device.mem_get_info()
+        return float(free_bytes / total_bytes)
 
     def stay(self, worker: Any) -> None:
         """Make verl save a checkpoint from where the state is: its own way moves a model on the host to the device.

@@ -159,7 +159,7 @@ class RolloutRouter(Router):
         arm = self._routing.arm(announced, fleet)
         planned, pool = self._planner.next or (None, self._routing.pool(fleet))
         policy = arm.policy(self._lengths)
-        if planned is None:
+        if planned is None or planned.is_resident:
             plan = arm.plan(self._lengths, pool, batch)
         else:
             plan = arm.plan_leased(planned, self._lengths, pool, batch)

@@ -160,7 +160,10 @@ class RoutingSettings:
             raise ConfigError("rlhfless.planner.tensor_parallel_sizes", asked, rule, action)
         pool = self._pool(self._holding(sizes), self.replica_gpus)
         trainer = replace(pool.trainer, num_gpus=self.trainer_gpus)
-        return replace(pool, trainer=trainer, keeps_trainer=self.keeps_trainer, has_resident=False)
+        may_share = not self.keeps_trainer and self.config.pool.share_trainer == "auto"
+        return replace(
+            pool, trainer=trainer, keeps_trainer=self.keeps_trainer, has_resident=may_share, shares_engines=True
+        )
 
     def _holding(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
         """Return the sizes at which a replica holds the model; all of those that were asked for must."""
@@ -214,4 +217,4 @@ def decision_of(plan: RolloutPlan, step: int) -> FleetDecision:
     gpu_s, static_step_s = plan.predicted_gpu_s, plan.static_step_s
     assert rollout_s is not None and step_s is not None and gpu_s is not None and static_step_s is not None
     forecast = Forecast(rollout_s, step_s, gpu_s, static_step_s)
-    return FleetDecision(step, tuple(ReplicaSpec(tp) for tp in plan.fleet), plan.reason, forecast)
+    return FleetDecision(step, tuple(ReplicaSpec(tp) for tp in plan.fleet), plan.reason, forecast, plan.is_resident)

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from verl_rlhfless.live.lease import DeviceKey, Lease
+from verl_rlhfless.live.lease import Lease
+from verl_rlhfless.types import DeviceKey
 
 _RETRY_S = 0.25  # between two grants of the wrong devices
 

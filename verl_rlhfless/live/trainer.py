@@ -165,15 +165,20 @@ class ElasticTrainerSync(FusionTrainer):
     # ---- rollout
 
     def _may_fuse(self) -> bool:
-        return super()._may_fuse() and not self._trainer_lease.decision.is_suspended
+        shares = self._decision is not None and self._decision.is_resident
+        return super()._may_fuse() and not self._trainer_lease.decision.is_suspended and not shares
 
     def _tp(self) -> int:
         return int(self.config.actor_rollout_ref.rollout.tensor_model_parallel_size)
 
     def _start_fleet(self, decision: FleetDecision, *, is_validation: bool = False) -> None:
         source = WeightSource(self._store_name, self._version, self._settings.weights.pull_timeout_s)
-        trainer = self._trainer_lease.before_rollout(decision.num_gpus, is_validation=is_validation)
-        self._fleet.start(decision, source, imports_first=trainer.is_first)
+        is_shared = decision.is_resident
+        trainer = self._trainer_lease.before_rollout(
+            decision.num_gpus, is_validation=is_validation, is_shared=is_shared
+        )
+        shared = self.actor_rollout_wg.devices() if is_shared else None
+        self._fleet.start(decision, source, imports_first=trainer.is_first, shared=shared)
         self._trainer_lease.during_rollout(self._fleet)
 
     def prepare_step(self) -> dict[str, Any]:
@@ -203,11 +208,20 @@ class ElasticTrainerSync(FusionTrainer):
             return scheduled_fleet(self.global_steps, self._settings.planner.schedule, self._tp())
         announced = announcement_of(batch, self.config.actor_rollout_ref.rollout)
         try:
-            decision: FleetDecision = ray.get(self._router.plan.remote(announced, self._fleet.standby))
+            standby = dataclasses.replace(self._fleet.standby, has_room=self._has_room_for_engines())
+            decision: FleetDecision = ray.get(self._router.plan.remote(announced, standby))
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         self._events.write("planned", **dataclasses.asdict(decision))
         return decision
+
+    def _has_room_for_engines(self) -> bool:
+        """Return whether engines that sleep now can wake beside the trainer, with what their recipe gives them."""
+        pool = self._settings.pool
+        if pool.share_trainer == "never" or self._trainer_lease.kept_because:
+            return False
+        wanted = float(self.config.actor_rollout_ref.rollout.gpu_memory_utilization)
+        return bool(self.actor_rollout_wg.free_device_share(pool.resume_timeout_s) >= wanted)
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
         """Run verl's step; when no replica came up, say why."""
@@ -231,6 +245,7 @@ class ElasticTrainerSync(FusionTrainer):
             release_s=sum(released) / len(released) if released else None,
             phases_s=sum(timing_raw.get(name, 0.0) for name in _PHASES),
             publish_s=self._publish_s,
+            moves_s=self._trainer_lease.moves_s,
         )
         ray.get(self._router.learn_costs.remote(times))
 

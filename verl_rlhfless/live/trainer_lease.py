@@ -17,9 +17,10 @@ from typing import Protocol
 from verl_rlhfless.config import PoolConfig
 from verl_rlhfless.errors import DeviceMemoryError, DeviceMismatchError, LeaseTimeoutError
 from verl_rlhfless.live.events import EventLog
-from verl_rlhfless.live.lease import DeviceKey, share_devices
+from verl_rlhfless.live.lease import share_devices
 from verl_rlhfless.live.worker_group import ResumeResult, SuspendResult
 from verl_rlhfless.policy.suspend import RolloutNeeds, SuspendDecision, SuspendHistory, decide_suspend, learn_rollout
+from verl_rlhfless.types import DeviceKey
 
 logger = logging.getLogger(__name__)
 
@@ -91,18 +92,28 @@ class TrainerLease:
         """GPUs of the trainer."""
         return self._gpus.trainer
 
+    @property
+    def moves_s(self) -> tuple[float, float] | None:
+        """What leaving and coming back took in the last rollout; ``None`` = the trainer stayed."""
+        return (self._suspend_s, self._resumed[1]) if self._resumed is not None else None
+
     # ---- a rollout
 
-    def before_rollout(self, replica_gpus: int, *, is_validation: bool = False) -> SuspendDecision:
+    def before_rollout(
+        self, replica_gpus: int, *, is_validation: bool = False, is_shared: bool = False
+    ) -> SuspendDecision:
         """Decide for the coming rollout; when the replicas need the trainer's GPUs, return with them given back.
+
+        With ``is_shared`` that is decided: the replicas run beside the trainer on its own GPUs.
 
         Raises:
             SuspendError: The ranks could not leave.
         """
         needs = RolloutNeeds(self._gpus.trainer, replica_gpus, self._gpus.budget(), is_validation)
+        kept_because = "the replicas share its GPUs" if is_shared else self.kept_because
         self.decision = decision = (
-            SuspendDecision(False, False, None, 0.0, self.kept_because)
-            if self.kept_because
+            SuspendDecision(False, False, None, 0.0, kept_because)
+            if kept_because
             else decide_suspend(self.history, needs)
         )
         self._is_validation, self._began_s = is_validation, time.monotonic()
@@ -199,9 +210,8 @@ class TrainerLease:
             away.result()
 
     def _learn(self, rollout_s: float, waited_s: float) -> dict[str, float]:
-        moves_s = (self._suspend_s, self._resumed[1]) if self._resumed is not None else None
         if not self._is_validation:
-            self.history = learn_rollout(self.history, rollout_s, moves_s)
+            self.history = learn_rollout(self.history, rollout_s, self.moves_s)
         if self._suspended is None or self._resumed is None:
             return {"rlhfless/trainer_suspended": 0.0}
         return {

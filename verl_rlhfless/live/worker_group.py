@@ -26,10 +26,12 @@ from verl_rlhfless.errors import (
     SuspendError,
     UnsupportedError,
 )
-from verl_rlhfless.live.lease import RELEASE_TIMEOUT_S, DeviceKey, Lease
+from verl_rlhfless.live.lease import RELEASE_TIMEOUT_S, Lease
 from verl_rlhfless.live.pool import ElasticResourcePool
 from verl_rlhfless.live.residency import DeviceResidency, RankMemory, VerlResidency
 from verl_rlhfless.live.same_devices import describe_devices, lease_devices
+from verl_rlhfless.live.shared_lease import TrainerDevices
+from verl_rlhfless.types import DeviceKey
 
 MAX_RESERVED_BYTES = 512 << 20
 """Device memory that torch's allocator may hold in a suspended rank (workspaces, buffers that are not sharded)."""
@@ -226,6 +228,28 @@ class ElasticWorkerGroup(RayWorkerGroup):
         leased_s = time.monotonic()
         self._on_every_rank(self.residency.onload, "onload", timeout_s)
         return ResumeResult(leased_s - start_s, time.monotonic() - leased_s, lease, wrong)
+
+    def devices(self) -> TrainerDevices:
+        """Return the leased devices, for replicas that run on them beside the trainer."""
+        if self._parent is not None:
+            return self._parent.devices()
+        lease = self._elastic_pool().lease
+        if lease is None:
+            raise RlhflessError(f"worker group {self.name_prefix} is suspended: it has no devices to share.")
+        return TrainerDevices(lease.name, lease.nodes)
+
+    def free_device_share(self, timeout_s: float) -> float:
+        """Return the share of its memory that is free on the fullest device, whoever holds the rest.
+
+        Call it between phases.
+
+        Raises:
+            SuspendError: A rank did not answer in time.
+        """
+        if self._parent is not None:
+            return self._parent.free_device_share(timeout_s)
+        shares = self._on_every_rank(self.residency.free_share, "report its free device memory", timeout_s)
+        return float(min(shares))
 
     def stay_on_host(self, timeout_s: float) -> None:
         """Let a suspended group be saved from the host, as its last act.

@@ -18,13 +18,14 @@ from verl_rlhfless.errors import DataError
 from verl_rlhfless.policy.calibrate import IterationSample, calibrate
 from verl_rlhfless.policy.perf import EnginePerf
 from verl_rlhfless.policy.snapshot import Batch, IntArray, PoolSnapshot
+from verl_rlhfless.policy.transitions import TrainerPerf
 
 FORMAT = "rlhfless-costs/1"
 
 _LATEST = 5
 _LEAST_SAMPLES = 8
 _STARTS = ("wake_s", "warm_start_s", "cold_start_s")
-_SECONDS = ("grant_s", *_STARTS, "load_s", "release_s", "publish_s")
+_SECONDS = ("grant_s", *_STARTS, "load_s", "release_s", "publish_s", "suspend_s", "resume_s")
 _SPEEDS = ("hbm", "prefill", "launch_s", "per_seq_s")
 _LEAST = 1e-9  # an efficiency is fitted in its logarithm, and a declared device may have one of zero
 
@@ -35,10 +36,17 @@ Way = Literal["wake", "warm_start", "cold_start"]
 
 @dataclass(frozen=True, slots=True)
 class Standby:
-    """What waits for a replica: parked engines, and servers whose imports are done."""
+    """What waits for a replica.
+
+    Attributes:
+        num_parked: Parked engines.
+        num_servers: Servers whose imports are done.
+        has_room: Whether the trainer's GPUs have room for engines beside the trainer.
+    """
 
     num_parked: int = 0
     num_servers: int = 0
+    has_room: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +61,16 @@ class ReplicaTimes:
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """What one step took: its replicas' starts, their release, the trainer's phases, and publishing the weights."""
+    """What one step took: its replicas' starts, their release, the trainer's phases, and publishing the weights.
+
+    ``moves_s`` is what the trainer's way to the host and its way back took; ``None`` = it stayed.
+    """
 
     starts: tuple[ReplicaTimes, ...]
     release_s: float | None
     phases_s: float
     publish_s: float | None
+    moves_s: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +78,8 @@ class CostModel:
     """Measured figures.
 
     Attributes:
-        latest: Figure -> its newest measurements, oldest first: the times of starts, release and publication, and
-            ``phases``, the factor by which the trainer's phases take longer than modelled.
+        latest: Figure -> its newest measurements, oldest first: the times of starts, release, publication and the
+            trainer's moves, and ``phases``, the factor by which the trainer's phases take longer than modelled.
         speeds: Tensor-parallel size -> factor on each of ``hbm``, ``prefill``, ``launch_s`` and ``per_seq_s``.
     """
 
@@ -131,6 +143,8 @@ def learn_step(model: CostModel, pool: PoolSnapshot, done: tuple[Batch, IntArray
         "load_s": [start.load_s for start in times.starts],
         "release_s": [] if times.release_s is None else [times.release_s],
         "publish_s": [] if times.publish_s is None else [times.publish_s],
+        "suspend_s": [] if times.moves_s is None else [times.moves_s[0]],
+        "resume_s": [] if times.moves_s is None else [times.moves_s[1]],
         "phases": [times.phases_s / modelled_s],
     }
     means = {name: sum(values) / len(values) for name, values in seen.items() if values}
@@ -173,9 +187,20 @@ def apply(model: CostModel, pool: PoolSnapshot, standby: Standby) -> PoolSnapsho
     if "publish_s" in known:
         figures["publish_bytes_per_s"] = pool.trainer.shape.weight_bytes / max(known["publish_s"], _LEAST)
     trainer = replace(pool.trainer, times=replace(times, **figures), slowness=model.figure("phases") or 1.0)
+    if "resume_s" in known:
+        trainer = _with_moves(trainer, known["suspend_s"], known["resume_s"])
     perf = {tp: _with_load(_applied(model, tp, engine), known.get("load_s")) for tp, engine in pool.perf.items()}
     num_soon = standby.num_parked or standby.num_servers
-    return replace(pool, perf=perf, trainer=trainer, warm={tp: tp * num_soon for tp in pool.perf})
+    warm = {tp: tp * num_soon for tp in pool.perf}
+    has_resident = pool.has_resident and standby.has_room
+    return replace(pool, perf=perf, trainer=trainer, warm=warm, has_resident=has_resident)
+
+
+def _with_moves(trainer: TrainerPerf, suspend_s: float, resume_s: float) -> TrainerPerf:
+    """Return the trainer whose state goes to the host in ``suspend_s``, and whose way back takes ``resume_s``."""
+    host = trainer.efficiencies.host * trainer.state_copy_s / max(suspend_s, _LEAST)
+    times = replace(trainer.times, resume_s=max(0.0, resume_s - suspend_s))
+    return replace(trainer, efficiencies=replace(trainer.efficiencies, host=host), times=times)
 
 
 def _applied(model: CostModel, tp: int, perf: EnginePerf) -> EnginePerf:

@@ -63,12 +63,11 @@ def plan_fleet(
     units = Units.build(batch, prior)
     costs = StepCosts.of(pool, units, can_fuse=can_fuse)
     ref, price = costs.static_reference(options), time_price(pool, goal)
-    static = LaneFleet(len(units.order), ref.tp, pool.trainer.num_gpus // ref.tp)
-    resident = [] if not pool.has_resident else [Candidate((static,), ref.step_s, ref.gpu_s, is_resident=True)]
+    resident = _resident_fleets(options, costs, ref, goal) if pool.has_resident else []
     transition_gpu_s = 0.0 if pool.keeps_trainer else costs.transition_s * pool.trainer.num_gpus
     chosen, why = _choose([*resident, *elastic_fleets(options, costs, goal, price)], (ref, transition_gpu_s), goal)
     if chosen.is_resident:
-        reason = f"resident TP{ref.tp}: {why}; saving 0"
+        reason = f"resident TP{chosen.fleet[0]}: {why}; saving 0"
     else:
         saved = 1 - chosen.gpu_s / ref.gpu_s
         amount = f"{abs(saved):.0%} {'less' if saved >= 0 else 'more'}"
@@ -82,7 +81,9 @@ def plan_fleet(
         price=_HURRY * price if goal.is_notslower else price,
         predicted_step_s=chosen.step_s,
         predicted_gpu_s=chosen.gpu_s,
-        predicted_rollout_s=None if chosen.is_resident else costs.rollout_s(chosen.step_s / goal.caution),
+        predicted_rollout_s=None
+        if chosen.is_resident and not pool.shares_engines
+        else costs.rollout_s(chosen.step_s / goal.caution, is_shared=chosen.is_resident),
         static_step_s=ref.step_s,
         objective=goal.objective(chosen.step_s / ref.step_s, chosen.gpu_s / ref.gpu_s),
         reason=reason,
@@ -90,15 +91,30 @@ def plan_fleet(
 
 
 def _options(pool: PoolSnapshot, goal: Goal) -> Options:
-    limits = {goal.min_replicas, goal.max_replicas or goal.min_replicas} if not pool.has_resident else set()
+    has_own = pool.has_resident and not pool.shares_engines
+    limits = set() if has_own else {goal.min_replicas, goal.max_replicas or goal.min_replicas}
     asked = [(tp, count) for tp in pool.perf for count in limits if tp * count <= pool.num_gpus]
     return options_for(pool, (*((tp, static_gpus(pool) // tp) for tp in pool.perf), *asked))
+
+
+def _resident_fleets(options: Options, costs: StepCosts, ref: Reference, goal: Goal) -> list[Candidate]:
+    """Return what a step may run on without leasing: stock's static fleet, or any that fits on the trainer's GPUs."""
+    pool, num_units = costs.pool, len(costs.units.order)
+    if not pool.shares_engines:
+        static = LaneFleet(num_units, ref.tp, pool.trainer.num_gpus // ref.tp)
+        return [Candidate((static,), ref.step_s, ref.gpu_s, is_resident=True)]
+    return [
+        Candidate((LaneFleet(num_units, tp, count),), step_s, step_s * pool.trainer.num_gpus, is_resident=True)
+        for tp, count, step_s in zip(
+            options.tp.tolist(), options.count.tolist(), costs.shared_step_s(options).tolist(), strict=True
+        )
+        if np.isfinite(step_s) and goal.min_replicas <= count <= (goal.max_replicas or pool.num_gpus)
+    ]
 
 
 def _choose(candidates: list[Candidate], static: tuple[Reference, float], goal: Goal) -> tuple[Candidate, str]:
     """Return the best candidate and why; ``static`` holds the reference and the GPU-seconds of leaving it."""
     ref, transition_gpu_s = static
-    resident = next((c for c in candidates if c.is_resident), None)
 
     def objective(c: Candidate) -> float:
         return goal.objective(c.step_s / ref.step_s, c.gpu_s / ref.gpu_s)
@@ -118,7 +134,8 @@ def _choose(candidates: list[Candidate], static: tuple[Reference, float], goal: 
         return best, "least cost with a step no longer than static's"
     least = min(objective(c) for c in allowed)
     best = min((c for c in allowed if objective(c) <= least * (1 + _TIE)), key=lambda c: (c.step_s, c.gpu_s))
-    if resident is not None and best is not resident and resident in allowed:
+    resident = min((c for c in allowed if c.is_resident), key=objective, default=None)
+    if resident is not None and not best.is_resident:
         gain = (objective(resident) - objective(best)) * ref.gpu_s / max(goal.cost_weight, 1e-6)
         if gain < goal.payback * transition_gpu_s:
             needed = f"{goal.payback:.1f} x {transition_gpu_s:.0f} of transition"

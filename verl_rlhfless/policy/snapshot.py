@@ -73,6 +73,8 @@ class PoolSnapshot:
             runs it cannot, it recomputes.
         keeps_trainer: The trainer holds its lease during the rollout too, beside ``num_gpus``.
         has_resident: Whether a step may also run on engines that share the trainer's lease, as stock's do.
+        shares_engines: Those are the same engines that other steps lease, and they load what was published; else the
+            trainer has engines of its own, whose weights it reshards, stock's way.
     """
 
     num_gpus: int
@@ -83,6 +85,7 @@ class PoolSnapshot:
     has_kv_transfer: bool = False
     keeps_trainer: bool = False
     has_resident: bool = True
+    shares_engines: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,7 @@ class RolloutPlan:
         fleet: Tensor-parallel size of each replica; replica ids are the positions.
         replica_of: [B] int64, replica of each sample, -1 = held back for now.
         order: [B] int64, sample ids in the order in which they are submitted.
-        is_resident: Replicas run on the trainer's own lease (stock's hybrid mode), nothing is given back.
+        is_resident: Replicas run on the trainer's own lease, as stock's do, and nothing is given back.
         is_static: An empty replica keeps its lease.
         has_kv_pool: Moved samples find their keys and values in a global pool (Seer), so that nothing is recomputed.
         rebinds_turns: A session of several turns may continue on another replica; else it stays where it began (verl's
@@ -101,7 +104,7 @@ class RolloutPlan:
         first_look_s: Seconds after the start until the controller looks for the first time.
         price: GPU-seconds that one second of this step is worth, for decisions during the rollout.
         predicted_step_s / predicted_gpu_s: What the planner expects of the whole step.
-        predicted_rollout_s: Of that, from the request for the fleet to the last sample's end; elastic fleets only.
+        predicted_rollout_s: Of that, from the request for the fleet to the last sample's end; not for stock's engines.
         static_step_s: What it expects of the best static fleet.
         objective: Weighted time and cost of the step over those of the best static fleet.
         reason: Why this fleet.

@@ -68,9 +68,24 @@ class StepCosts:
         num_grants = 1 if self.pool.keeps_trainer else 2
         return self.transition_s + num_grants * times.grant_s + times.park_s + self.phases_s
 
-    def rollout_s(self, step_s: float) -> float:
-        """Return how long an elastic step of ``step_s`` takes from the request for its fleet to its last sample."""
-        return step_s - self.elastic_s + self.pool.trainer.times.grant_s
+    @property
+    def shared_s(self) -> float:
+        """Seconds beside start and decoding of a step whose engines share the trainer's lease."""
+        trainer = self.pool.trainer
+        return trainer.publish_s + trainer.times.park_s + self.phases_s
+
+    def rollout_s(self, step_s: float, *, is_shared: bool = False) -> float:
+        """Return how long a step of ``step_s`` takes from the request for its fleet to its last sample."""
+        return step_s - (self.shared_s if is_shared else self.elastic_s - self.pool.trainer.times.grant_s)
+
+    def shared_step_s(self, options: Options) -> FloatArray:
+        """Return [M] seconds of a step on each option as engines that share the trainer's lease, inf beyond its GPUs.
+
+        Where the trainer's GPUs are held anyway, a replica more costs its start alone.
+        """
+        rollout_s, _ = stay(self.pool, options, self.units.lane(self.units.order))
+        step_s = self.shared_s + self.start_s(options) + rollout_s
+        return np.where(options.gpus <= self.pool.trainer.num_gpus, step_s, np.inf)
 
     def trainer_gpu_s(self, step_s: FloatArray) -> FloatArray | float:
         """Return the GPU-seconds of an elastic step beside its replicas."""
@@ -140,4 +155,5 @@ class StepCosts:
 
 def static_gpus(pool: PoolSnapshot) -> int:
     """Return the GPUs that a static fleet decodes on: the trainer's own as stock does, else the replicas' budget."""
-    return pool.trainer.num_gpus if pool.has_resident and not pool.keeps_trainer else pool.num_gpus
+    has_own = pool.has_resident and not pool.shares_engines and not pool.keeps_trainer
+    return pool.trainer.num_gpus if has_own else pool.num_gpus

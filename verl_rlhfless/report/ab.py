@@ -158,7 +158,10 @@ def _parked(timeline: Timeline, window: Window) -> dict[str, Any]:
 
 
 def _num_replicas(observed: Observed, leases: Sequence[LeaseSpan], time: StepTime | None) -> int | None:
-    """Return the replicas that could serve in a step, or in the whole run: usable replica leases and hybrid engines."""
+    """Return the replicas that could serve in a step, or in the whole run.
+
+    Usable replica leases, replicas that shared the trainer's lease, and hybrid engines.
+    """
     start_s, end_s = (time.timer.start_s, time.timer.end_s) if time else (float("-inf"), float("inf"))
     elastic = [
         lease
@@ -168,8 +171,15 @@ def _num_replicas(observed: Observed, leases: Sequence[LeaseSpan], time: StepTim
         and lease.usable_s < end_s
         and (lease.released_s is None or lease.released_s > start_s)
     ]
+    shared = [event for event in _shared_starts(observed) if start_s <= event["t"] < end_s]
     hybrid = [engine for engine in observed.engines if engine.lease is None and engine.started_s < end_s]
-    return len(elastic) + len(hybrid) or None
+    return len(elastic) + len(shared) + len(hybrid) or None
+
+
+def _shared_starts(observed: Observed) -> list[Mapping[str, Any]]:
+    """Return the moments at which a replica that shares the trainer's lease could serve."""
+    granted = {hold.lease_id for hold in observed.holds}
+    return [event for event in observed.events if event["event"] == "replica_ready" and event["lease"] not in granted]
 
 
 def _pulls(observed: Observed, timeline: Timeline) -> list[Pull]:
@@ -183,6 +193,7 @@ def _pulls(observed: Observed, timeline: Timeline) -> list[Pull]:
                 Pull(lease_id, expected, event["version"], event.get("checksum"), published.get(expected))
             )
     served = [lease.lease_id for lease in timeline.leases if lease.role == "replica" and lease.usable_s is not None]
+    served += [event["lease"] for event in _shared_starts(observed)]
     return [pull for lease_id in served for pull in pulls.get(lease_id, [Pull(lease_id, None, None, None, None)])]
 
 

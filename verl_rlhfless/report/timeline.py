@@ -17,6 +17,7 @@ from typing import Any
 
 from verl_rlhfless.errors import DataError
 from verl_rlhfless.live.engine_log import EngineLog
+from verl_rlhfless.live.shared_lease import payer
 from verl_rlhfless.report.observed import Hold, Observed
 from verl_rlhfless.types import BusySpan, LeaseSpan, ParkedSpan, Window
 
@@ -142,10 +143,11 @@ def _on_trainer_leases(phases: Iterable[Window], holds: Iterable[Hold]) -> list[
 
 def _engine_spans(observed: Observed) -> list[BusySpan]:
     """Return when engines had a running request; an engine without a lease of its own works on the trainer's."""
-    spans = []
+    spans, granted = [], {hold.lease_id for hold in observed.holds}
     for engine in observed.engines:
         for busy in engine.busy:
-            lease_id = engine.lease or _trainer_lease(engine, busy.start_s, observed.holds)
+            of_engine = engine.lease and payer(engine.lease, granted)
+            lease_id = of_engine or _trainer_lease(engine, busy.start_s, observed.holds)
             spans.append(BusySpan(lease_id, engine.tp, busy.start_s, busy.end_s))
     return spans
 

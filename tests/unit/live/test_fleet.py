@@ -39,7 +39,7 @@ class FakeReplica:
         self.name = f"r{rank}"
         self.world_size = rollout.tensor_model_parallel_size
         self.server_address, self.server_handle = f"host:{rank}", f"handle-{rank}"
-        self.lease = SimpleNamespace(name=f"rlhfless/replica/r{rank}", granted_s=10.0, released_s=13.0)
+        self.lease = SimpleNamespace(name=f"rlhfless/replica/r{rank}", granted_s=10.0, gpu_s=3.0 * self.world_size)
         self.state = SimpleNamespace(value="released")
         self.is_released = self.is_dead = False
         self.engine_s = 1.0

@@ -14,10 +14,10 @@ import pytest
 from verl_rlhfless.config import PoolConfig
 from verl_rlhfless.errors import DeviceMemoryError, LeaseTimeoutError, SuspendError
 from verl_rlhfless.live.events import EventLog
-from verl_rlhfless.live.lease import DeviceKey
 from verl_rlhfless.live.trainer_lease import Gpus, TrainerLease
 from verl_rlhfless.live.worker_group import ResumeResult, SuspendResult
 from verl_rlhfless.policy.suspend import SuspendHistory
+from verl_rlhfless.types import DeviceKey
 
 WAIT_S = 30.0
 TRAINER: DeviceKey = (("node", frozenset({"0", "1"})),)

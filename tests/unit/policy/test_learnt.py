@@ -35,7 +35,7 @@ def samples(pace: PaceModel) -> list[IterationSample]:
 
 
 def test_nothing_measured_changes_nothing() -> None:
-    pool = apply(CostModel(), POOL, Standby())
+    pool = apply(CostModel(), POOL, Standby(has_room=True))
     assert replace(pool, warm=POOL.warm) == POOL and not any(pool.warm.values())
 
 
