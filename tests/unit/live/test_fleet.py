@@ -21,8 +21,9 @@ from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.fleet import Fleet
 from verl_rlhfless.live.orders import EndReplica, Order, StartReplica
 from verl_rlhfless.live.replica import ReleaseReport, WeightSource
+from verl_rlhfless.live.shared_lease import SharedLease, TrainerDevices
 from verl_rlhfless.policy.schedule import scheduled_fleet
-from verl_rlhfless.types import FleetDecision, ReplicaSpec
+from verl_rlhfless.types import FleetDecision, LeasedNode, ReplicaSpec
 
 _WEIGHTS = WeightSource("store", version=7, timeout_s=1.0)
 
@@ -54,6 +55,7 @@ class FakeReplica:
         return True
 
     async def start(self, weights: WeightSource, lease: Any) -> Any:
+        self.lease = lease or self.lease
         if self.may_start is not None:
             await asyncio.to_thread(self.may_start.wait, 10)
         if self.rank in self.start_fails:
@@ -64,6 +66,8 @@ class FakeReplica:
         self.is_released = True
         if self.rank in self.release_fails:
             raise ReplicaError(f"engine {self.rank} survived")
+        if isinstance(self.lease, SharedLease):
+            self.lease.release()
         return ReleaseReport(True, 0.0, 0.0, 0.0)
 
 
@@ -148,9 +152,9 @@ def fleet(router: FakeRouter, warm_servers: Any, monkeypatch: pytest.MonkeyPatch
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("rlhfless-fleet")]
 
 
-def begin(fleet: Fleet, decision: FleetDecision, *, imports_first: bool = False) -> None:
+def begin(fleet: Fleet, decision: FleetDecision, *, imports_first: bool = False, shared: Any = None) -> None:
     fleet.expect(decision)
-    fleet.start(decision, _WEIGHTS, imports_first=imports_first)
+    fleet.start(decision, _WEIGHTS, imports_first=imports_first, shared=shared)
 
 
 def started(fleet: Fleet, *decision: Any, tp: int = 1) -> None:
@@ -335,3 +339,28 @@ def test_starts_on_a_server_in_waiting_are_told_from_cold_ones(fleet: Fleet) -> 
     assert len(fleet.releases_s) == 2
     started(fleet, 2, (1,))
     assert len(fleet.starts) == 1 and not fleet.releases_s, "each step has its own"
+
+
+def test_replicas_beside_the_trainer_lease_nothing_and_a_lost_one_is_replaced_on_its_devices(
+    fleet: Fleet, router: FakeRouter
+) -> None:
+    devices = TrainerDevices("rlhfless/trainer", (LeasedNode("node", "10.0.0.1", ("0", "1")),))
+    begin(fleet, scheduled_fleet(1, (2,), tp=1), shared=devices)
+    fleet.wait_started()
+    assert fleet.max_gpus == 0 and sorted(router.servers) == ["host:0", "host:1"]
+    dead, healthy = fleet.replicas
+    dead.is_dead = True
+    router.wishes.put(StartReplica(1))
+    until(lambda: "host:2" in router.servers)
+    assert [one.lease.device_key() for one in fleet.replicas] == [healthy.lease.device_key(), dead.lease.device_key()]
+    fleet.release()
+    assert fleet.gpu_s == 0 and len(fleet.starts) == 3
+    assert devices.take("next", 2).nodes[0].device_ids == ("0", "1")
+
+
+def test_the_next_rollout_leases_again(fleet: Fleet) -> None:
+    devices = TrainerDevices("rlhfless/trainer", (LeasedNode("node", "10.0.0.1", ("0",)),))
+    begin(fleet, scheduled_fleet(1, (1,), tp=1), shared=devices)
+    fleet.release()
+    started(fleet, 2, (1,))
+    assert fleet.max_gpus == 1 and not isinstance(fleet.replicas[0].lease, SharedLease)

@@ -18,7 +18,8 @@ from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.parked_memory import ParkedMemory
 from verl_rlhfless.live.parking import ParkingLot
 from verl_rlhfless.live.replica import ParkReport, ReleaseReport, ReplicaState, WeightSource
-from verl_rlhfless.types import FleetDecision, ReplicaSpec
+from verl_rlhfless.live.shared_lease import TrainerDevices
+from verl_rlhfless.types import FleetDecision, LeasedNode, ReplicaSpec
 
 WEIGHTS = WeightSource("store", version=7, timeout_s=1.0)
 MIB = 2**20
@@ -123,7 +124,7 @@ class Run:
         self.lot = ParkingLot(PoolConfig(name="elastic", same_device_wait_s=0.1, **pool), EventLog(folder))
         self.num_ranks = 0
 
-    def start(self, *tps: int, config: str = "") -> list[Any]:
+    def start(self, *tps: int, config: str = "", shared: TrainerDevices | None = None) -> list[Any]:
         self.lot.expect(FleetDecision(1, tuple(ReplicaSpec(tp) for tp in tps), "test"))
         fresh = []
         for tp in tps:
@@ -131,7 +132,8 @@ class Run:
             self.num_ranks += 1
 
         async def bring_up() -> list[Any]:
-            return [replica for replica, _ in await asyncio.gather(*[self.lot.bring_up(one, WEIGHTS) for one in fresh])]
+            up = await asyncio.gather(*[self.lot.bring_up(one, WEIGHTS, shared) for one in fresh])
+            return [replica for replica, _ in up]
 
         return asyncio.run(bring_up())
 
@@ -300,3 +302,36 @@ def test_one_replica_more_than_engines_sleep_takes_the_devices_of_none(
     fleet = run.start(1, 1, 1)
     assert set(parked) < set(fleet), "both engines woke"
     assert run.events("parked_ended") == []
+
+
+def beside_trainer(devices: str) -> TrainerDevices:
+    return TrainerDevices("rlhfless/trainer", (LeasedNode("node", "10.0.0.1", tuple(devices)),))
+
+
+def test_engines_wake_beside_the_trainer_and_on_leases_of_their_own_in_turn(run: Run) -> None:
+    run.retire(run.start(1, 1))
+    first = run.start(1, 1, shared=beside_trainer("ba"))
+    assert set(first) == Replica.engines and run.lot.num_woken == 2
+    assert Lease.held == [], "nothing is leased"
+    assert sorted(one.lease.name.rpartition("-")[2] for one in first) == ["1", "2"]
+    run.retire(first)
+    assert set(run.start(1, 1)) == set(first) and len(Lease.held) == 2
+
+
+def test_an_engine_that_sleeps_elsewhere_stays_where_it_is_when_others_start_beside_the_trainer(run: Run) -> None:
+    elsewhere = run.start(1)
+    run.retire(elsewhere)
+    (started,) = run.start(1, shared=beside_trainer("cd"))
+    assert started is not elsewhere[0] and run.lot.num_parked == 1
+    assert started.lease.device_key() == (("node", frozenset("c")),)
+
+
+def test_one_that_does_not_wake_beside_the_trainer_gives_its_devices_to_a_start(run: Run) -> None:
+    (first,) = run.start(1)
+    run.retire([first])
+    first.is_dead = True
+    devices = beside_trainer("a")
+    (second,) = run.start(1, shared=devices)
+    assert Replica.engines == {second} and second.lease.device_key() == (("node", frozenset("a")),)
+    run.retire([second])
+    assert devices.take("next", 1).nodes[0].device_ids == ("a",), "a part is given back"

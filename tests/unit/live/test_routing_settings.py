@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,15 @@ def test_a_plan_may_lease_what_the_trainer_leaves() -> None:
     pool = planned({}).planning_pool()
     assert (pool.num_gpus, pool.trainer.num_gpus, pool.keeps_trainer) == (8, 8, True)
     assert sorted(pool.perf) == [1, 2, 4, 8] and not pool.warm
+
+
+@pytest.mark.parametrize(
+    ("keeps", "share", "may"), [(False, "auto", True), (False, "never", False), (True, "auto", False)]
+)
+def test_a_plan_may_share_the_gpus_of_a_trainer_that_could_leave(keeps: bool, share: str, may: bool) -> None:
+    config = parse_config({**PLANNED, "pool": {"name": "elastic", "share_trainer": share}})
+    pool = replace(planned({}), config=config, keeps_trainer=keeps).planning_pool()
+    assert pool.has_resident is may
 
 
 def test_sizes_that_do_not_hold_the_model_or_are_not_declared_are_left_out() -> None:

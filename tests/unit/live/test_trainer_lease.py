@@ -188,6 +188,18 @@ def test_only_training_rollouts_are_learnt_from(lease: TrainerLease) -> None:
     assert len(lease.history.rollouts_s) == len(lease.history.suspends_s) == len(lease.history.resumes_s) == 1
 
 
+def test_a_trainer_whose_gpus_are_shared_stays_however_long_the_rollout_is(lease: TrainerLease, group: Group) -> None:
+    lease.history = repaying(rollout_s=100.0)
+    lease.before_rollout(replica_gpus=2, is_shared=True)
+    lease.during_rollout(Replicas(devices=TRAINER))
+    assert lease.after_rollout() == {"rlhfless/trainer_suspended": 0.0} and lease.moves_s is None
+    assert group.moves == []
+    lease.before_rollout(replica_gpus=4)
+    lease.after_rollout()
+    assert group.moves == [SUSPEND, RESUME]
+    assert lease.moves_s is not None
+
+
 def test_every_decision_is_recorded_with_its_reason(lease: TrainerLease, tmp_path: Path) -> None:
     lease.before_rollout(replica_gpus=4)
     lease.during_rollout(Replicas())
