@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,3 +71,19 @@ def test_failed_groups_are_refilled_one_by_one_where_that_is_asked(trainer: Any)
 def test_filtering_without_a_metric_is_refused(trainer: Any) -> None:
     with pytest.raises(ValueError, match="metric must be set"):
         sampler(trainer, algorithm__filter_groups__enable=True, algorithm__filter_groups__metric=None)
+
+
+@pytest.mark.parametrize(
+    ("free_share", "kept_because", "setting", "has_room"),
+    [(0.4, "", "auto", True), (0.39, "", "auto", False), (1.0, "it must not leave", "auto", False),
+     (1.0, "", "never", False)],
+)  # fmt: skip
+def test_engines_may_join_the_trainer_where_the_memory_that_their_recipe_gives_them_is_free(
+    free_share: float, kept_because: str, setting: str, has_room: bool
+) -> None:
+    trainer = ElasticTrainerSync.__new__(ElasticTrainerSync)
+    trainer._settings = parse_config({"pool": {"name": "elastic", "share_trainer": setting}})
+    trainer._trainer_lease = SimpleNamespace(kept_because=kept_because)
+    trainer.config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"gpu_memory_utilization": 0.4}}})
+    trainer.actor_rollout_wg = SimpleNamespace(free_device_share=lambda timeout_s: free_share)
+    assert trainer._has_room_for_engines() is has_room

@@ -167,6 +167,22 @@ def test_time_in_which_engines_slept_stands_in_the_step_in_which_it_passed(tmp_p
     assert [step.parked_device_bytes for step in steps] == [600, 600]
 
 
+def test_replicas_that_share_the_trainers_lease_work_on_it_and_are_counted_and_checked(tmp_path):
+    run = elastic_run(tmp_path)
+    before = figures(run, 2)
+    part = "rlhfless/trainer/global_pool/r3-1"
+    pulled = {"event": "pulled", "t": 121.0, "lease": part, "version": 1, "checksum": "c1"}
+    run.append("events-1.jsonl", pulled, {"event": "replica_ready", "t": 121.5, "lease": part})
+    run.engine(33, part, 3, (121.0,), (122.0, 124.0))
+    shared = figures(run, 2)
+    assert shared.gpu.allocated == before.gpu.allocated, "it costs nothing beside the trainer's lease"
+    assert shared.gpu.busy == before.gpu.busy + 2.0
+    assert [figures(run, step).num_replicas for step in (1, 2)] == [1, 3]
+    arm = build_arm(run.path)
+    assert arm.total.num_replicas == 4
+    assert (arm.pulls[-1].lease, arm.pulls[-1].version, arm.pulls[-1].expected_version) == (part, 1, 1)
+
+
 def test_every_pull_stands_beside_the_version_that_its_step_needed(tmp_path):
     pulls = build_arm(elastic_run(tmp_path).path).pulls
     assert [(pull.version, pull.expected_version) for pull in pulls] == [(0, 0), (1, 1), (1, 1)]

@@ -39,6 +39,9 @@ class Device:
     def memory_reserved(self) -> int:
         return 7 if "empty_cache" in self.journal else 10**9
 
+    def mem_get_info(self) -> tuple[int, int]:
+        return (60 if "empty_cache" in self.journal else 10), 80
+
     def host_memory_stats(self) -> dict[str, int]:
         return {"allocated_bytes.current": 42}
 
@@ -127,3 +130,11 @@ def test_verl_saves_a_suspended_model_from_the_host_where_that_is_possible(
     else:
         with pytest.raises(UnsupportedError, match=f"suspended {strategy} model can't be saved without its device"):
             VerlResidency().stay(training_worker(engine))
+
+
+def test_memory_is_free_that_a_replica_could_have_once_the_cache_was_given_back(
+    journal: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert VerlResidency().free_share(object()) == 0.75
+    monkeypatch.setattr(residency, "_device_name", lambda: "cpu")
+    assert VerlResidency().free_share(object()) == 1.0, "an engine's memory on the host is no share of a device"

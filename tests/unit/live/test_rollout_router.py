@@ -31,6 +31,7 @@ PARTS = {"predictor": "history", "dispatcher": "length_bucket", "prefix_dedup": 
 WORKER = "w"
 
 SERVERS = Standby(num_servers=4)
+TWO = {"min_replicas": 2, "max_replicas": 2, "tensor_parallel_sizes": [1]}
 
 
 @pytest.fixture(autouse=True)
@@ -467,7 +468,50 @@ def test_a_replica_whose_last_sample_ended_is_given_back_while_the_others_decode
         report = await world.router.report()
         assert report is not None and (report.num_released, report.failure) == (1, "")
 
-    on_planning_router(check, min_replicas=2, max_replicas=2, tensor_parallel_sizes=[1])
+    on_planning_router(check, **TWO)
+
+
+async def share_trainer(world: World, announced: Announcement) -> list[Grant]:
+    """Plan a step of two replicas beside the trainer, start them, and return what may start."""
+    leaves = replace(settings("elastic", {"name": "cost_aware", **TWO, "cost_weight": 0}), keeps_trainer=False)
+    await world.router.configure_rollouts(RouterSettings(stranded_timeout_s=0.5), leaves)
+    decision = await world.router.plan(announced, Standby(num_parked=2, has_room=True))
+    assert decision.is_resident and decision.forecast is not None and len(decision.replicas) == 2
+    await world.router.expect([1, 1])
+    await world.router.announce(announced)
+    for number in range(2):
+        await world.router.add_servers({f"host:{number}": Server()}, 1)
+    return await world.submit(announced)
+
+
+def test_no_replica_beside_the_trainer_is_ended_before_the_rollout_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing_module, "_LOOK_S", 60.0)
+
+    async def check(world: World) -> None:
+        grants = await share_trainer(world, announcement())
+        first = [grant for grant in grants if grant.server == "host:0"]
+        await world.finish(first)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(world.router.wanted(), 0.8)
+        await world.finish([grant for grant in grants if grant not in first])
+        report = await world.router.report()
+        assert report is not None and (report.num_released, report.failure) == (0, "")
+
+    on_planning_router(check)
+
+
+def test_a_lost_replica_beside_the_trainer_is_replaced() -> None:
+    async def check(world: World) -> None:
+        grants = await share_trainer(world, announcement())
+        await world.router.lose_servers(["host:0", "host:1"], "killed")
+        assert await world.finish(grants, OutcomeKind.LOST) == []
+        assert await asyncio.wait_for(world.router.wanted(), 5) == StartReplica(1)
+        await world.router.add_servers({"host:2": Server()}, 1)
+        again = await world.more()
+        assert {grant.server for grant in again} == {"host:2"} and len(again) == len(grants)
+        await world.finish(again)
+
+    on_planning_router(check)
 
 
 def test_with_a_fixed_schedule_every_replica_stays_to_the_end() -> None:
@@ -512,7 +556,7 @@ def test_gpus_are_free_only_after_the_fleet_confirmed_their_return() -> None:
         await world.router.lease_returned(1)
         assert world.router.desk.free_gpus == free + 1
 
-    on_planning_router(check, min_replicas=2, max_replicas=2, tensor_parallel_sizes=[1])
+    on_planning_router(check, **TWO)
 
 
 def test_a_limit_that_later_steps_cannot_meet_does_not_end_the_run() -> None:
@@ -548,10 +592,11 @@ def test_slow_starts_and_phases_of_one_step_are_expected_of_the_next_one() -> No
 
 
 @pytest.mark.parametrize(
-    ("wake_s", "has_history", "is_told"), [(300.0, True, True), (300.0, False, False), (0.01, True, False)]
+    ("wake_s", "has_history", "has_room", "is_told"),
+    [(300.0, True, False, True), (300.0, True, True, False), (300.0, False, False, False), (0.01, True, False, False)],
 )
 def test_a_user_whose_leases_do_not_pay_is_told_once_what_does(
-    wake_s: float, has_history: bool, is_told: bool, monkeypatch: pytest.MonkeyPatch
+    wake_s: float, has_history: bool, has_room: bool, is_told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
     monkeypatch.setattr(planner_module.logger, "warning", lambda text, *values: told.append(text % values))
@@ -561,6 +606,6 @@ def test_a_user_whose_leases_do_not_pay_is_told_once_what_does(
     if has_history:
         lengths = learn(lengths, announcement().batch(), np.array([5, 90, 10, 10, 15, 10, 10, 10]))
     for step in range(1, 8):
-        planner.plan(announcement(step), lengths, Standby(num_parked=4))
+        planner.plan(announcement(step), lengths, Standby(num_parked=4, has_room=has_room))
     assert len(told) == is_told
     assert all("+rlhfless=resident" in text for text in told)

@@ -66,6 +66,23 @@ def test_without_parked_engines_those_on_waiting_servers_come_up_first() -> None
     assert pool.warm == {1: 2, 2: 4}
 
 
+def test_how_long_a_trainer_takes_to_leave_and_come_back_is_learnt() -> None:
+    leaving = replace(TIMES, moves_s=(4.0, 7.0))
+    trainer = apply(learnt(leaving), POOL, SERVERS).trainer
+    assert trainer.state_copy_s == pytest.approx(4.0)
+    assert trainer.state_copy_s + trainer.times.resume_s == pytest.approx(7.0)
+    stayed = learnt(TIMES, learnt(leaving))
+    assert apply(stayed, POOL, SERVERS).trainer.state_copy_s == pytest.approx(4.0), "a step that moved nobody says none"
+    quick = apply(learnt(replace(TIMES, moves_s=(4.0, 3.0))), POOL, SERVERS).trainer
+    assert quick.times.resume_s == 0.0
+
+
+@pytest.mark.parametrize(("may_share", "has_room"), [(True, True), (True, False), (False, True), (False, False)])
+def test_engines_without_room_beside_the_trainer_are_not_planned_there(may_share: bool, has_room: bool) -> None:
+    pool = apply(CostModel(), replace(POOL, has_resident=may_share), Standby(4, has_room=has_room))
+    assert pool.has_resident is (may_share and has_room)
+
+
 def test_a_start_that_was_not_seen_keeps_its_figure() -> None:
     only_cold = replace(TIMES, starts=TIMES.starts[1:], release_s=None, publish_s=None)
     times = apply(learnt(only_cold), POOL, SERVERS).trainer.times
@@ -106,7 +123,8 @@ def test_a_few_iterations_change_nothing() -> None:
 
 
 def test_the_state_survives_a_checkpoint() -> None:
-    model = learn_speed(learnt(), POOL.perf, {1: samples(PaceModel(90.0))})
+    model = learn_speed(learnt(replace(TIMES, moves_s=(4.0, 7.0))), POOL.perf, {1: samples(PaceModel(90.0))})
+    assert model.figure("resume_s") == 7.0
     assert CostModel.from_json(model.to_json()) == model
     assert CostModel.from_json(CostModel().to_json()) == CostModel()
 
