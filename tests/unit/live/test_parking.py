@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from verl_rlhfless.config import PoolConfig
-from verl_rlhfless.errors import ReplicaError
+from verl_rlhfless.errors import LeaseImpossibleError, ReplicaError
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.parked_memory import ParkedMemory
 from verl_rlhfless.live.parking import ParkingLot
@@ -310,7 +310,7 @@ def beside_trainer(devices: str) -> TrainerDevices:
 
 def test_engines_wake_beside_the_trainer_and_on_leases_of_their_own_in_turn(run: Run) -> None:
     run.retire(run.start(1, 1))
-    first = run.start(1, 1, shared=beside_trainer("ba"))
+    first = run.start(1, 1, shared=beside_trainer("cba"))
     assert set(first) == Replica.engines and run.lot.num_woken == 2
     assert Lease.held == [], "nothing is leased"
     assert sorted(one.lease.name.rpartition("-")[2] for one in first) == ["1", "2"]
@@ -333,5 +333,7 @@ def test_one_that_does_not_wake_beside_the_trainer_gives_its_devices_to_a_start(
     devices = beside_trainer("a")
     (second,) = run.start(1, shared=devices)
     assert Replica.engines == {second} and second.lease.device_key() == (("node", frozenset("a")),)
+    with pytest.raises(LeaseImpossibleError):
+        devices.take("next", 1)
     run.retire([second])
     assert devices.take("next", 1).nodes[0].device_ids == ("a",), "a part is given back"

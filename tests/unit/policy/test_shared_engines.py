@@ -74,9 +74,9 @@ def test_the_forecast_is_of_a_step_without_moves_and_holds_every_start() -> None
     assert parked.predicted_rollout_s is not None and parked.predicted_step_s is not None
     assert parked.predicted_rollout_s < parked.predicted_step_s < 100.0
     assert parked.predicted_gpu_s == pytest.approx(4 * parked.predicted_step_s)
-    one_parked = planned(pool(resume_s=100.0, num_parked=1), goal=Goal(min_replicas=4))
-    assert one_parked.is_resident and "3 started now wake in later rollouts" in one_parked.reason
-    assert one_parked.predicted_rollout_s is not None and one_parked.predicted_rollout_s > 0.7 * 20.0
+    one_parked = planned(pool(resume_s=100.0, num_parked=1), goal=Goal(min_replicas=2, max_replicas=2))
+    assert one_parked.is_resident and "1 started now wake in later rollouts" in one_parked.reason
+    assert one_parked.predicted_rollout_s is not None and one_parked.predicted_rollout_s > 20.0 / 2
     assert one_parked.predicted_gpu_s == pytest.approx(4 * (one_parked.predicted_step_s or 0.0))
 
 
