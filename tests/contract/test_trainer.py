@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from verl_rlhfless.config import parse_config
+from verl_rlhfless.config import PoolConfig, parse_config
 from verl_rlhfless.live import request_trainer
 from verl_rlhfless.live.request_trainer import RequestTrainer
 from verl_rlhfless.live.trainer import ElasticTrainerSync
@@ -82,7 +82,7 @@ def test_engines_may_join_the_trainer_where_the_memory_that_their_recipe_gives_t
     free_share: float, kept_because: str, setting: str, has_room: bool
 ) -> None:
     trainer = ElasticTrainerSync.__new__(ElasticTrainerSync)
-    trainer._settings = parse_config({"pool": {"name": "elastic", "share_trainer": setting}})
+    trainer._settings = SimpleNamespace(pool=PoolConfig(share_trainer=setting))
     trainer._trainer_lease = SimpleNamespace(kept_because=kept_because)
     trainer.config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"gpu_memory_utilization": 0.4}}})
     trainer.actor_rollout_wg = SimpleNamespace(free_device_share=lambda timeout_s: free_share)
