@@ -3,8 +3,8 @@
     python -m benchmarks.examples_savings      # writes the record and the table in examples/README.md
 
 The arms are those of the scripts: ``stock``, verl's synchronous trainer with the recipe's tensor-parallel size;
-``elastic``, which leases replicas in every step, whether that pays or not; ``resident``, our routing on stock's own
-engines. Beside them stands the best static size, which a user could find by trial. Response lengths are synthetic, from
+``elastic``, which leases replicas in the steps for which that pays and runs them beside the trainer in the others;
+``resident``, our routing on stock's own engines. Beside them stands the best static size, which a user could find by trial. Response lengths are synthetic, from
 the statistics named with each example. Turns, waits for tools and fused inference are not modelled, and Megatron's
 training is priced as FSDP's.
 """
@@ -98,12 +98,13 @@ def cell_of(example: Example, gpu: str, folder: Path) -> Cell:
 
 
 def elastic_pool(example: Example, cell: Cell) -> PoolSnapshot:
-    """Return what the elastic arm leases: it has no engines on the trainer's lease to fall back on."""
-    pool = replace(cell.pool, has_resident=False)
+    """Return what the elastic arm leases; a trainer that could leave may also stay and share its lease."""
+    pool = replace(cell.pool, shares_engines=True)
     if not example.kept_gpus:
         return pool
     trainer = replace(pool.trainer, num_gpus=example.kept_gpus)
-    return replace(pool, num_gpus=pool.num_gpus - example.kept_gpus, trainer=trainer, keeps_trainer=True)
+    replica_gpus = pool.num_gpus - example.kept_gpus
+    return replace(pool, num_gpus=replica_gpus, trainer=trainer, keeps_trainer=True, has_resident=False)
 
 
 def savings(example: Example, gpu: str, folder: Path) -> dict[str, Any]:

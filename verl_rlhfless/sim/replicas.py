@@ -68,15 +68,12 @@ class Replicas:
 
     def start(self, tps: Sequence[int]) -> None:
         """Request replicas; resident ones live on the trainer's lease."""
-        times = self.pool.trainer.times
         for tp in tps:
             replica = self._add(tp)
             if self.plan.is_resident:
-                is_warm = self.pool.warm.get(tp, 0) >= tp
-                wake_s = times.hybrid_wake_s if is_warm else times.cold_start_s
-                self._ready_after(replica, wake_s + self.pool.trainer.reshard_s)
+                self._ready_after(replica, self._resident_start_s(tp))
             else:
-                self.book.request("replica", tp, self._granted(replica), times.grant_s)
+                self.book.request("replica", tp, self._granted(replica), self.pool.trainer.times.grant_s)
 
     def release(self, replicas: Sequence[int]) -> None:
         """Let replicas end with their last request."""
@@ -126,6 +123,14 @@ class Replicas:
     def num_preemptions(self) -> int:
         """Requests that an engine preempted for lack of KV blocks."""
         return sum(replica.engine.num_preemptions for replica in self.all)
+
+    def _resident_start_s(self, tp: int) -> float:
+        """Return how long the replica added last takes on the trainer's lease; engines that sleep there wake first."""
+        trainer, times = self.pool.trainer, self.pool.trainer.times
+        is_warm = self.pool.warm.get(tp, 0) >= tp * sum(replica.tp == tp for replica in self.all)
+        if self.pool.shares_engines:
+            return (times.wake_s if is_warm else times.cold_start_s) + self.pool.perf[tp].load_s
+        return (times.hybrid_wake_s if is_warm else times.cold_start_s) + trainer.reshard_s
 
     def _add(self, tp: int) -> Replica:
         replica = Replica(len(self.all), tp)

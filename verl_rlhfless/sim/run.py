@@ -121,11 +121,12 @@ class ArmRun:
         held = trainer.num_gpus if keeps_trainer else 0
         snapshot = replace(self.pool, num_gpus=self._book.num_up - held, warm=self._book.warm_gpus())
         plan = self.arm.plan(memory, snapshot, step.batch)
-        if not plan.is_resident:
-            yield env.timeout(trainer.publish_s + (0.0 if keeps_trainer else trainer.state_copy_s))
+        leaves = not plan.is_resident and not keeps_trainer
+        if not plan.is_resident or self.pool.shares_engines:
+            yield env.timeout(trainer.publish_s + (trainer.state_copy_s if leaves else 0.0))
             self._trainer_was_busy(began_s)
-            if not keeps_trainer:
-                self._book.release(self._trainer)
+        if leaves:
+            self._book.release(self._trainer)
         if step.min_start_s is not None:
             step = replace(step, min_start_s=step.min_start_s - (env.now - began_s))
         self._plan = plan
@@ -140,7 +141,7 @@ class ArmRun:
         self._record(step, plan, (rollout, record), (began_s, gen_s, waited_s))
 
     def _take_over(self, plan: RolloutPlan) -> Generator[simpy.Event, Any, None]:
-        """The rollout is over: colocated engines go to sleep, or the trainer gets a lease again."""
+        """The rollout is over: engines on the trainer's lease go to sleep, or the trainer gets a lease again."""
         trainer, times = self.pool.trainer, self.pool.trainer.times
         if not plan.is_resident:
             if not self.pool.keeps_trainer:
@@ -149,7 +150,7 @@ class ArmRun:
             return
         for tp in set(plan.fleet):
             self._park(tp, plan.fleet.count(tp))
-        yield self._env.timeout(times.hybrid_sleep_s)
+        yield self._env.timeout(times.park_s if self.pool.shares_engines else times.hybrid_sleep_s)
 
     def _train(self, step: StepData, rollout: SimRollout) -> Generator[simpy.Event, Any, float]:
         """Run the trainer's phases; return how long the update had to wait for the last reward."""

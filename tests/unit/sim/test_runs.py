@@ -10,6 +10,7 @@ import pytest
 from tests.unit.sim.cases import cell, steps
 from verl_rlhfless.policy.baselines.rlhfless_paper import RlhflessPaper
 from verl_rlhfless.policy.baselines.stock import StockSync
+from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.ours import Ours
 from verl_rlhfless.sim.cell import ARMS
 from verl_rlhfless.sim.cluster import CLUSTERS
@@ -79,6 +80,42 @@ def test_a_trainer_that_keeps_its_lease_trains_beside_its_replicas() -> None:
         assert step.gpu_s_busy + step.gpu_s_idle + step.gpu_s_startup == pytest.approx(step.gpu_s_allocated)
         replicas_gpu_s = step.gpu_s_allocated - 8 * step.step_s
         assert 0 < replicas_gpu_s <= 8 * step.gen_s * (1 + 1e-9)
+
+
+def test_engines_that_share_the_trainers_lease_publish_load_and_sleep_and_nothing_else_is_leased() -> None:
+    data = steps(2, 64, 4, mean=60.0, cap=512)
+    one = cell(data, wake_s=3.0)
+    own, shared = (replace(one.pool, shares_engines=shares) for shares in (False, True))
+    record, hybrid = (ArmRun(Ours(can_fuse=False), one.cluster, pool, data).run() for pool in (shared, own))
+    assert [step.fleet for step in record.steps] == [step.fleet for step in hybrid.steps]
+    assert all("resident" in step.fleet for step in record.steps)
+    trainer = one.pool.trainer
+    load_s = one.pool.perf[one.best_tp].load_s
+    instead_s = trainer.times.hybrid_wake_s + trainer.reshard_s + trainer.times.hybrid_sleep_s
+    more_s = trainer.publish_s + 3.0 + load_s + trainer.times.park_s - instead_s
+    for step, beside in zip(record.steps, hybrid.steps, strict=True):
+        assert step.step_s == pytest.approx(beside.step_s + more_s)
+        assert step.gpu_s_allocated == pytest.approx(16 * step.step_s)
+        assert step.predicted_step_s == pytest.approx(step.step_s, rel=0.1)
+
+
+def test_an_engine_that_is_missing_beside_the_trainer_is_started_only_if_it_must_be() -> None:
+    data = steps(1, 64, 4, mean=60.0, cap=512)
+    one = cell(data, wake_s=3.0)
+    count = 16 // one.best_tp
+
+    def step_s(num_started: int, goal: Goal) -> float:
+        layout = type("Layout", (Ours,), {"layout": lambda *_: {one.best_tp: num_started}})
+        return (
+            ArmRun(layout(goal, can_fuse=False), one.cluster, replace(one.pool, shares_engines=True), data)
+            .run()
+            .steps[0]
+            .step_s
+        )
+
+    all_s, every = step_s(count, Goal()), Goal(min_replicas=count)
+    assert step_s(count - 1, Goal()) < all_s + 1.0
+    assert step_s(count - 1, every) == pytest.approx(all_s + one.times.cold_start_s - 3.0, rel=0.05)
 
 
 def test_a_parked_engine_is_reported_and_can_be_charged() -> None:
