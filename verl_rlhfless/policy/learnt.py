@@ -41,7 +41,7 @@ class Standby:
     Attributes:
         num_parked: Parked engines.
         num_servers: Servers whose imports are done.
-        has_room: Whether the trainer's GPUs have room for engines beside the trainer.
+        has_room: Whether the trainer's GPUs have room for awake engines beside the trainer.
     """
 
     num_parked: int = 0
@@ -176,6 +176,8 @@ def apply(model: CostModel, pool: PoolSnapshot, standby: Standby) -> PoolSnapsho
 
     A plan knows replicas that come up soon and others. With parked engines the others start on the waiting servers;
     without, those on the waiting servers are the ones that come up soon.
+
+    Where no engine sleeps, every replica leases: while engines start, the trainer's GPUs would be held for nothing.
     """
     times = pool.trainer.times
     known = {name: value for name in _SECONDS if (value := model.figure(name)) is not None}
@@ -192,7 +194,7 @@ def apply(model: CostModel, pool: PoolSnapshot, standby: Standby) -> PoolSnapsho
     perf = {tp: _with_load(_applied(model, tp, engine), known.get("load_s")) for tp, engine in pool.perf.items()}
     num_soon = standby.num_parked or standby.num_servers
     warm = {tp: tp * num_soon for tp in pool.perf}
-    has_resident = pool.has_resident and standby.has_room
+    has_resident = pool.has_resident and standby.has_room and standby.num_parked > 0
     return replace(pool, perf=perf, trainer=trainer, warm=warm, has_resident=has_resident)
 
 

@@ -35,8 +35,8 @@ def samples(pace: PaceModel) -> list[IterationSample]:
 
 
 def test_nothing_measured_changes_nothing() -> None:
-    pool = apply(CostModel(), POOL, Standby(has_room=True))
-    assert replace(pool, warm=POOL.warm) == POOL and not any(pool.warm.values())
+    pool = apply(CostModel(), POOL, Standby())
+    assert replace(pool, warm=POOL.warm, has_resident=POOL.has_resident) == POOL and not any(pool.warm.values())
 
 
 def test_starts_phases_and_publication_of_a_step_are_what_the_next_plan_counts_with() -> None:
@@ -77,10 +77,19 @@ def test_how_long_a_trainer_takes_to_leave_and_come_back_is_learnt() -> None:
     assert quick.times.resume_s == 0.0
 
 
-@pytest.mark.parametrize(("may_share", "has_room"), [(True, True), (True, False), (False, True), (False, False)])
-def test_engines_without_room_beside_the_trainer_are_not_planned_there(may_share: bool, has_room: bool) -> None:
-    pool = apply(CostModel(), replace(POOL, has_resident=may_share), Standby(4, has_room=has_room))
-    assert pool.has_resident is (may_share and has_room)
+@pytest.mark.parametrize(
+    ("may_share", "standby", "shares"),
+    [
+        (True, Standby(4, has_room=True), True),
+        (True, Standby(4), False),
+        (False, Standby(4, has_room=True), False),
+        (True, Standby(0, 4, has_room=True), False),
+    ],
+)
+def test_only_engines_that_sleep_and_have_room_are_planned_beside_the_trainer(
+    may_share: bool, standby: Standby, shares: bool
+) -> None:
+    assert apply(CostModel(), replace(POOL, has_resident=may_share), standby).has_resident is shares
 
 
 def test_a_start_that_was_not_seen_keeps_its_figure() -> None:
