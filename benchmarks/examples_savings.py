@@ -4,9 +4,9 @@
 
 The arms are those of the scripts: ``stock``, verl's synchronous trainer with the recipe's tensor-parallel size;
 ``elastic``, which leases replicas in the steps for which that pays and runs them beside the trainer in the others;
-``resident``, our routing on stock's own engines. Beside them stands the best static size, which a user could find by trial. Response lengths are synthetic, from
-the statistics named with each example. Turns, waits for tools and fused inference are not modelled, and Megatron's
-training is priced as FSDP's.
+``resident``, our routing on stock's own engines. Beside them stands the best static size, which a user could find by
+trial. Response lengths are synthetic, from the statistics named with each example. Turns, waits for tools and fused
+inference are not modelled, and Megatron's training is priced as FSDP's.
 """
 
 from __future__ import annotations
