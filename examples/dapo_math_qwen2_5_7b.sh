@@ -74,7 +74,8 @@ elastic=(
     rlhfless.pool.max_gpus=16
     # Groups are thrown away after they have finished, so their inference can't begin during the rollout.
     rlhfless/fusion=off
-    # While a replica has them, nothing of the trainer is on its GPUs, and long contexts need the room.
+    # While a replica has them, nothing of the trainer is on its GPUs, nor beside one (it is offloaded), and long
+    # contexts need the room.
     actor_rollout_ref.rollout.gpu_memory_utilization=0.9
     # Last, because the last override wins: a recipe that sets the mode itself would run stock verl.
     trainer.v1.trainer_mode=rlhfless_sync

@@ -54,10 +54,9 @@ elastic=(
     # its next turn goes where its prefix is cached unless that replica is full.
     +rlhfless=default
     # As many GPUs as stock: the trainer gives its lease back during a rollout (its state waits in host memory), and
-    # replicas lease them meanwhile. How many, and of which size, is planned for each step.
+    # replicas lease them meanwhile. How many, and of which size, is planned for each step. Where short answers do not
+    # repay that, replicas run beside the trainer, for which an engine's share of the memory stays what stock gives it.
     rlhfless.pool.max_gpus=8
-    # While a replica has them, nothing of the trainer is on its GPUs.
-    actor_rollout_ref.rollout.gpu_memory_utilization=0.85
     # Last, because the last override wins: a recipe that sets the mode itself would run stock verl.
     trainer.v1.trainer_mode=rlhfless_sync
 )

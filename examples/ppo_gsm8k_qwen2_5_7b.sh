@@ -48,12 +48,12 @@ recipe=(
 elastic=(
     +rlhfless=default
     # As many GPUs as stock: actor and critic give their lease back together during a rollout (their state waits in host
-    # memory), and replicas lease them meanwhile. How many, and of which size, is planned for each step.
+    # memory), and replicas lease them meanwhile. How many, and of which size, is planned for each step. Where short
+    # answers do not repay that, replicas run beside the trainer, for which an engine's share of the memory stays what
+    # stock gives it.
     rlhfless.pool.max_gpus=8
     # One response of each prompt: there are no siblings that share a prefix.
     rlhfless/prefix_dedup=off
-    # While a replica has them, nothing of the trainer is on its GPUs.
-    actor_rollout_ref.rollout.gpu_memory_utilization=0.85
     # Last, because the last override wins: a recipe that sets the mode itself would run stock verl.
     trainer.v1.trainer_mode=rlhfless_sync
 )

@@ -79,11 +79,15 @@ def test_filtering_without_a_metric_is_refused(trainer: Any) -> None:
      (1.0, "", "never", False)],
 )  # fmt: skip
 def test_engines_may_join_the_trainer_where_the_memory_that_their_recipe_gives_them_is_free(
-    free_share: float, kept_because: str, setting: str, has_room: bool
+    free_share: float, kept_because: str, setting: str, has_room: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = ElasticTrainerSync.__new__(ElasticTrainerSync)
-    trainer._settings = SimpleNamespace(pool=PoolConfig(share_trainer=setting))
+    trainer._settings, trainer._was_told_of_room = SimpleNamespace(pool=PoolConfig(share_trainer=setting)), False
     trainer._trainer_lease = SimpleNamespace(kept_because=kept_because)
     trainer.config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"gpu_memory_utilization": 0.4}}})
     trainer.actor_rollout_wg = SimpleNamespace(free_device_share=lambda timeout_s: free_share)
-    assert trainer._has_room_for_engines() is has_room
+    with caplog.at_level("INFO"):
+        assert [trainer._has_room_for_engines() for _ in range(2)] == [has_room] * 2
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (free_share < 0.4), "once"
+    assert all("takes 40 %" in text and "39 % is free" in text for text in told)

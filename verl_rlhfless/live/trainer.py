@@ -7,6 +7,7 @@ replica of step k + 1 pulls exactly that version before it is registered.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,6 +41,8 @@ from verl_rlhfless.policy.schedule import largest_fleet, scheduled_fleet
 from verl_rlhfless.types import FleetDecision
 from verl_rlhfless_patches import verl_worker_group
 
+logger = logging.getLogger(__name__)
+
 _PHASES = ("reward", "old_log_prob", "ref", "values", "adv", "update_critic", "update_actor")  # verl's timers
 
 COSTS_FILE = "rlhfless_costs.json"
@@ -57,6 +60,7 @@ class ElasticTrainerSync(FusionTrainer):
         self._decision: FleetDecision | None = None  # of the step, once its first prompts are there
         self._step_began_s = 0.0
         self._publish_s: float | None = None
+        self._was_told_of_room = False
         super().__init__(config, settings)
 
     # ---- set-up
@@ -221,7 +225,18 @@ class ElasticTrainerSync(FusionTrainer):
         if pool.share_trainer == "never" or self._trainer_lease.kept_because:
             return False
         wanted = float(self.config.actor_rollout_ref.rollout.gpu_memory_utilization)
-        return bool(self.actor_rollout_wg.free_device_share(pool.resume_timeout_s) >= wanted)
+        free = self.actor_rollout_wg.free_device_share(pool.resume_timeout_s)
+        if free < wanted and not self._was_told_of_room:
+            self._was_told_of_room = True
+            logger.info(
+                "rlhfless: a replica takes %.0f %% of a GPU's memory, and %.0f %% is free beside the trainer: replicas "
+                "lease in every step. For steps that share the trainer's GPUs, lower "
+                "actor_rollout_ref.rollout.gpu_memory_utilization or set the actor's param_offload and "
+                "optimizer_offload.",
+                100 * wanted,
+                100 * free,
+            )
+        return bool(free >= wanted)
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
         """Run verl's step; when no replica came up, say why."""
