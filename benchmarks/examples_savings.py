@@ -4,9 +4,10 @@
 
 The arms are those of the scripts: ``stock``, verl's synchronous trainer with the recipe's tensor-parallel size;
 ``elastic``, which leases replicas in the steps for which that pays and runs them beside the trainer in the others;
-``resident``, our routing on stock's own engines. Beside them stands the best static size, which a user could find by
-trial. Response lengths are synthetic, from the statistics named with each example. Turns, waits for tools and fused
-inference are not modelled, and Megatron's training is priced as FSDP's.
+``leased`` (in the record only), the same with ``rlhfless.pool.share_trainer=never``; ``resident``, our routing on
+stock's own engines. Beside them stands the best static size, which a user could find by trial. Response lengths are
+synthetic, from the statistics named with each example. Turns, waits for tools and fused inference are not modelled, and
+Megatron's training is priced as FSDP's.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ def savings(example: Example, gpu: str, folder: Path) -> dict[str, Any]:
         "stock": (StockSync(example.tp), cell.pool),
         "best_static": (cell.arm("stock_sync_best_tp"), cell.pool),
         "elastic": (Ours(can_fuse=False), elastic_pool(example, cell)),
+        "leased": (Ours(can_fuse=False), replace(elastic_pool(example, cell), has_resident=False)),
         "resident": (Routing((example.tp,) * num_engines, migration="cut_and_migrate"), cell.pool),
     }
     row: dict[str, Any] = {"example": example.name, "gpu": gpu, "gpus": cell.cluster.num_gpus}
@@ -123,7 +125,7 @@ def savings(example: Example, gpu: str, folder: Path) -> dict[str, Any]:
         steps = ArmRun(arm, cell.cluster, pool, cell.data).run().steps
         row[f"{name}_step_s"] = round(float(np.mean([step.step_s for step in steps])), 2)
         row[f"{name}_usd_per_step"] = round(float(np.mean([step.gpu_lease_usd for step in steps])), 5)
-    for name in OTHERS:
+    for name in (*OTHERS, "leased"):
         for figure in ("step_s", "usd_per_step"):
             row[f"{name}_{figure}_to_stock"] = round(row[f"{name}_{figure}"] / row[f"stock_{figure}"] - 1, 3)
     return row
