@@ -1,11 +1,11 @@
 """What the planner and the dispatcher add: the elastic arm beside the same one without them, replicas paced and parked.
 
 ``fixed`` has the mean fleet of the elastic arm in every step, as nearly as whole replicas allow; ``random`` has the
-planner's own fleets and a dispatcher that chooses any replica. Both join the column of a finished
-``rlhfless demo --out OUT --columns parked`` and replay its lengths; about seven minutes each, and those that have
-finished are kept.
+planner's own fleets and a dispatcher that chooses any replica; ``oracle`` knows every length before the step, and shows
+what both could reach. They join the column of a finished ``rlhfless demo --out OUT --columns parked`` and replay its
+lengths; about seven minutes each, and those that have finished are kept.
 
-python -m benchmarks.control_arms --out OUT [--arms fixed,random]  # writes benchmarks/results/control_arms.json
+python -m benchmarks.control_arms --out OUT [--arms fixed,random,oracle]  # writes benchmarks/results/control_arms.json
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ def mean_schedule(counts: list[int]) -> list[int]:
 
 
 def control_arms(schedule: list[int]) -> dict[str, Arm]:
-    """Return the elastic arm with a fixed schedule of fleets, and with random dispatch."""
+    """Return the elastic arm with a fixed schedule of fleets, with random dispatch, and with true lengths."""
     changes = {
         "fixed": ("rlhfless/planner=fixed", f"rlhfless.planner.schedule=[{','.join(map(str, schedule))}]"),
         "random": ("rlhfless/dispatcher=random",),
+        "oracle": ("rlhfless/predictor=oracle",),
     }
     return {name: replace(recipe.ELASTIC, name=name).with_overrides(*of) for name, of in changes.items()}
 
@@ -49,7 +50,7 @@ def main() -> None:
     """Run the control arms beside a finished column and write their record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of a finished demo with the parked column")
-    parser.add_argument("--arms", default="fixed,random")
+    parser.add_argument("--arms", default="fixed,random,oracle")
     arguments = parser.parse_args()
     out: Path = arguments.out.resolve()
     record: dict[str, Any] = json.loads((out / COLUMN.name / RECORD_FILE).read_text())
