@@ -212,7 +212,9 @@ class ElasticTrainerSync(FusionTrainer):
             return scheduled_fleet(self.global_steps, self._settings.planner.schedule, self._tp())
         announced = announcement_of(batch, self.config.actor_rollout_ref.rollout)
         try:
-            standby = dataclasses.replace(self._fleet.standby, has_room=self._has_room_for_engines())
+            standby = self._fleet.standby
+            if standby.num_parked:
+                standby = dataclasses.replace(standby, has_room=self._has_room_for_engines())
             decision: FleetDecision = ray.get(self._router.plan.remote(announced, standby))
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
