@@ -112,7 +112,8 @@ def calibrated(pool: PoolSnapshot, pace: PaceModel, costs: Costs) -> PoolSnapsho
     values = asdict(costs)  # a host's jitter may leave a small negative remainder
     measured = {name: max(0.0, values[name]) for name in values.keys() - {"publish_s", "phase_s"}}
     times = LeaseTimes(publish_bytes_per_s=shape.weight_bytes / max(costs.publish_s, 1e-6), **measured)
-    return replace(pool, trainer=replace(trainer, recipe=recipe, times=times), has_resident=True)
+    trainer = replace(trainer, recipe=recipe, times=times)
+    return replace(pool, trainer=trainer, has_resident=True, shares_engines=False)
 
 
 def known_costs(declared: PoolSnapshot, pool: PoolSnapshot, data: StepData) -> CostModel:
@@ -124,5 +125,7 @@ def known_costs(declared: PoolSnapshot, pool: PoolSnapshot, data: StepData) -> C
         ReplicaTimes("cold_start", times.grant_s, times.cold_start_s, 0.0),
     )
     phases_s = pool.trainer.inference_s(tokens, context) + pool.trainer.update_s(tokens, context)
-    learnt = StepTimes(starts, times.park_s, phases_s, pool.trainer.publish_s)
+    suspend_s = pool.trainer.state_copy_s
+    moves_s = (suspend_s, suspend_s + times.resume_s)
+    learnt = StepTimes(starts, times.park_s, phases_s, pool.trainer.publish_s, moves_s)
     return learn_step(CostModel(), declared, (data.batch, data.lengths), learnt)
