@@ -39,7 +39,7 @@ def plan_parked_fleet(pool: PoolSnapshot, batch: Batch, prior: Prediction, goal:
     assert plan.predicted_step_s is not None and plan.predicted_gpu_s is not None
     leased = sum(plan.fleet)
     wait_s = later_s * sum(tp * count for tp, count in fresh.items()) / leased
-    held = pool.trainer.num_gpus if plan.is_resident else leased + (pool.trainer.num_gpus if pool.keeps_trainer else 0)
+    held = leased + (pool.trainer.num_gpus if pool.keeps_trainer else 0)
     return replace(
         plan,
         predicted_rollout_s=plan.predicted_rollout_s + wait_s,

@@ -98,7 +98,7 @@ def _options(pool: PoolSnapshot, goal: Goal) -> Options:
 
 
 def _resident_fleets(options: Options, costs: StepCosts, ref: Reference, goal: Goal) -> list[Candidate]:
-    """Return what a step may run on without leasing: stock's static fleet, or any that fits on the trainer's GPUs."""
+    """Return what a step may run on without leasing: stock's static fleet, or sleeping engines that fit on its GPUs."""
     pool, num_units = costs.pool, len(costs.units.order)
     if not pool.shares_engines:
         static = LaneFleet(num_units, ref.tp, pool.trainer.num_gpus // ref.tp)

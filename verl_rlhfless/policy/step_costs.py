@@ -79,13 +79,14 @@ class StepCosts:
         return step_s - (self.shared_s if is_shared else self.elastic_s - self.pool.trainer.times.grant_s)
 
     def shared_step_s(self, options: Options) -> FloatArray:
-        """Return [M] seconds of a step on each option as engines that share the trainer's lease, inf beyond its GPUs.
+        """Return [M] seconds of a step on each option as engines that share the trainer's lease.
 
-        Where the trainer's GPUs are held anyway, a replica more costs its start alone.
+        Inf beyond its GPUs, and for more engines than sleep: while one starts, all those GPUs would be held for nothing.
         """
         rollout_s, _ = stay(self.pool, options, self.units.lane(self.units.order))
         step_s = self.shared_s + self.start_s(options) + rollout_s
-        return np.where(options.gpus <= self.pool.trainer.num_gpus, step_s, np.inf)
+        asleep = options.by_size(lambda tp: self.pool.warm.get(tp, 0))
+        return np.where(options.gpus <= np.minimum(asleep, self.pool.trainer.num_gpus), step_s, np.inf)
 
     def trainer_gpu_s(self, step_s: FloatArray) -> FloatArray | float:
         """Return the GPU-seconds of an elastic step beside its replicas."""

@@ -125,11 +125,11 @@ class Replicas:
         return sum(replica.engine.num_preemptions for replica in self.all)
 
     def _resident_start_s(self, tp: int) -> float:
-        """Return how long the replica added last takes on the trainer's lease; engines that sleep there wake first."""
+        """Return how long an engine on the trainer's lease takes; one that shares it slept, and loads what is published."""
         trainer, times = self.pool.trainer, self.pool.trainer.times
-        is_warm = self.pool.warm.get(tp, 0) >= tp * sum(replica.tp == tp for replica in self.all)
         if self.pool.shares_engines:
-            return (times.wake_s if is_warm else times.cold_start_s) + self.pool.perf[tp].load_s
+            return times.wake_s + self.pool.perf[tp].load_s
+        is_warm = self.pool.warm.get(tp, 0) >= tp
         return (times.hybrid_wake_s if is_warm else times.cold_start_s) + trainer.reshard_s
 
     def _add(self, tp: int) -> Replica:

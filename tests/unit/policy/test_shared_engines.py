@@ -69,21 +69,20 @@ def test_the_users_limits_hold(limits: tuple[int, int | None], allowed: tuple[in
     assert not planned(pool(2, resume_s=100.0), goal=Goal(min_replicas=3)).is_resident
 
 
-def test_the_forecast_is_of_a_step_without_moves_and_holds_every_start() -> None:
-    parked = planned(pool(resume_s=100.0))
-    assert parked.predicted_rollout_s is not None and parked.predicted_step_s is not None
-    assert parked.predicted_rollout_s < parked.predicted_step_s < 100.0
-    assert parked.predicted_gpu_s == pytest.approx(4 * parked.predicted_step_s)
-    one_parked = planned(pool(resume_s=100.0, num_parked=1), goal=Goal(min_replicas=2, max_replicas=2))
-    assert one_parked.is_resident and "1 started now wake in later rollouts" in one_parked.reason
-    assert one_parked.predicted_rollout_s is not None and one_parked.predicted_rollout_s > 20.0 / 2
-    assert one_parked.predicted_gpu_s == pytest.approx(4 * (one_parked.predicted_step_s or 0.0))
+def test_the_forecast_is_of_a_step_without_moves() -> None:
+    plan = planned(pool(resume_s=100.0))
+    assert plan.is_resident and plan.predicted_rollout_s is not None and plan.predicted_step_s is not None
+    assert plan.predicted_rollout_s < plan.predicted_step_s < 100.0
+    assert plan.predicted_gpu_s == pytest.approx(4 * plan.predicted_step_s)
 
 
-def test_no_start_is_made_that_later_rollouts_do_not_repay() -> None:
-    few = pool(resume_s=5000.0, num_parked=1)
-    dear = replace(few, trainer=replace(few.trainer, times=replace(few.trainer.times, cold_start_s=600.0)))
-    assert [len(planned(few).fleet), len(planned(dear).fleet)] == [4, 1]
+@pytest.mark.parametrize("num_parked", [1, 2, 3])
+def test_only_engines_that_sleep_share_and_more_of_them_grow_on_leases(num_parked: int) -> None:
+    few = pool(resume_s=500.0, num_parked=num_parked)
+    assert planned(few).is_resident and len(planned(few).fleet) == num_parked
+    must_grow = planned(few, goal=Goal(min_replicas=num_parked + 1))
+    assert not must_grow.is_resident and len(must_grow.fleet) == num_parked + 1
+    assert not planned(pool(resume_s=500.0, num_parked=0)).is_resident
 
 
 def test_the_trainers_own_engines_are_all_or_none() -> None:

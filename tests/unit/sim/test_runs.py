@@ -99,23 +99,19 @@ def test_engines_that_share_the_trainers_lease_publish_load_and_sleep_and_nothin
         assert step.predicted_step_s == pytest.approx(step.step_s, rel=0.1)
 
 
-def test_an_engine_that_is_missing_beside_the_trainer_is_started_only_if_it_must_be() -> None:
+def test_nothing_starts_beside_the_trainer() -> None:
     data = steps(1, 64, 4, mean=60.0, cap=512)
     one = cell(data, wake_s=3.0)
     count = 16 // one.best_tp
 
-    def step_s(num_started: int, goal: Goal) -> float:
+    def fleet(num_started: int, goal: Goal) -> str:
         layout = type("Layout", (Ours,), {"layout": lambda *_: {one.best_tp: num_started}})
-        return (
-            ArmRun(layout(goal, can_fuse=False), one.cluster, replace(one.pool, shares_engines=True), data)
-            .run()
-            .steps[0]
-            .step_s
-        )
+        arm = layout(goal, can_fuse=False)
+        return ArmRun(arm, one.cluster, replace(one.pool, shares_engines=True), data).run().steps[0].fleet
 
-    all_s, every = step_s(count, Goal()), Goal(min_replicas=count)
-    assert step_s(count - 1, Goal()) < all_s + 1.0
-    assert step_s(count - 1, every) == pytest.approx(all_s + one.times.cold_start_s - 3.0, rel=0.05)
+    every = Goal(min_replicas=count)
+    assert fleet(count, every) == f"{count}xTP{one.best_tp} resident"
+    assert "resident" not in fleet(count - 1, every)
 
 
 def test_a_parked_engine_is_reported_and_can_be_charged() -> None:
