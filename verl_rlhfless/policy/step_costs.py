@@ -81,7 +81,7 @@ class StepCosts:
     def shared_step_s(self, options: Options) -> FloatArray:
         """Return [M] seconds of a step on each option as engines that share the trainer's lease.
 
-        Inf beyond its GPUs, and for more engines than sleep: while one starts, all those GPUs would be held for nothing.
+        Inf beyond its GPUs, and for more engines than sleep: those GPUs would be held while one starts.
         """
         rollout_s, _ = stay(self.pool, options, self.units.lane(self.units.order))
         step_s = self.shared_s + self.start_s(options) + rollout_s

@@ -125,7 +125,7 @@ class Replicas:
         return sum(replica.engine.num_preemptions for replica in self.all)
 
     def _resident_start_s(self, tp: int) -> float:
-        """Return how long an engine on the trainer's lease takes; one that shares it slept, and loads what is published."""
+        """Return how long an engine on the trainer's lease takes; shared ones slept, and load what is published."""
         trainer, times = self.pool.trainer, self.pool.trainer.times
         if self.pool.shares_engines:
             return times.wake_s + self.pool.perf[tp].load_s
