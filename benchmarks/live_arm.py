@@ -67,7 +67,7 @@ class LiveArm:
     @cached_property
     def pool(self) -> PoolSnapshot:
         """What the planner believes of the pool; nothing is parked."""
-        return replace(apply(self.costs, self.settings.planning_pool(), Standby(num_parked=1)), warm={})
+        return replace(apply(self.costs, self.settings.planning_pool(), Standby({1: 1})), warm={})
 
     def begin(self, pool: PoolSnapshot, first: Batch) -> Memory:
         """Return an empty history, and the fleet planned from it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from verl_rlhfless.config import PoolConfig, parse_config
 from verl_rlhfless.live import request_trainer
 from verl_rlhfless.live.request_trainer import RequestTrainer
 from verl_rlhfless.live.trainer import ElasticTrainerSync
+from verl_rlhfless.policy.learnt import Standby
 
 TRAINERS = {PPOTrainerSync: [], RequestTrainer: ["+rlhfless=resident"], ElasticTrainerSync: ["+rlhfless=default"]}
 
@@ -74,20 +76,30 @@ def test_filtering_without_a_metric_is_refused(trainer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("free_share", "kept_because", "setting", "has_room"),
-    [(0.4, "", "auto", True), (0.39, "", "auto", False), (1.0, "it must not leave", "auto", False),
-     (1.0, "", "never", False)],
-)  # fmt: skip
+    ("free_share", "kept_because", "setting", "num_beside"),
+    [(0.4, "", "auto", 2), (0.39, "", "auto", 0), (1.0, "it must not leave", "auto", 0), (1.0, "", "never", 0)],
+)
 def test_engines_may_join_the_trainer_where_the_memory_that_their_recipe_gives_them_is_free(
-    free_share: float, kept_because: str, setting: str, has_room: bool, caplog: pytest.LogCaptureFixture
+    free_share: float, kept_because: str, setting: str, num_beside: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = ElasticTrainerSync.__new__(ElasticTrainerSync)
     trainer._settings, trainer._was_told_of_room = SimpleNamespace(pool=PoolConfig(share_trainer=setting)), False
     trainer._trainer_lease = SimpleNamespace(kept_because=kept_because)
     trainer.config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"gpu_memory_utilization": 0.4}}})
-    trainer.actor_rollout_wg = SimpleNamespace(free_device_share=lambda timeout_s: free_share)
+    asked: list[float] = []
+
+    def free_device_share(timeout_s: float) -> float:
+        asked.append(timeout_s)
+        return free_share
+
+    trainer.actor_rollout_wg = SimpleNamespace(devices=lambda: "its devices", free_device_share=free_device_share)
+    sleeping = SimpleNamespace(parked_on=lambda devices: Counter({1: 2} if devices == "its devices" else {}))
+    trainer._fleet = SimpleNamespace(standby=Standby({1: 3}), parking=sleeping)
     with caplog.at_level("INFO"):
-        assert [trainer._has_room_for_engines() for _ in range(2)] == [has_room] * 2
+        assert [sum(trainer._standby().beside.values()) for _ in range(2)] == [num_beside] * 2
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == (free_share < 0.4), "once"
     assert all("takes 40 %" in text and "39 % is free" in text for text in told)
+    asked.clear()
+    sleeping.parked_on = lambda devices: Counter()
+    assert trainer._standby() == Standby({1: 3}) and not asked, "no device is asked where nothing can wake"

@@ -194,7 +194,7 @@ def test_what_was_killed_in_its_sleep_costs_a_start_and_nothing_else(trial: Tria
         return replica
 
     parked = run(sleeping())
-    assert trial.lot.num_parked == 1
+    assert trial.lot.parked.total() == 1
     pids = processes_of(parked) if victim == "engine" else [parked._server_process[0]]
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
@@ -213,7 +213,7 @@ def test_what_was_killed_in_its_sleep_costs_a_start_and_nothing_else(trial: Tria
 
 
 def test_a_host_without_memory_ends_what_sleeps(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert trial.lot.num_parked == 1
+    assert trial.lot.parked.total() == 1
     monkeypatch.setattr(trial.lot, "_version_bytes", 1 << 50)
     run(trial.lot.make_room())
-    assert trial.lot.num_parked == 0
+    assert trial.lot.parked.total() == 0

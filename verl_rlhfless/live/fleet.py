@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 import time
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -67,7 +68,7 @@ class Fleet:
     @property
     def standby(self) -> Standby:
         """What waits for a replica."""
-        return Standby(self.parking.num_parked, self._warm_servers.num_waiting)
+        return Standby(self.parking.parked, self._warm_servers.num_waiting)
 
     def expect(self, decision: FleetDecision) -> None:
         """Tell the router which replicas will come: from then on a step can be announced; ``start`` follows."""
@@ -99,7 +100,8 @@ class Fleet:
         self.parking.expect(decision)
         candidates = self._asked_for = [self._new_replica(spec) for spec in decision.replicas]
         self._starting = Future()
-        num_imports = len(candidates) - self.parking.num_parked if imports_first else 0
+        fresh = Counter(spec.tp for spec in decision.replicas) - self.parking.parked
+        num_imports = fresh.total() if imports_first else 0
         self._life = self._thread.submit(asyncio.run, self._live(candidates, weights, num_imports, self._starting))
 
     @property

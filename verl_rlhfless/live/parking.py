@@ -54,9 +54,17 @@ class ParkingLot:
         self.is_last = False
 
     @property
-    def num_parked(self) -> int:
-        """Engines that sleep now."""
-        return len(self._parked)
+    def parked(self) -> Counter[int]:
+        """Tensor-parallel size -> engines that sleep now."""
+        return Counter(replica.world_size for replica in self._parked)
+
+    def parked_on(self, devices: TrainerDevices) -> Counter[int]:
+        """Return, by tensor-parallel size, how many engines that sleep can wake together on these devices."""
+        slept_on = defaultdict(list)
+        for replica in self._parked:
+            assert replica.lease is not None
+            slept_on[replica.world_size].append(replica.lease.device_key())
+        return Counter({tp: devices.num_together(keys) for tp, keys in slept_on.items()})
 
     @property
     def num_woken(self) -> int:
@@ -242,7 +250,7 @@ class ParkingLot:
         return ParkView(
             can_sleep=self._can_sleep,
             uses_ahead=0 if self.is_last else self._uses[tp],
-            num_parked=sum(parked.world_size == tp for parked in self._parked),
+            num_parked=self.parked[tp],
             starts_s=tuple(self._starts_s[tp]),
             wakes_s=tuple(self._wakes_s[tp]),
             relaunches_s=tuple(self._relaunches_s[tp]),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from verl_rlhfless.errors import LeaseImpossibleError
 from verl_rlhfless.types import DeviceKey, LeasedNode
@@ -73,6 +73,17 @@ class TrainerDevices:
                 )
             self._free[node.node_id] -= set(node.device_ids)
             return SharedLease(f"{self._lease}/{replica}-{next(self._numbers)}", node, self)
+
+    def num_together(self, keys: Iterable[DeviceKey]) -> int:
+        """Return how many replicas, each of exactly one of these devices, can run here at once."""
+        left = {(node_id, one) for node_id, ids in self._order.items() for one in ids}
+        count = 0
+        for ((node_id, ids),) in keys:
+            wanted = {(node_id, one) for one in ids}
+            if wanted <= left:
+                left -= wanted
+                count += 1
+        return count
 
     def give_back(self, node: LeasedNode) -> None:
         """Take the devices of a part back."""

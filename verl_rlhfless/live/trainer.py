@@ -36,7 +36,7 @@ from verl_rlhfless.live.trainer_lease import Gpus, TrainerLease
 from verl_rlhfless.live.warm_pool import WarmPool
 from verl_rlhfless.live.weights import create_store
 from verl_rlhfless.live.worker_group import ElasticWorkerGroup
-from verl_rlhfless.policy.learnt import StepTimes
+from verl_rlhfless.policy.learnt import Standby, StepTimes
 from verl_rlhfless.policy.schedule import largest_fleet, scheduled_fleet
 from verl_rlhfless.types import FleetDecision
 from verl_rlhfless_patches import verl_worker_group
@@ -212,20 +212,25 @@ class ElasticTrainerSync(FusionTrainer):
             return scheduled_fleet(self.global_steps, self._settings.planner.schedule, self._tp())
         announced = announcement_of(batch, self.config.actor_rollout_ref.rollout)
         try:
-            standby = self._fleet.standby
-            if standby.num_parked:
-                standby = dataclasses.replace(standby, has_room=self._has_room_for_engines())
-            decision: FleetDecision = ray.get(self._router.plan.remote(announced, standby))
+            decision: FleetDecision = ray.get(self._router.plan.remote(announced, self._standby()))
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         self._events.write("planned", **dataclasses.asdict(decision))
         return decision
 
-    def _has_room_for_engines(self) -> bool:
-        """Return whether engines that sleep now can wake beside the trainer, with what their recipe gives them."""
-        pool = self._settings.pool
+    def _standby(self) -> Standby:
+        """Return what waits for a replica, and what of it can wake beside the trainer."""
+        pool, standby = self._settings.pool, self._fleet.standby
         if pool.share_trainer == "never" or self._trainer_lease.kept_because:
-            return False
+            return standby
+        beside = self._fleet.parking.parked_on(self.actor_rollout_wg.devices())
+        if not beside.total() or not self._has_room_for_engines():
+            return standby
+        return dataclasses.replace(standby, beside=beside)
+
+    def _has_room_for_engines(self) -> bool:
+        """Return whether the trainer's GPUs have as much memory free as the recipe gives an engine."""
+        pool = self._settings.pool
         wanted = float(self.config.actor_rollout_ref.rollout.gpu_memory_utilization)
         free = self.actor_rollout_wg.free_device_share(pool.resume_timeout_s)
         if free < wanted and not self._was_told_of_room:

@@ -39,14 +39,14 @@ class Standby:
     """What waits for a replica.
 
     Attributes:
-        num_parked: Parked engines.
+        parked: Tensor-parallel size -> parked engines.
         num_servers: Servers whose imports are done.
-        has_room: Whether the trainer's GPUs have room for awake engines beside the trainer.
+        beside: Tensor-parallel size -> parked engines that can wake together beside the trainer, on its GPUs.
     """
 
-    num_parked: int = 0
+    parked: Mapping[int, int] = field(default_factory=dict)
     num_servers: int = 0
-    has_room: bool = False
+    beside: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +181,9 @@ def apply(model: CostModel, pool: PoolSnapshot, standby: Standby) -> PoolSnapsho
     """
     times = pool.trainer.times
     known = {name: value for name in _SECONDS if (value := model.figure(name)) is not None}
-    soon = "wake_s" if standby.num_parked else "warm_start_s"
-    has_servers = standby.num_parked and standby.num_servers and "warm_start_s" in known
+    has_parked = any(standby.parked.values())
+    soon = "wake_s" if has_parked else "warm_start_s"
+    has_servers = has_parked and standby.num_servers and "warm_start_s" in known
     late = "warm_start_s" if has_servers else "cold_start_s"
     moved = {"wake_s": soon, "cold_start_s": late, "park_s": "release_s", "grant_s": "grant_s"}
     figures = {name: known[source] for name, source in moved.items() if source in known}
@@ -192,10 +193,10 @@ def apply(model: CostModel, pool: PoolSnapshot, standby: Standby) -> PoolSnapsho
     if "resume_s" in known:
         trainer = _with_moves(trainer, known["suspend_s"], known["resume_s"])
     perf = {tp: _with_load(_applied(model, tp, engine), known.get("load_s")) for tp, engine in pool.perf.items()}
-    num_soon = standby.num_parked or standby.num_servers
-    warm = {tp: tp * num_soon for tp in pool.perf}
-    has_resident = pool.has_resident and standby.has_room and standby.num_parked > 0
-    return replace(pool, perf=perf, trainer=trainer, warm=warm, has_resident=has_resident)
+    warm = {tp: tp * (standby.parked.get(tp, 0) if has_parked else standby.num_servers) for tp in pool.perf}
+    beside = {tp: tp * standby.beside.get(tp, 0) for tp in pool.perf}
+    has_resident = pool.has_resident and any(beside.values())
+    return replace(pool, perf=perf, trainer=trainer, warm=warm, warm_beside=beside, has_resident=has_resident)
 
 
 def _with_moves(trainer: TrainerPerf, suspend_s: float, resume_s: float) -> TrainerPerf:

@@ -80,7 +80,8 @@ class Ours:
     def begin(self, pool: PoolSnapshot, first: Batch) -> Memory:
         """Return an empty memory and the engine sizes of the fleet planned from the cap alone."""
         memory = Memory(LengthModel(), pool)
-        warm = replace(pool, warm=dict.fromkeys(pool.perf, pool.num_gpus))
+        everywhere = dict.fromkeys(pool.perf, pool.num_gpus)
+        warm = replace(pool, warm=everywhere, warm_beside=dict.fromkeys(pool.perf, pool.trainer.num_gpus))
         fleet = plan_fleet(warm, first, self.predict(memory, first), self.goal).fleet
         return replace(memory, first_sizes=tuple(sorted(set(fleet))))
 

@@ -69,6 +69,7 @@ class PoolSnapshot:
         perf: Performance of a replica by tensor-parallel size (the legal ones).
         trainer: Performance of the trainer and times of leases.
         warm: Tensor-parallel size -> GPUs whose engine of that size is parked and only has to wake.
+        warm_beside: As ``warm``, of the engines that can wake beside the trainer, on its lease.
         has_kv_transfer: Whether a replica can take a moved sample's keys and values from another one; vLLM as verl
             runs it cannot, it recomputes.
         keeps_trainer: The trainer holds its lease during the rollout too, beside ``num_gpus``.
@@ -82,6 +83,7 @@ class PoolSnapshot:
     perf: Mapping[int, EnginePerf]
     trainer: TrainerPerf
     warm: Mapping[int, int] = field(default_factory=dict)
+    warm_beside: Mapping[int, int] = field(default_factory=dict)
     has_kv_transfer: bool = False
     keeps_trainer: bool = False
     has_resident: bool = True

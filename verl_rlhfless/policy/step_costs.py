@@ -81,12 +81,12 @@ class StepCosts:
     def shared_step_s(self, options: Options) -> FloatArray:
         """Return [M] seconds of a step on each option as engines that share the trainer's lease.
 
-        Inf beyond its GPUs, and for more engines than sleep: those GPUs would be held while one starts.
+        Inf for more engines than sleep there: its GPUs would be held while one starts.
         """
         rollout_s, _ = stay(self.pool, options, self.units.lane(self.units.order))
         step_s = self.shared_s + self.start_s(options) + rollout_s
-        asleep = options.by_size(lambda tp: self.pool.warm.get(tp, 0))
-        return np.where(options.gpus <= np.minimum(asleep, self.pool.trainer.num_gpus), step_s, np.inf)
+        asleep = options.by_size(lambda tp: self.pool.warm_beside.get(tp, 0))
+        return np.where(options.gpus <= asleep, step_s, np.inf)
 
     def trainer_gpu_s(self, step_s: FloatArray) -> FloatArray | float:
         """Return the GPU-seconds of an elastic step beside its replicas."""

@@ -64,11 +64,12 @@ class LeaseBook:
         """GPUs of nodes that are up, leased or not."""
         return sum(self._up) * self.cluster.gpus_per_node
 
-    def warm_gpus(self) -> dict[int, int]:
-        """Return, by tensor-parallel size, the GPUs whose engine only has to wake."""
+    def warm_gpus(self, within: Lease | None = None) -> dict[int, int]:
+        """Return, by tensor-parallel size, the GPUs whose engine only has to wake: all, or those of a lease."""
         warm: dict[int, int] = {}
-        for _, _, tp in self._parked:
-            warm[tp] = warm.get(tp, 0) + tp
+        for node, first, tp in self._parked:
+            if within is None or {(node, first + i) for i in range(tp)} <= set(within.gpus):
+                warm[tp] = warm.get(tp, 0) + tp
         return warm
 
     def request(self, role: str, tp: int, granted: Callable[[Lease, bool], None], delay_s: float) -> None:

@@ -119,7 +119,9 @@ class ArmRun:
         env, trainer, keeps_trainer = self._env, self.pool.trainer, self.pool.keeps_trainer
         began_s = env.now
         held = trainer.num_gpus if keeps_trainer else 0
-        snapshot = replace(self.pool, num_gpus=self._book.num_up - held, warm=self._book.warm_gpus())
+        beside = self._book.warm_gpus(self._trainer)
+        num_gpus = self._book.num_up - held
+        snapshot = replace(self.pool, num_gpus=num_gpus, warm=self._book.warm_gpus(), warm_beside=beside)
         plan = self.arm.plan(memory, snapshot, step.batch)
         leaves = not plan.is_resident and not keeps_trainer
         if not plan.is_resident or self.pool.shares_engines:
@@ -148,9 +150,12 @@ class ArmRun:
                 yield from self._lease_trainer(times.resume_s + trainer.state_copy_s)
                 self._trainer.usable_s = self._env.now
             return
+        if self.pool.shares_engines:
+            yield self._env.timeout(times.park_s)
+            return
         for tp in set(plan.fleet):
             self._park(tp, plan.fleet.count(tp))
-        yield self._env.timeout(times.park_s if self.pool.shares_engines else times.hybrid_sleep_s)
+        yield self._env.timeout(times.hybrid_sleep_s)
 
     def _train(self, step: StepData, rollout: SimRollout) -> Generator[simpy.Event, Any, float]:
         """Run the trainer's phases; return how long the update had to wait for the last reward."""

@@ -162,7 +162,7 @@ def test_a_parked_engine_serves_the_next_step_on_a_new_lease_with_new_weights(ru
     (parked,), (woken,) = run.events("replica_parked"), run.events("replica_woken")
     assert parked["lease"] == woken["parked_as"] != woken["lease"]
     assert parked["memory"]["device_bytes"] == 5 * MIB and parked["num_gpus"] == 1
-    assert run.lot.num_parked == 0 and run.lot.num_woken == 1
+    assert run.lot.parked.total() == 0 and run.lot.num_woken == 1
 
 
 def test_single_replicas_may_be_parked_in_the_middle_of_a_rollout(run: Run) -> None:
@@ -188,7 +188,7 @@ def test_devices_that_went_to_someone_else_cost_a_start_and_end_the_engine(run: 
 def test_no_lease_waits_for_devices_when_nothing_of_its_kind_sleeps(run: Run) -> None:
     run.retire(run.start(1))
     (wide,) = run.start(2)
-    assert wide.world_size == 2 and run.lot.num_parked == 1
+    assert wide.world_size == 2 and run.lot.parked.total() == 1
     (other,) = run.start(1, config="other engine arguments")
     assert other.versions == [7], "an engine with other arguments is not reused"
 
@@ -199,14 +199,14 @@ def test_an_engine_that_died_in_its_sleep_is_started_again(run: Run) -> None:
     first.is_dead = True
     (second,) = run.start(1)
     assert second is not first and Replica.engines == {second} and len(Lease.held) == 1
-    assert run.lot.num_parked == 0
+    assert run.lot.parked.total() == 0
 
 
 def test_one_that_holds_too_much_memory_is_ended(run: Run) -> None:
     (first,) = run.start(1)
     first.park_fails = True
     run.retire([first])
-    assert not Replica.engines and not Lease.held and run.lot.num_parked == 0
+    assert not Replica.engines and not Lease.held and run.lot.parked.total() == 0
     (released,) = run.events("replica_released")
     assert released["reason"] == "holds too much"
 
@@ -215,7 +215,7 @@ def test_a_dead_one_is_not_parked(run: Run) -> None:
     (first,) = run.start(1)
     first.is_dead = True
     run.retire([first])
-    assert run.lot.num_parked == 0 and not Lease.held
+    assert run.lot.parked.total() == 0 and not Lease.held
 
 
 @pytest.mark.parametrize("park", ["never", "auto"])
@@ -223,13 +223,13 @@ def test_nothing_is_parked_when_asked_so_or_after_the_last_rollout(tmp_path: Pat
     run = Run(tmp_path, park=park)
     run.lot.is_last = park == "auto"
     run.retire(run.start(1))
-    assert run.lot.num_parked == 0 and not Replica.engines
+    assert run.lot.parked.total() == 0 and not Replica.engines
 
 
 def test_there_are_never_more_than_the_largest_fleet(run: Run) -> None:
     run.retire(run.start(1, 1))
     run.retire(run.start(2))
-    assert run.lot.num_parked == 2 and len(Replica.engines) == 2
+    assert run.lot.parked.total() == 2 and len(Replica.engines) == 2
     assert run.events("parked_ended")[0]["reason"].startswith("more are parked")
 
 
@@ -246,16 +246,16 @@ def test_one_too_many_that_can_not_be_ended_is_an_error_and_the_new_one_still_sl
     (wide,) = run.start(2)
     with pytest.raises(ReplicaError, match="survived"):
         run.retire([wide])
-    assert wide.state is ReplicaState.PARKED and run.lot.num_parked == 1
+    assert wide.state is ReplicaState.PARKED and run.lot.parked.total() == 1
 
 
 def test_a_host_that_runs_out_of_memory_gets_it_back(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run.retire(run.start(1, 1))
     asyncio.run(run.lot.make_room())
-    assert run.lot.num_parked == 2
+    assert run.lot.parked.total() == 2
     monkeypatch.setattr(Replica, "host_bytes", MIB)
     asyncio.run(run.lot.make_room())
-    assert run.lot.num_parked == 0 and not Replica.engines
+    assert run.lot.parked.total() == 0 and not Replica.engines
 
 
 def test_all_are_ended_at_the_end_even_if_one_can_not_be(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,8 +322,17 @@ def test_an_engine_that_sleeps_elsewhere_stays_where_it_is_when_others_start_bes
     elsewhere = run.start(1)
     run.retire(elsewhere)
     (started,) = run.start(1, shared=beside_trainer("cd"))
-    assert started is not elsewhere[0] and run.lot.num_parked == 1
+    assert started is not elsewhere[0] and run.lot.parked.total() == 1
     assert started.lease.device_key() == (("node", frozenset("c")),)
+
+
+def test_what_can_wake_beside_the_trainer_is_counted_by_size_and_place(run: Run) -> None:
+    narrow = run.start(1, 1)
+    run.start(2)
+    run.retire(narrow)
+    assert run.lot.parked == {1: 2}
+    on = [run.lot.parked_on(beside_trainer(devices)) for devices in ("abcd", "bcd", "cd")]
+    assert on == [{1: 2}, {1: 1}, {1: 0}]
 
 
 def test_one_that_does_not_wake_beside_the_trainer_gives_its_devices_to_a_start(run: Run) -> None:

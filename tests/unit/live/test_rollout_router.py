@@ -475,7 +475,7 @@ async def share_trainer(world: World, announced: Announcement) -> list[Grant]:
     """Plan a step of two replicas beside the trainer, start them, and return what may start."""
     leaves = replace(settings("elastic", {"name": "cost_aware", **TWO, "cost_weight": 0}), keeps_trainer=False)
     await world.router.configure_rollouts(RouterSettings(stranded_timeout_s=0.5), leaves)
-    decision = await world.router.plan(announced, Standby(num_parked=2, has_room=True))
+    decision = await world.router.plan(announced, Standby({1: 2}, beside={1: 2}))
     assert decision.is_resident and decision.forecast is not None and len(decision.replicas) == 2
     await world.router.expect([1, 1])
     await world.router.announce(announced)
@@ -606,6 +606,6 @@ def test_a_user_whose_leases_do_not_pay_is_told_once_what_does(
     if has_history:
         lengths = learn(lengths, announcement().batch(), np.array([5, 90, 10, 10, 15, 10, 10, 10]))
     for step in range(1, 8):
-        planner.plan(announcement(step), lengths, Standby(num_parked=4, has_room=has_room))
+        planner.plan(announcement(step), lengths, Standby({1: 4}, beside={1: 4 * has_room}))
     assert len(told) == is_told
     assert all("+rlhfless=resident" in text for text in told)

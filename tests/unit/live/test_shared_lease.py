@@ -36,6 +36,12 @@ def test_devices_on_which_an_engine_sleeps_are_preferred_while_they_are_free(dev
     assert where(devices.take("b", 1, slept_on)) == ("one", "10.0.0.1", ("0",))
 
 
+def test_engines_that_sleep_on_the_same_device_or_elsewhere_are_not_counted(devices: TrainerDevices) -> None:
+    slept_on = [(node, frozenset(ids)) for node, ids in (("one", "01"), ("one", "13"), ("two", "01"), ("two", "02"))]
+    assert devices.num_together([(key,) for key in slept_on]) == 2
+    assert devices.num_together([(("other", frozenset("0")),)]) == 0
+
+
 def test_what_is_given_back_can_be_taken_again_under_another_name(devices: TrainerDevices) -> None:
     first = devices.take("a", 3)
     first.release()

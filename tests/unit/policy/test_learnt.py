@@ -36,7 +36,8 @@ def samples(pace: PaceModel) -> list[IterationSample]:
 
 def test_nothing_measured_changes_nothing() -> None:
     pool = apply(CostModel(), POOL, Standby())
-    assert replace(pool, warm=POOL.warm, has_resident=POOL.has_resident) == POOL and not any(pool.warm.values())
+    assert not any((*pool.warm.values(), *pool.warm_beside.values())) and not pool.has_resident
+    assert replace(pool, warm={}, warm_beside={}, has_resident=True) == replace(POOL, warm={}, has_resident=True)
 
 
 def test_starts_phases_and_publication_of_a_step_are_what_the_next_plan_counts_with() -> None:
@@ -51,13 +52,14 @@ def test_starts_phases_and_publication_of_a_step_are_what_the_next_plan_counts_w
 
 
 def test_a_parked_engine_is_not_expected_to_take_as_long_as_a_start() -> None:
-    parked = Standby(num_parked=1, num_servers=2)
+    parked = Standby({1: 1, 2: 2}, num_servers=2, beside={2: 1})
     times = apply(learnt(), TWO_SIZES, parked).trainer.times
     assert (times.wake_s, times.cold_start_s) == (TWO_SIZES.trainer.times.wake_s, 12.0), "no wake was seen yet"
     woken = replace(TIMES, starts=(ReplicaTimes("wake", 0.2, 0.1, 0.4), WARM))
     pool = apply(learnt(woken), TWO_SIZES, parked)
     assert (pool.trainer.times.wake_s, pool.trainer.times.cold_start_s) == (0.1, 12.0)
-    assert pool.warm == {1: 1, 2: 2}, "a third replica of this step would start on a server"
+    assert pool.warm == {1: 1, 2: 4} and pool.warm_beside == {1: 0, 2: 2}
+    assert apply(learnt(woken), TWO_SIZES, Standby({2: 1}, num_servers=2)).warm == {1: 0, 2: 2}, "it has one size"
 
 
 def test_without_parked_engines_those_on_waiting_servers_come_up_first() -> None:
@@ -80,13 +82,13 @@ def test_how_long_a_trainer_takes_to_leave_and_come_back_is_learnt() -> None:
 @pytest.mark.parametrize(
     ("may_share", "standby", "shares"),
     [
-        (True, Standby(4, has_room=True), True),
-        (True, Standby(4), False),
-        (False, Standby(4, has_room=True), False),
-        (True, Standby(0, 4, has_room=True), False),
+        (True, Standby({1: 4}, beside={1: 2}), True),
+        (True, Standby({1: 4}), False),
+        (False, Standby({1: 4}, beside={1: 2}), False),
+        (True, Standby({2: 4}, beside={2: 2}), False),
     ],
 )
-def test_only_engines_that_sleep_and_have_room_are_planned_beside_the_trainer(
+def test_only_engines_that_can_wake_there_are_planned_beside_the_trainer(
     may_share: bool, standby: Standby, shares: bool
 ) -> None:
     assert apply(CostModel(), replace(POOL, has_resident=may_share), standby).has_resident is shares

@@ -25,8 +25,9 @@ def pool(trainer_gpus: int = 4, *, resume_s: float = 5.0, num_parked: int = 4, r
     declared = declared_pool(Fleet((1,), replica_gpus, trainer_gpus, LIMITS, 10**6), PaceModel(60.0, 2.0, 0.1))
     times = replace(declared.trainer.times, wake_s=0.1, cold_start_s=20.0, resume_s=resume_s)
     trainer = replace(declared.trainer, num_gpus=trainer_gpus, times=times)
-    warm = {1: num_parked}
-    return replace(declared, keeps_trainer=False, has_resident=True, shares_engines=True, trainer=trainer, warm=warm)
+    warm, beside = {1: num_parked}, {1: min(num_parked, trainer_gpus)}
+    ways = replace(declared, keeps_trainer=False, has_resident=True, shares_engines=True)
+    return replace(ways, trainer=trainer, warm=warm, warm_beside=beside)
 
 
 def planned(pool: PoolSnapshot, lengths: np.ndarray = SHORT, goal: Goal | None = None) -> RolloutPlan:
@@ -83,6 +84,13 @@ def test_only_engines_that_sleep_share_and_more_of_them_grow_on_leases(num_parke
     must_grow = planned(few, goal=Goal(min_replicas=num_parked + 1))
     assert not must_grow.is_resident and len(must_grow.fleet) == num_parked + 1
     assert not planned(pool(resume_s=500.0, num_parked=0)).is_resident
+
+
+def test_engines_that_sleep_on_other_gpus_are_not_planned_beside_the_trainer() -> None:
+    few = replace(pool(resume_s=500.0), warm_beside={1: 2})
+    assert planned(few).is_resident and len(planned(few).fleet) == 2
+    assert not planned(few, goal=Goal(min_replicas=3)).is_resident
+    assert not planned(replace(few, warm_beside={})).is_resident
 
 
 def test_the_trainers_own_engines_are_all_or_none() -> None:
