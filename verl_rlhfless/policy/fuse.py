@@ -34,6 +34,8 @@ def fuse_gpus(view: RolloutView, remaining_s: float, price: float, is_leased: bo
     rate = pool.trainer.fuse_tokens_per_s(view.fuse_tokens / max(finished, 1))
     times = pool.trainer.times
     start_s = pool.trainer.fuse_load_s + (times.hybrid_sleep_s if is_leased else times.wake_s + times.grant_s)
+    if is_leased:
+        return view.free_gpus if remaining_s > start_s else 0
     untaken = view.fuse_tokens - rate * view.fusing_gpus * max(0.0, remaining_s)
     best, best_gain = 0, 0.0
     for count in sorted({1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, view.free_gpus}):

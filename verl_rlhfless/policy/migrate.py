@@ -12,6 +12,7 @@ hysteresis.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from verl_rlhfless.policy.dispatch import spread
 from verl_rlhfless.policy.predict import Prediction
-from verl_rlhfless.policy.snapshot import FINISHED, GONE, READY, STARTING, FloatArray, IntArray, Move, RolloutView
+from verl_rlhfless.policy.snapshot import GONE, READY, STARTING, FloatArray, IntArray, Move, RolloutView
 from verl_rlhfless.policy.stages import Frontier, Lane, Options, depth_edges, frontier, options_for, shrinking
 
 RULES = ("rlhfless", "rlhfuse")
@@ -68,14 +69,15 @@ def consolidate(view: RolloutView, prediction: Prediction, price: float, limits:
     crews = _crews(view)
     hysteresis, num_first = limits
     later = view.replicas[num_first:]
-    fresh = [r.replica for r in later if r.state == READY and not _has(view, r.replica)]
+    held = num_held(view)
+    fresh = [r.replica for r in later if r.state == READY and not held[r.replica]]
     is_starting = any(r.state == STARTING for r in view.replicas)
     if fresh and not is_starting:
         return _hand_over(view, prediction, crews, fresh)
     now = tuple((crew.tp, len(crew.replicas)) for crew in crews)
     options = options_for(view.pool, now, tuple(sorted({tp for tp, _ in now})) if len(crews) > 1 else None)
     prices = np.array([_SLACK_PRICE, 1.0] if len(crews) > 1 else [1.0]) * price
-    lanes = [_lane(view, prediction, crew.samples) for crew in crews]
+    lanes = [lane_of(view, prediction, crew.samples) for crew in crews]
     if len(crews) > 1:
         futures = shrinking(view.pool, options, lanes, prices)
     else:
@@ -104,15 +106,9 @@ def consolidate(view: RolloutView, prediction: Prediction, price: float, limits:
     return best[1] if best is not None else Change(max(ends))
 
 
-def _has(view: RolloutView, replica: int) -> bool:
-    return bool(((view.replica_of == replica) & (view.state != FINISHED)).any())
-
-
 def _crews(view: RolloutView) -> list[_Crew]:
     """Return the crews: replicas of one size whose numbers of samples are alike (lanes of one size stay apart)."""
-    alive = view.alive
-    of = view.replica_of[alive]
-    held = np.bincount(of[of >= 0], minlength=len(view.replicas))
+    alive, held = view.alive, num_held(view)
     live = [r for r in view.replicas if r.state != GONE and held[r.replica]]
     crews: list[list[int]] = []
     for r in sorted(live, key=lambda r: (r.tp, held[r.replica], r.replica)):
@@ -122,10 +118,13 @@ def _crews(view: RolloutView) -> list[_Crew]:
             crews[-1].append(r.replica)
         else:
             crews.append([r.replica])
-    return [_Crew(view.replicas[ids[0]].tp, tuple(sorted(ids)), alive[np.isin(of, ids)]) for ids in crews]
+    return [
+        _Crew(view.replicas[ids[0]].tp, tuple(sorted(ids)), alive[np.isin(view.replica_of[alive], ids)])
+        for ids in crews
+    ]
 
 
-def _lane(view: RolloutView, prediction: Prediction, samples: IntArray) -> Lane:
+def lane_of(view: RolloutView, prediction: Prediction, samples: IntArray) -> Lane:
     """Return the population of ``samples`` by further tokens, given what each has."""
     count = len(samples)
     samples = samples[:: max(1, count // _LANE_SAMPLES)]  # a survival curve needs no more
@@ -152,7 +151,7 @@ def _merge(
     apart = prices[-1] * max(ends) + sum(costs)
     best: tuple[float, int, int, float] | None = None
     pairs = [(i, j) for i, j in permutations(range(len(crews)), 2) if crews[i].tp <= crews[j].tp]  # never onto slower
-    lanes = [_lane(view, prediction, np.concatenate((crews[i].samples, crews[j].samples))) for i, j in pairs]
+    lanes = [lane_of(view, prediction, np.concatenate((crews[i].samples, crews[j].samples))) for i, j in pairs]
     for (i, j), both in zip(pairs, shrinking(view.pool, options, lanes, prices) if lanes else (), strict=True):
         target = crews[j]
         moved_s = _moved_s(view, crews[i].samples, target)
@@ -166,7 +165,7 @@ def _merge(
     if best is None:
         return None
     _, i, j, end = best
-    moves = _onto(view, prediction, crews[i].samples, crews[j].replicas)
+    moves = moves_onto(view, prediction, crews[i].samples, crews[j].replicas)
     return Change(end, (), moves, f"TP{crews[i].tp} joins TP{crews[j].tp}")
 
 
@@ -184,10 +183,21 @@ def _apply(view: RolloutView, prediction: Prediction, crew: _Crew, to: tuple[int
         return Change(remaining_s, (tp,) * count, (), f"{now} x TP{crew.tp} will hand over to {count} x TP{tp}")
     if count > now:
         return Change(remaining_s, (tp,) * (count - now), (), f"{now} x TP{tp} grows to {count}")
-    held = {r: int(((view.replica_of == r) & (view.state != FINISHED)).sum()) for r in crew.replicas}
-    kept = tuple(sorted(sorted(crew.replicas, key=lambda r: (-held[r], r))[:count]))
+    kept = fullest(view, crew.replicas, count)
     cut = crew.samples[~np.isin(view.replica_of[crew.samples], kept)]
-    return Change(remaining_s, (), _onto(view, prediction, cut, kept), f"{now} x TP{tp} shrinks to {count}")
+    return Change(remaining_s, (), moves_onto(view, prediction, cut, kept), f"{now} x TP{tp} shrinks to {count}")
+
+
+def fullest(view: RolloutView, replicas: Sequence[int], count: int) -> tuple[int, ...]:
+    """Return the ``count`` of some replicas with the most unfinished samples, by id."""
+    held = num_held(view)
+    return tuple(sorted(sorted(replicas, key=lambda r: (-held[r], r))[:count]))
+
+
+def num_held(view: RolloutView) -> IntArray:
+    """Return the unfinished samples of each replica, [R]."""
+    of = view.replica_of[view.alive]
+    return np.bincount(of[of >= 0], minlength=len(view.replicas))
 
 
 def _hand_over(view: RolloutView, prediction: Prediction, crews: list[_Crew], fresh: list[int]) -> Change:
@@ -196,17 +206,20 @@ def _hand_over(view: RolloutView, prediction: Prediction, crews: list[_Crew], fr
     same = [crew for crew in crews if crew.tp == tp]
     if not same:
         samples = np.concatenate([crew.samples for crew in crews])
-        return Change(0.0, (), _onto(view, prediction, np.sort(samples), tuple(fresh)), f"handed over to TP{tp}")
+        return Change(0.0, (), moves_onto(view, prediction, np.sort(samples), tuple(fresh)), f"handed over to TP{tp}")
     crew = same[0]
     share = len(fresh) / (len(fresh) + len(crew.replicas))
     least_done = crew.samples[np.lexsort((crew.samples, view.generated[crew.samples]))]
     part = np.sort(least_done[: int(share * len(least_done))])
     return Change(
-        0.0, (), _onto(view, prediction, part, tuple(fresh)), f"{len(part)} samples to {len(fresh)} new replicas"
+        0.0, (), moves_onto(view, prediction, part, tuple(fresh)), f"{len(part)} samples to {len(fresh)} new replicas"
     )
 
 
-def _onto(view: RolloutView, prediction: Prediction, samples: IntArray, targets: tuple[int, ...]) -> tuple[Move, ...]:
+def moves_onto(
+    view: RolloutView, prediction: Prediction, samples: IntArray, targets: tuple[int, ...]
+) -> tuple[Move, ...]:
+    """Return the moves that spread ``samples`` over ``targets`` by what each and they have left."""
     ids, left = view.alive, np.zeros(view.batch.num_samples)
     part = replace(prediction, mu=prediction.mu[ids], sigma=prediction.sigma[ids])
     left[ids] = np.maximum(part.mean(view.generated[ids]) - view.generated[ids], 1.0)

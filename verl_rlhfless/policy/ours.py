@@ -9,6 +9,7 @@ import numpy as np
 
 from verl_rlhfless.policy.arm import Outcome
 from verl_rlhfless.policy.fuse import fuse_gpus
+from verl_rlhfless.policy.fusion_cut import cut_for_inference
 from verl_rlhfless.policy.migrate import RULES, Change, consolidate, cut_by_rule
 from verl_rlhfless.policy.plan import Goal, plan_fleet, static_step_s
 from verl_rlhfless.policy.predict import LengthModel, Prediction, exact, learn, predict, refine
@@ -138,9 +139,13 @@ class OursPolicy:
         return Reaction(view.now_s + pause, change.starts, change.moves, fused, change.reason)
 
     def _change(self, view: RolloutView, plan: RolloutPlan) -> Change:
-        change = consolidate(view, self.refine(view), plan.price, (self.arm.goal.hysteresis, len(plan.fleet)))
-        if self.arm.migration == "cut_and_migrate" and not plan.is_resident:
-            return change
+        refined = self.refine(view)
+        change = consolidate(view, refined, plan.price, (self.arm.goal.hysteresis, len(plan.fleet)))
+        if self.arm.migration == "cut_and_migrate":
+            if not plan.is_resident:
+                return change
+            cut = cut_for_inference(view, refined) if self.arm.can_fuse else None
+            return cut or Change(change.remaining_s)
         moves = cut_by_rule(view, self.arm.migration, self.arm.tau) if self.arm.migration in RULES else ()
         return Change(change.remaining_s, (), moves, f"{self.arm.migration}'s rule" if moves else "")
 

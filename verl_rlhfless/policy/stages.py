@@ -161,7 +161,7 @@ def _frontiers(
     shape = (len(lanes), len(prices), len(options.tp))
     time_s, gpu_s, gain = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     first = np.zeros(shape, dtype=np.int64)
-    stage_s = np.stack([_stage_times(pool, options, lane) for lane in lanes])
+    stage_s = np.stack([stage_times(pool, options, lane) for lane in lanes])
     alive = np.stack([lane.alive for lane in lanes])
     context = np.array([lane.context for lane in lanes])
     depth = np.stack([np.concatenate(([0.0], (lane.edges[:-1] + lane.edges[1:])[:-1] / 2)) for lane in lanes])
@@ -211,12 +211,12 @@ def _viterbi(
 
 def stay(pool: PoolSnapshot, options: Options, lane: Lane) -> tuple[FloatArray, FloatArray]:
     """Return [M] seconds and GPU-seconds of each option when it is never changed."""
-    stage_s = _stage_times(pool, options, lane).sum(axis=0)
+    stage_s = stage_times(pool, options, lane).sum(axis=0)
     total = stage_s + lane.prefill_tokens * _prefill(pool, options) / options.count
     return total, total * options.gpus
 
 
-def _stage_times(pool: PoolSnapshot, options: Options, lane: Lane) -> FloatArray:
+def stage_times(pool: PoolSnapshot, options: Options, lane: Lane) -> FloatArray:
     """Return [K, M] expected seconds of each interval on each option.
 
     Weighted by the chance that anything is alive.

@@ -11,6 +11,8 @@ from verl_rlhfless.policy.transitions import TrainerPerf
 from verl_rlhfless.sim.leases import Lease, LeaseBook
 from verl_rlhfless.types import BusySpan
 
+_CHUNK_TOKENS = 4096  # of one GPU at a time: enough to be bound by compute, and little is lost with the rollout's end
+
 
 @dataclass(slots=True)
 class _Crew:
@@ -19,6 +21,7 @@ class _Crew:
     num_gpus: int
     lease: Lease | None = None
     is_running: bool = True
+    is_waiting: bool = False
 
 
 class FusedInference:
@@ -41,9 +44,12 @@ class FusedInference:
         """A sample of ``tokens`` (prompt and response) has finished."""
         self._finished.append(tokens)
         self.pending_tokens += tokens
+        waiting = next((crew for crew in self._crews if crew.is_waiting), None)
+        if waiting is not None:
+            self._chunk(waiting)
 
     def fuse(self, num_gpus: int) -> None:
-        """Begin inference with freed GPUs; it ends with the rollout, or earlier when nothing is left to do."""
+        """Begin inference with freed GPUs until the rollout ends; leased ones go when nothing is left to do."""
         crew = _Crew(num_gpus)
         self._crews.append(crew)
         times = self._trainer.times
@@ -73,12 +79,14 @@ class FusedInference:
     def _chunk(self, crew: _Crew) -> None:
         if not crew.is_running:
             return
-        limit, first, tokens = crew.num_gpus * self._trainer.recipe.micro_tokens, self._next, 0
+        limit, first, tokens = crew.num_gpus * _CHUNK_TOKENS, self._next, 0
         while self._next < len(self._finished) and tokens < limit:
             tokens += self._finished[self._next]
             self._next += 1
+        crew.is_waiting = not tokens and crew.lease is None
         if not tokens:
-            self._end(crew)
+            if crew.lease is not None:
+                self._end(crew)
             return
         self.pending_tokens -= tokens
         began_s = self._book.env.now

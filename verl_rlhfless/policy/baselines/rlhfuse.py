@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from verl_rlhfless.policy.baselines.stock import StockSync
-from verl_rlhfless.policy.fuse import fuse_gpus
+from verl_rlhfless.policy.fuse import fits
 from verl_rlhfless.policy.migrate import global_cut
 from verl_rlhfless.policy.snapshot import Batch, PoolSnapshot, Reaction, RolloutPlan, RolloutView
 
@@ -30,7 +30,7 @@ class RlhfuseCut:
     def react(self, view: RolloutView, plan: RolloutPlan) -> Reaction:
         """Return the cut and the GPUs that fuse."""
         moves = global_cut(view, int(self.share * view.batch.num_samples), self.num_targets)
-        fused = fuse_gpus(view, 1e9, 1.0, is_leased=True)
+        fused = view.free_gpus if view.fuse_tokens and fits(view.pool) else 0
         return Reaction(view.now_s + LOOK_S, (), moves, fused, "R_t reached" if moves else "")
 
 
