@@ -12,6 +12,7 @@ from tests.unit.sim.cases import cell, steps
 from verl_rlhfless.policy.dedup import dedup, expand
 from verl_rlhfless.policy.dispatch import balanced_groups, equal_length_blocks, place_orphans, spread
 from verl_rlhfless.policy.fuse import fuse_gpus
+from verl_rlhfless.policy.fusion_cut import cut_for_inference
 from verl_rlhfless.policy.migrate import consolidate, global_cut, local_cut
 from verl_rlhfless.policy.plan import Goal, plan_fleet
 from verl_rlhfless.policy.predict import LengthModel, learn, predict, refine
@@ -199,7 +200,9 @@ def test_migration_moves_only_unfinished_samples_each_at_most_once(view: Rollout
     finished = (view.state == FINISHED).astype(float)
     prediction = refine(model, predict(model, view.batch), view.batch, view.generated, finished)
     change = consolidate(view, prediction, price, (0.02, len(view.replicas)))
-    reactions = [change.moves, local_cut(view, 0.7), global_cut(view, len(view.alive), 1)]
+    for_inference = cut_for_inference(replace(view, fuse_tokens=100_000), prediction)
+    fused = for_inference.moves if for_inference else ()
+    reactions = [change.moves, fused, local_cut(view, 0.7), global_cut(view, len(view.alive), 1)]
     assert sum(change.starts) <= view.free_gpus
     for moves in reactions:
         moved = np.concatenate([m.samples for m in moves]) if moves else np.array([], dtype=np.int64)

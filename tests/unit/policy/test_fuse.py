@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tests.unit.sim.cases import cell, steps
+from verl_rlhfless.policy.baselines.rlhfuse import RlhfuseCut
 from verl_rlhfless.policy.fuse import CallCost, fit_cost, fits, fuse_gpus, next_chunk
-from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, IntArray, ReplicaView, RolloutView
+from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, IntArray, ReplicaView, RolloutPlan, RolloutView
 from verl_rlhfless.policy.transitions import RECIPES
 
 DATA = steps(1, 64, 8, mean=2000.0, cap=16384)
@@ -32,8 +33,22 @@ def test_gpus_are_given_back_when_a_second_is_worth_little_and_fuse_when_it_is_w
     assert fuse_gpus(view(), remaining_s=40.0, price=100.0, is_leased=False) > 0
 
 
-def test_gpus_that_are_paid_for_anyway_fuse_at_any_price() -> None:
-    assert fuse_gpus(view(), remaining_s=40.0, price=0.01, is_leased=True) > 0
+def test_gpus_that_are_paid_for_anyway_all_fuse_at_any_price() -> None:
+    assert fuse_gpus(view(), remaining_s=40.0, price=0.01, is_leased=True) == 12
+    assert fuse_gpus(view(), remaining_s=0.1, price=0.01, is_leased=True) == 0
+
+
+def test_rlhfuse_infers_on_every_gpu_that_its_cut_frees() -> None:
+    reaction = RlhfuseCut(share=0.2, num_targets=1).react(
+        view(), RolloutPlan((4,), *[view().replica_of] * 2, True, True)
+    )
+    assert reaction.fuse_gpus == 12
+    late = replace(view(), fuse_tokens=0)
+    assert (
+        not RlhfuseCut(share=0.2, num_targets=1)
+        .react(late, RolloutPlan((4,), *[late.replica_of] * 2, True, True))
+        .fuse_gpus
+    )
 
 
 @pytest.mark.parametrize("remaining_s", [0.0, 1.0])
