@@ -24,7 +24,7 @@ FLEET = (4, 4)
 """Replicas of four GPUs, four of them."""
 
 
-def late(depth: int = 1000, *, pool: PoolSnapshot = ONE.pool, queued: int = 0) -> RolloutView:
+def late(depth: int = 1400, *, pool: PoolSnapshot = ONE.pool, queued: int = 0) -> RolloutView:
     """Return a rollout of which everything shorter than ``depth`` has finished, on GPUs that are all in use."""
     batch, lengths = DATA[0].batch, DATA[0].lengths
     generated = np.minimum(lengths, depth)
