@@ -1,7 +1,8 @@
 """The targets of the comparison, held against what was simulated: met, missed, or out of reach.
 
 Out of reach means that the same policies with true lengths miss it too; the figure that they reach stands beside it,
-and the analytic bound where there is one.
+and the analytic bound where there is one. The distance to the oracle is out of reach where the same policies miss it
+that know every prompt's true mean and spread: only who knows single samples beforehand comes nearer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Target:
-    """A limit for one figure of an arm over long or other cells; ``is_least``: the figure must reach it from below."""
+    """A limit for one figure of an arm over long or other cells; ``is_least``: the figure must reach it from below.
+
+    ``oracle`` is the arm that shows what can be reached.
+    """
 
     text: str
     arm: str
@@ -54,7 +58,7 @@ TARGETS = (
 EACH = (
     Target("objective over RLHFuse's", "ours", "oracle", 1.0, _over("objective", "rlhfuse")),
     Target("objective over RLHFless'", "ours", "oracle", 1.0, _over("objective", "rlhfless_paper")),
-    Target("objective over the oracle's", "ours", "oracle", 1.1, _over("objective", "oracle")),
+    Target("objective over the oracle's", "ours", "oracle_prompts", 1.1, _over("objective", "oracle")),
     Target("step over the best static's", "ours", "oracle", 1.02, _of("t_best"), is_long=False),
     Target("cost over the best static's", "ours", "oracle", 1.0, _of("cost_best"), is_long=False),
 )
@@ -66,7 +70,7 @@ def verdicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
     found = []
     for target in (*TARGETS, *EACH):
         cells = [row for row in rows if row["is_long"] == target.is_long]
-        needed = {target.arm, target.oracle, "rlhfuse", "rlhfless_paper"}
+        needed = {target.arm, target.oracle, "oracle", "rlhfuse", "rlhfless_paper"}
         if not cells or not all(needed <= row["arms"].keys() for row in cells):
             continue
         found.append(_in_each(target, cells) if target in EACH else _in_the_mean(target, cells))

@@ -7,12 +7,20 @@ from typing import Any
 from benchmarks.targets import verdicts
 
 
-def row(cell: str, *, ours: dict[str, float], oracle: dict[str, float], is_long: bool = True) -> dict[str, Any]:
-    """Return a cell in which every arm has stock's figures but ours and the oracle."""
+def row(
+    cell: str,
+    *,
+    ours: dict[str, float],
+    oracle: dict[str, float],
+    prompts: dict[str, float] | None = None,
+    is_long: bool = True,
+) -> dict[str, Any]:
+    """Return a cell in which every arm has stock's figures but ours and the oracles."""
     usual = {"x_stock": 1.0, "cost_stock": 1.0, "usd_per_step": 1.0, "cost_best": 1.0, "t_best": 1.0, "objective": 1.0}
     names = ("rlhfuse", "rlhfless_paper")
     arms = dict.fromkeys(names, usual) | dict.fromkeys(("ours", "ours_notslower"), usual | ours)
     arms |= dict.fromkeys(("oracle", "oracle_notslower"), usual | oracle)
+    arms["oracle_prompts"] = usual | (prompts or oracle)
     return {"cell": cell, "is_long": is_long, "arms": arms, "bound": {"notslower_cost_best": 0.3}}
 
 
@@ -41,6 +49,17 @@ def test_each_cell_that_misses_is_named() -> None:
     found = verdict(rows, "step over the best")
     assert found["missed"] == {"bad": 1.05, "hopeless": 1.05} and found["out_of_reach"] == {"hopeless": 1.04}
     assert found["met"] == 1 and found["verdict"] == "missed"
+
+
+def test_the_oracle_is_out_of_reach_where_every_prompts_true_lengths_do_not_come_near_it() -> None:
+    rows = [
+        row("near", ours={"objective": 0.85}, oracle={"objective": 0.8}, prompts={"objective": 0.82}),
+        row("far", ours={"objective": 0.9}, oracle={"objective": 0.8}, prompts={"objective": 0.9}),
+    ]
+    found = verdict(rows, "objective over the oracle's")
+    assert found["missed"] == {"far": 1.125} == found["out_of_reach"] and found["verdict"] == "out of reach"
+    known = row("far", ours={"objective": 0.9}, oracle={"objective": 0.8}, prompts={"objective": 0.84})
+    assert verdict([known], "objective over the oracle's")["verdict"] == "missed"
 
 
 def test_nothing_is_said_of_arms_that_did_not_run() -> None:

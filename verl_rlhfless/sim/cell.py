@@ -13,7 +13,7 @@ import numpy as np
 
 from verl_rlhfless.errors import ConfigError, DataError
 from verl_rlhfless.policy.arm import Arm
-from verl_rlhfless.policy.baselines.oracle import Oracle
+from verl_rlhfless.policy.baselines.oracle import Oracle, PromptOracle
 from verl_rlhfless.policy.baselines.rlhfless_paper import RlhflessPaper
 from verl_rlhfless.policy.baselines.rlhfuse import SHARES, Rlhfuse
 from verl_rlhfless.policy.baselines.seer import Seer
@@ -193,6 +193,7 @@ ARMS: dict[str, Callable[[Cell], Arm]] = {
     "ours_notslower": lambda cell: Ours(replace(cell.goal, is_notslower=True), name="ours_notslower"),
     "ours_nofuse": lambda cell: Ours(cell.goal, can_fuse=False, name="ours_nofuse"),
     "oracle": lambda cell: Oracle(cell.goal, lengths=cell.truth),
+    "oracle_prompts": lambda cell: PromptOracle(cell.goal, lengths=cell.truth),
     "oracle_notslower": lambda cell: Oracle(
         replace(cell.goal, is_notslower=True), lengths=cell.truth, name="oracle_notslower"
     ),

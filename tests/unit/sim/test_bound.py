@@ -30,6 +30,6 @@ def test_no_static_fleet_costs_less_than_the_bound_for_its_own_time() -> None:
 
 def test_no_elastic_fleet_costs_less_than_the_bound_for_its_own_time() -> None:
     one = cell(LONG)
-    for name in ("ours", "oracle", "rlhfless_paper"):
+    for name in ("ours", "oracle", "oracle_prompts", "rlhfless_paper"):
         step = one.run(one.arm(name)).steps[0]
         assert step.gpu_s_allocated >= step_bound(one.pool, LONG[0], step.step_s).gpu_s

@@ -1,12 +1,15 @@
-"""Our arm with true lengths: how much a better prediction could still bring."""
+"""Our arm with true lengths, of every sample or of every prompt: how much a better prediction could still bring."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from verl_rlhfless.policy.ours import Memory, Ours, OursPolicy
 from verl_rlhfless.policy.predict import Prediction, exact
+from verl_rlhfless.policy.residuals import NORMAL, learn_residuals, residuals_of
 from verl_rlhfless.policy.snapshot import Batch, IntArray, RolloutView
 
 
@@ -37,3 +40,22 @@ class OraclePolicy(OursPolicy):
     def refine(self, view: RolloutView) -> Prediction:
         """Return the true lengths."""
         return self.arm.predict(self.memory, view.batch)
+
+
+@dataclass(frozen=True)
+class PromptOracle(Oracle):
+    """Knows of every prompt how long its responses are in the mean, and how they spread, but not which one is long.
+
+    What the best predictor could know that looks at prompts alone.
+    """
+
+    name: str = "oracle_prompts"
+
+    def predict(self, memory: Memory, batch: Batch) -> Prediction:
+        """Return each group's true mean log length, and the distribution of all samples around it."""
+        lengths, group_of = self.lengths[batch.step], batch.group_of
+        log_length = np.log(lengths + 0.5)
+        mean = (np.bincount(group_of, weights=log_length) / np.bincount(group_of))[group_of]
+        sigma = max(float((log_length - mean).std()), 0.01)
+        curve = learn_residuals(NORMAL, (log_length - mean) / sigma, lengths >= batch.max_response_tokens, rate=1.0)
+        return Prediction(mean, np.full(len(mean), sigma), int(lengths.max()) + 1, residuals_of(curve))
