@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.record import write_result
 from verl_rlhfless.policy.dedup import dedup
+from verl_rlhfless.policy.fusion_cut import cut_for_inference
 from verl_rlhfless.policy.migrate import consolidate
 from verl_rlhfless.policy.plan import Goal, plan_fleet
 from verl_rlhfless.policy.predict import LengthModel, learn, predict, refine
@@ -56,24 +57,28 @@ def planning() -> dict[str, float]:
     return median_ms(lambda: plan_fleet(pool, data.batch, predict(model, data.batch), Goal()), 15)
 
 
-def tick(groups: int, n: int, cluster: str) -> dict[str, float]:
-    """One look at half of the rollout: refine, consolidate."""
+def tick(groups: int, n: int, cluster: str, *, is_resident: bool = False) -> dict[str, float]:
+    """One look at half of the rollout: refine, then consolidate, or cut for inference on the trainer's own GPUs."""
     data, pool = step(groups, n), pool_of(cluster)
     model = learn(LengthModel(), data.batch, data.lengths)
     prior = predict(model, data.batch)
-    plan = plan_fleet(pool, data.batch, prior, Goal())
+    plan = plan_fleet(pool, data.batch, prior, Goal(payback=1e9) if is_resident else Goal())
+    assert plan.is_resident is is_resident
     depth = int(np.median(data.lengths))
     generated = np.minimum(data.lengths, depth)
     state = np.where(data.lengths <= depth, FINISHED, RUNNING).astype(np.int8)
     held = np.bincount(plan.replica_of[state == RUNNING], minlength=len(plan.fleet)).tolist()
     replicas = tuple(ReplicaView(r, tp, READY, 0, held[r], held[r] * depth) for r, tp in enumerate(plan.fleet))
     free = pool.num_gpus - sum(plan.fleet)
-    view = RolloutView(9.0, data.batch, pool, generated, state, plan.replica_of, replicas, free, 0, 0)
+    view = RolloutView(9.0, data.batch, pool, generated, state, plan.replica_of, replicas, free, 10**6, 0)
     finished = (state == FINISHED).astype(float)
 
     def look() -> None:
         prediction = refine(model, prior, data.batch, generated, finished)
-        consolidate(view, prediction, plan.price, (0.02, len(plan.fleet)))
+        if is_resident:
+            cut_for_inference(view, prediction)
+        else:
+            consolidate(view, prediction, plan.price, (0.02, len(plan.fleet)))
 
     return median_ms(look, 15)
 
@@ -92,6 +97,7 @@ def main() -> None:
         "plan_1024x16_on_160": planning() | {"budget_ms": 30},
         "tick_128x8_on_16": tick(128, 8, "h100-16") | {"budget_ms": 10},
         "tick_1024x16_on_160": tick(1024, 16, "h100-160") | {"budget_ms": 10},
+        "resident_tick_1024x16_on_160": tick(1024, 16, "h100-160", is_resident=True) | {"budget_ms": 10},
         "dedup_1024x1024": deduplicating() | {"budget_ms": 50},
     }
     write_result("policy", found, command="python -m benchmarks.policy")

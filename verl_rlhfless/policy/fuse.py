@@ -17,6 +17,9 @@ import numpy as np
 
 from verl_rlhfless.policy.snapshot import FINISHED, IntArray, PoolSnapshot, RolloutView
 
+CHUNK_TOKENS = 4096
+"""Tokens that a freed GPU takes at once: enough to be bound by compute, and little is lost when the rollout ends."""
+
 
 def fuse_gpus(view: RolloutView, remaining_s: float, price: float, is_leased: bool) -> int:
     """Return how many free GPUs should begin inference now; 0 = they are worth more given back.
@@ -25,17 +28,17 @@ def fuse_gpus(view: RolloutView, remaining_s: float, price: float, is_leased: bo
         view: The rollout.
         remaining_s: Predicted seconds until the last sample finishes.
         price: GPU-seconds that one second of the step is worth.
-        is_leased: Whether the GPUs are paid for anyway (static arms).
+        is_leased: Whether the GPUs are paid for anyway: all of them begin while the models can still be loaded.
     """
     pool = view.pool
     if view.free_gpus < 1 or view.fuse_tokens < 1 or not fits(pool):
         return 0
     finished = int((view.state == FINISHED).sum())
     rate = pool.trainer.fuse_tokens_per_s(view.fuse_tokens / max(finished, 1))
-    times = pool.trainer.times
-    start_s = pool.trainer.fuse_load_s + (times.hybrid_sleep_s if is_leased else times.wake_s + times.grant_s)
+    load_s, times = pool.trainer.fuse_load_s, pool.trainer.times
     if is_leased:
-        return view.free_gpus if remaining_s > start_s else 0
+        return view.free_gpus if remaining_s > load_s + times.hybrid_sleep_s else 0
+    start_s = load_s + times.wake_s + times.grant_s
     untaken = view.fuse_tokens - rate * view.fusing_gpus * max(0.0, remaining_s)
     best, best_gain = 0, 0.0
     for count in sorted({1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, view.free_gpus}):
@@ -43,8 +46,7 @@ def fuse_gpus(view: RolloutView, remaining_s: float, price: float, is_leased: bo
             break
         tokens = min(max(0.0, untaken), rate * count * max(0.0, remaining_s - start_s))
         saved_s = tokens / (rate * pool.trainer.num_gpus)
-        paid = 0.0 if is_leased else start_s * count
-        gain = price * saved_s - paid
+        gain = price * saved_s - start_s * count
         if gain > best_gain + 1e-9:
             best, best_gain = count, gain
     return best

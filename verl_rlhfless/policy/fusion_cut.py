@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from verl_rlhfless.policy.fuse import fits
+from verl_rlhfless.policy.fuse import CHUNK_TOKENS, fits
 from verl_rlhfless.policy.migrate import Change, fullest, lane_of, moves_onto, num_held
 from verl_rlhfless.policy.predict import Prediction
 from verl_rlhfless.policy.snapshot import FINISHED, READY, FloatArray, IntArray, PoolSnapshot, RolloutView
@@ -27,9 +27,6 @@ _LEAST_GAIN = 0.01
 
 _IN_TIME = 0.8
 """Depth, as a share of the longest sample's, beyond which samples end too late for inference beside the rollout."""
-
-_CHUNK_TOKENS = 4096
-"""Tokens that a GPU takes at once; half of them are lost when the rollout ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +66,12 @@ class Cuts:
         """Seconds that the best cut saves."""
         return float(self.total_s[0, -1] - self.total_s.min())
 
-    def count_now(self) -> int | None:
-        """Return how many replicas go on when it pays to cut now; ``None`` = no cut, or a later one."""
+    def best_now(self) -> int:
+        """Return the position of the cut that pays now; the last one where none does, or a later one pays more."""
         now = int(self.total_s[0].argmin())
         gain = float(self.total_s[0, -1] - self.total_s[0, now])
         is_worth_it = gain > _LEAST_GAIN * float(self.rollout_s[0, -1])
-        return int(self.counts[now]) if is_worth_it and gain >= (1 - _PATIENCE) * self.saved_s else None
+        return now if is_worth_it and gain >= (1 - _PATIENCE) * self.saved_s else len(self.counts) - 1
 
 
 def price_cuts(pool: PoolSnapshot, lane: Lane, fleet: tuple[int, int], inference: Inference) -> Cuts:
@@ -101,7 +98,8 @@ def price_cuts(pool: PoolSnapshot, lane: Lane, fleet: tuple[int, int], inference
     tokens = inference.finished_tokens + _tokens(lane)
     mean = tokens / inference.num_samples
     rate = trainer.fuse_tokens_per_s(mean)
-    start_s = trainer.fuse_load_s + trainer.times.hybrid_sleep_s + _CHUNK_TOKENS / 2 / rate
+    lost_s = CHUNK_TOKENS / 2 / rate  # with the chunk that the end of the rollout finds
+    start_s = trainer.fuse_load_s + trainer.times.hybrid_sleep_s + lost_s
     gpu_s = (count - counts) * tp * np.maximum(0.0, tail_s - start_s)
     gpu_s += inference.free_gpus * np.maximum(0.0, rollout_s - start_s) + inference.running_gpus * rollout_s
     done = np.minimum(rate * gpu_s, inference.waiting_tokens + _tokens_in_time(lane))
@@ -124,8 +122,8 @@ def _tokens_in_time(lane: Lane) -> float:
     return float((ending * (lane.context + middle)).sum())
 
 
-def cut_for_inference(view: RolloutView, prediction: Prediction) -> Change | None:
-    """Return the cut of a fleet on the trainer's own GPUs that pays now; ``None`` = none does.
+def cut_for_inference(view: RolloutView, prediction: Prediction) -> Change:
+    """Return the cut of a fleet on the trainer's own GPUs that pays now, if one does.
 
     Args:
         view: The rollout now.
@@ -133,9 +131,8 @@ def cut_for_inference(view: RolloutView, prediction: Prediction) -> Change | Non
     """
     held = num_held(view)
     live = [r for r in view.replicas if r.state == READY and held[r.replica]]
-    has_queue = any(r.num_waiting for r in live)
-    if len(live) < 2 or has_queue or not view.fuse_tokens or not fits(view.pool):
-        return None
+    if not live:
+        return Change(0.0)
     is_finished = view.state == FINISHED
     inference = Inference(
         view.batch.num_samples,
@@ -145,11 +142,13 @@ def cut_for_inference(view: RolloutView, prediction: Prediction) -> Change | Non
         view.fusing_gpus,
     )
     cuts = price_cuts(view.pool, lane_of(view, prediction, view.alive), (live[0].tp, len(live)), inference)
-    count = cuts.count_now()
-    if count is None:
-        return None
+    has_queue = any(r.num_waiting for r in live)
+    may_cut = view.fuse_tokens > 0 and not has_queue and fits(view.pool)
+    to = cuts.best_now() if may_cut else len(cuts.counts) - 1
+    remaining_s, count = float(cuts.rollout_s[0, to]), int(cuts.counts[to])
+    if count == len(live):
+        return Change(remaining_s)
     kept = fullest(view, [r.replica for r in live], count)
     cut = view.alive[~np.isin(view.replica_of[view.alive], kept)]
-    at = int(np.flatnonzero(cuts.counts == count)[0])
     reason = f"{len(live)} x TP{live[0].tp} shrinks to {count}, for inference on the others' GPUs"
-    return Change(float(cuts.rollout_s[0, at]), (), moves_onto(view, prediction, cut, kept), reason)
+    return Change(remaining_s, (), moves_onto(view, prediction, cut, kept), reason)

@@ -139,13 +139,12 @@ class OursPolicy:
         return Reaction(view.now_s + pause, change.starts, change.moves, fused, change.reason)
 
     def _change(self, view: RolloutView, plan: RolloutPlan) -> Change:
-        refined = self.refine(view)
+        is_ours, refined = self.arm.migration == "cut_and_migrate", self.refine(view)
+        if is_ours and plan.is_resident and self.arm.can_fuse:
+            return cut_for_inference(view, refined)
         change = consolidate(view, refined, plan.price, (self.arm.goal.hysteresis, len(plan.fleet)))
-        if self.arm.migration == "cut_and_migrate":
-            if not plan.is_resident:
-                return change
-            cut = cut_for_inference(view, refined) if self.arm.can_fuse else None
-            return cut or Change(change.remaining_s)
+        if is_ours and not plan.is_resident:
+            return change
         moves = cut_by_rule(view, self.arm.migration, self.arm.tau) if self.arm.migration in RULES else ()
         return Change(change.remaining_s, (), moves, f"{self.arm.migration}'s rule" if moves else "")
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from verl_rlhfless.policy.fuse import CHUNK_TOKENS
 from verl_rlhfless.policy.transitions import TrainerPerf
 from verl_rlhfless.sim.leases import Lease, LeaseBook
 from verl_rlhfless.types import BusySpan
-
-_CHUNK_TOKENS = 4096  # of one GPU at a time: enough to be bound by compute, and little is lost with the rollout's end
 
 
 @dataclass(slots=True)
@@ -79,7 +78,7 @@ class FusedInference:
     def _chunk(self, crew: _Crew) -> None:
         if not crew.is_running:
             return
-        limit, first, tokens = crew.num_gpus * _CHUNK_TOKENS, self._next, 0
+        limit, first, tokens = crew.num_gpus * CHUNK_TOKENS, self._next, 0
         while self._next < len(self._finished) and tokens < limit:
             tokens += self._finished[self._next]
             self._next += 1

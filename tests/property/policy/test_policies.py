@@ -201,8 +201,7 @@ def test_migration_moves_only_unfinished_samples_each_at_most_once(view: Rollout
     prediction = refine(model, predict(model, view.batch), view.batch, view.generated, finished)
     change = consolidate(view, prediction, price, (0.02, len(view.replicas)))
     for_inference = cut_for_inference(replace(view, fuse_tokens=100_000), prediction)
-    fused = for_inference.moves if for_inference else ()
-    reactions = [change.moves, fused, local_cut(view, 0.7), global_cut(view, len(view.alive), 1)]
+    reactions = [change.moves, for_inference.moves, local_cut(view, 0.7), global_cut(view, len(view.alive), 1)]
     assert sum(change.starts) <= view.free_gpus
     for moves in reactions:
         moved = np.concatenate([m.samples for m in moves]) if moves else np.array([], dtype=np.int64)

@@ -36,14 +36,14 @@ def late(depth: int = 1400, *, pool: PoolSnapshot = ONE.pool, queued: int = 0) -
     return RolloutView(30.0, batch, pool, generated, state, replica_of, replicas, 0, done, 0)
 
 
-def cut(view: RolloutView) -> Change | None:
+def cut(view: RolloutView) -> Change:
     return cut_for_inference(view, exact(DATA[0].lengths))
 
 
 def test_the_tail_goes_to_the_fullest_replicas_and_every_sample_of_the_others_moves_once() -> None:
     view = late()
     change = cut(view)
-    assert change is not None and not change.starts and "for inference" in change.reason
+    assert not change.starts and "for inference" in change.reason
     targets = {move.replica for move in change.moves}
     moved = np.concatenate([move.samples for move in change.moves])
     left = set(view.replica_of[moved].tolist())
@@ -56,22 +56,23 @@ def test_the_tail_goes_to_the_fullest_replicas_and_every_sample_of_the_others_mo
 
 def test_nothing_is_cut_without_finished_samples_with_a_queue_or_on_one_replica() -> None:
     view = late()
-    assert cut(replace(view, fuse_tokens=0)) is None
-    assert cut(late(queued=1)) is None
-    alone = np.zeros_like(view.replica_of)
-    assert cut(replace(view, replica_of=alone)) is None
+    alone, over = np.zeros_like(view.replica_of), np.full_like(view.state, FINISHED)
+    for one in (replace(view, fuse_tokens=0), late(queued=1), replace(view, replica_of=alone)):
+        change = cut(one)
+        assert not change.moves and not change.reason and change.remaining_s > 0
+    assert cut(replace(view, state=over)) == Change(0.0)
 
 
 def test_models_that_do_not_fit_on_one_gpu_cut_nothing() -> None:
     small = replace(ONE.pool.trainer.gpu, memory_bytes=16e9)
     trainer = replace(ONE.pool.trainer, gpu=small, recipe=RECIPES["ppo-rm"])
-    assert cut(late(pool=replace(ONE.pool, trainer=trainer))) is None
+    assert not cut(late(pool=replace(ONE.pool, trainer=trainer))).moves
 
 
 def test_a_tail_that_ends_before_the_models_are_loaded_is_not_cut() -> None:
     times = replace(ONE.pool.trainer.times, hybrid_sleep_s=1000.0)
     slow = replace(ONE.pool, trainer=replace(ONE.pool.trainer, times=times))
-    assert cut(late()) is not None and cut(late(pool=slow)) is None
+    assert cut(late()).moves and not cut(late(pool=slow)).moves
 
 
 def lane(alive: list[float], context: float = 100.0) -> Lane:
@@ -107,13 +108,13 @@ def test_gpus_that_infer_already_leave_less_for_a_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    ("now_s", "later_s", "count"), [(8.0, 7.9, 1), (8.0, 5.0, None), (9.95, 9.95, None), (10.0, 10.0, None)]
+    ("now_s", "later_s", "is_cut"), [(8.0, 7.9, True), (8.0, 5.0, False), (9.95, 9.95, False), (10.0, 10.0, False)]
 )
 def test_a_cut_waits_while_a_later_one_is_clearly_better_and_is_worth_something(
-    now_s: float, later_s: float, count: int | None
+    now_s: float, later_s: float, is_cut: bool
 ) -> None:
     total_s = np.array([[now_s, 10.0], [later_s, 10.0]])
-    assert Cuts(np.array([1, 2]), np.full((2, 2), 9.0), total_s).count_now() == count
+    assert Cuts(np.array([1, 2]), np.full((2, 2), 9.0), total_s).best_now() == (0 if is_cut else 1)
 
 
 def test_resident_steps_end_earlier_with_the_cut_than_by_the_tuned_rule_of_rlhfuse_or_without_fusion() -> None:
