@@ -225,7 +225,7 @@ def stage_times(pool: PoolSnapshot, options: Options, lane: Lane) -> FloatArray:
     middle = (lane.edges[:-1] + lane.edges[1:]) / 2
     is_any = -np.expm1(-lane.alive)
     given = np.maximum(lane.alive / np.maximum(is_any, 1e-9), 1.0)
-    # replicas end unevenly: the fullest has about one standard deviation more than the mean
+    # a sample is on one replica: the fullest, which ends last, has the mean rounded up
     mean = given[:, None] / options.count
     fullest = np.where(options.count > 1, np.ceil(mean - 1e-9), mean)
     context = (lane.context + middle)[:, None]
