@@ -159,12 +159,12 @@ class Replica:
 
         started = time.monotonic()
         manifest = await connect(self._store_name).manifest.remote(version, _WAIT_S)
-        bucket_mib = -(-max(manifest.bucket_bytes, manifest.largest_tensor_bytes) // 2**20)
+        bucket_bytes = max(manifest.bucket_bytes, manifest.largest_tensor_bytes)
 
-        sender = BoundedSender(self._handle, bucket_mib, started + _WAIT_S, threading.Event())
+        sender = BoundedSender(self._handle, bucket_bytes, started + _WAIT_S, threading.Event())
 
         def send() -> None:
-            asyncio.run(sender.async_send_weights(read_tensors(manifest, _WAIT_S)))
+            asyncio.run(sender.send(read_tensors(manifest, _WAIT_S)))
 
         receiving = self._worker.receive.remote(self._handle, False)
         await asyncio.to_thread(send)

@@ -2,7 +2,8 @@
 
 Why: torch's ``FileStore`` is read as long as the engine lives, and its file is removed by an orderly exit only: every
 engine that is killed, which is how a replica ends (``live/server.py``), leaves ``vllm_dist_*`` in the folder for
-temporary files. A file in memory that EngineCore holds open is reached through ``/proc`` instead.
+temporary files. A file in memory that EngineCore holds open is reached through ``/proc`` instead. Before that function
+workers met at a TCP port (0.24, what a GPU machine gets), and there is nothing to patch.
 Upstream: ``vllm/utils/network_utils.py``, ``get_file_store_init_method``; called by the executor in EngineCore.
 Remove when: vLLM removes the file on every kind of exit, or takes its folder from a setting.
 """
@@ -36,8 +37,8 @@ def unnamed_file() -> str:
 
 def _patch(module: ModuleType) -> None:
     original = getattr(module, _FUNCTION, None)
-    if original is unnamed_file:
+    if original is None or original is unnamed_file:
         return
-    if original is None or inspect.signature(original).parameters:
+    if inspect.signature(original).parameters:
         raise UnsupportedError(f"vLLM changed {_MODULE}.{_FUNCTION}. Update {__name__} or pin vLLM.")
     setattr(module, _FUNCTION, unnamed_file)

@@ -9,12 +9,15 @@ Remove when: vLLM offers the fork server as a start method.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import inspect
 import multiprocessing
 import multiprocessing.context
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +28,7 @@ from verl_rlhfless.errors import UnsupportedError
 
 _MODULE, _FUNCTION = "vllm.v1.engine.utils", "get_mp_context"
 _START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+_CUDA_SUCCESS, _CUDA_NO_DEVICE = 0, 100  # of CUresult, cuda.h
 
 
 class _Process(multiprocessing.context.ForkServerProcess):
@@ -56,11 +60,15 @@ def start(preload: str, folder: Path) -> None:
     server.ensure_running()
 
 
-def wait_until_preloaded() -> None:
-    """Return when the fork server has imported its module: it starts nothing before."""
-    probe = _Context().Process(target=_nothing)
-    probe.start()
+def can_start_engines() -> bool:
+    """Return, once the fork server has imported its module, whether what it starts can use CUDA.
+
+    It can't if an import initialised CUDA: the driver refuses every fork of such a process.
+    """
+    probe = _Context().Process(target=_initialise_cuda)
+    probe.start()  # the fork server starts nothing before its imports are done
     probe.join()
+    return probe.exitcode == 0
 
 
 def helper_pids() -> frozenset[int]:
@@ -70,8 +78,20 @@ def helper_pids() -> frozenset[int]:
     return frozenset((server._forkserver._forkserver_pid, tracker._resource_tracker._pid))
 
 
-def _nothing() -> None:
-    """Run in the fork server's first process."""
+def withdraw() -> None:
+    """Let vLLM start engines its own way again."""
+    module: Any = sys.modules[_MODULE]
+    setattr(module, _FUNCTION, getattr(module, _FUNCTION).__wrapped__)
+
+
+def _initialise_cuda() -> None:
+    """End this process with a failure if CUDA is here and can't be initialised; takes no device memory."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return
+    if driver.cuInit(0) not in (_CUDA_SUCCESS, _CUDA_NO_DEVICE):
+        sys.exit(1)
 
 
 def apply() -> None:
@@ -89,6 +109,7 @@ def _patch(module: ModuleType) -> None:
         raise UnsupportedError(f"vLLM changed {_MODULE}.{_FUNCTION}. Update {__name__} or pin vLLM.")
     context = _Context()
 
+    @functools.wraps(original)
     def from_fork_server() -> Any:
         original()  # it also tells the children where Ray is
         return context

@@ -145,18 +145,19 @@ class Server:
         """Pull, and return the paths of the shared memory and the socket that it used."""
         from verl_rlhfless.live import weight_channel
 
-        create, names = weight_channel.create_shared_memory, []
+        allocate, names = weight_channel.allocate, []
 
-        def noted(size: int, name: str) -> Any:
-            names.append(name)
-            return create(size, name)
+        def noted(num_bytes: int) -> Any:
+            memory = allocate(num_bytes)
+            names.append(memory.name)
+            return memory
 
-        weight_channel.create_shared_memory = noted
+        weight_channel.allocate = noted
         try:
             with contextlib.suppress(WeightStoreError):
                 await self.pull(version, store_name, timeout_s)
         finally:
-            weight_channel.create_shared_memory = create
+            weight_channel.allocate = allocate
         handles = await self.collective_rpc("_get_zmq_handle", WAIT_S, {})
         return [f"/dev/shm/{name}" for name in names] + [handle.removeprefix("ipc://") for handle in handles]
 

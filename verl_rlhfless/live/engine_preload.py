@@ -13,12 +13,18 @@ import importlib  # noqa: E402
 
 from vllm.platforms import current_platform  # noqa: E402
 
+# Nothing of verl on a GPU: its worker extension imports kernels that initialise CUDA, which no fork of this process
+# could use then. Each worker imports it by itself, as in stock.
+_OF_DEVICE = (
+    ("verl_rlhfless.live.engine_worker", "vllm.v1.worker.cpu_worker")
+    if current_platform.is_cpu()
+    else ("vllm.v1.worker.gpu_worker",)
+)
 _MODULES = (
-    "verl_rlhfless.live.engine_worker",
     "vllm.v1.engine.core",
     "vllm.v1.executor.multiproc_executor",
     "vllm.model_executor.model_loader",
-    "vllm.v1.worker.cpu_worker" if current_platform.is_cpu() else "vllm.v1.worker.gpu_worker",
+    *_OF_DEVICE,
 )
 
 for _module in _MODULES:

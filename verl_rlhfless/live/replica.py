@@ -203,7 +203,8 @@ class ElasticReplica(vLLMReplica):
             memory: ParkedMemory = await self._answer(self._server_handle.park.remote())
         except (ray.exceptions.RayError, asyncio.TimeoutError) as error:
             raise ReplicaError(f"replica {self.name}: the engine did not sleep: {error!r}. It is ended.") from error
-        if memory.device_bytes > self._pool.park_residual_bytes:
+        is_given_away = not isinstance(self.lease, SharedLease)  # beside the trainer, its own state is in use there
+        if is_given_away and memory.device_bytes > self._pool.park_residual_bytes:
             raise ReplicaError(
                 f"replica {self.name}: {memory.device_bytes} bytes in use on a device of the sleeping engine, limit "
                 f"rlhfless.pool.park_residual_bytes={self._pool.park_residual_bytes}. It is ended."

@@ -14,7 +14,6 @@ from verl_rlhfless.live.request_server import RequestServer
 from verl_rlhfless.live.weights import PullReport, pull_into_engine
 from verl_rlhfless.processes import ProcessKey, descendants, end_processes, process_key
 
-_DROP_ALL = 2  # vLLM's sleep level that keeps neither weights nor keys and values
 _WORKER_EXTENSION = "verl_rlhfless.live.engine_worker.ElasticWorkerExtension"
 
 
@@ -47,13 +46,13 @@ class ElasticServer(RequestServer):
 
     @ends_with_engine
     async def park(self) -> ParkedMemory:
-        """Put the engine to sleep without its weights, and return what it still holds; requests are refused meanwhile.
+        """Put the engine to sleep, and return what it still holds; requests are refused meanwhile.
 
         On a CPU vLLM frees nothing.
         """
         await self.end_requests()
         await self.abort_all_requests(reject_request=True)
-        await self.engine.sleep(level=_DROP_ALL)
+        await self.engine.sleep(level=self._resolve_sleep_level())  # verl's: what is dropped, the store can restore
         device_bytes = await self.engine.collective_rpc("device_bytes_in_use")
         return measure_parked(device_bytes, await self.engine_processes())
 
@@ -78,6 +77,7 @@ class ElasticServer(RequestServer):
         self._server_task.cancel()
         self.engine.output_handler.cancel()  # else it reports the engine's end as a failure
         survivors = await asyncio.to_thread(end_processes, await self.engine_processes(), timeout_s)
+        await asyncio.wait([self._server_task], timeout=timeout_s)
         self.engine.shutdown()  # closes sockets and threads of a client whose engine is gone
         return survivors
 

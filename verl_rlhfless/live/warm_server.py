@@ -8,6 +8,7 @@ leases no process of an engine exists: nothing is held on a device.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,9 @@ import ray
 
 from verl_rlhfless.live.server import ElasticServer
 from verl_rlhfless.processes import ProcessKey, descendants
-from verl_rlhfless_patches import vllm_fork_server
+from verl_rlhfless_patches import verl_http_server, vllm_fork_server
+
+logger = logging.getLogger(__name__)
 
 _PRELOAD = "verl_rlhfless.live.engine_preload"
 
@@ -26,12 +29,15 @@ class WarmServer(ElasticServer):
     """An elastic server that is created without arguments; ``become`` makes it the server of one replica."""
 
     def __init__(self) -> None:
+        verl_http_server.apply()
         vllm_fork_server.apply()
         vllm_fork_server.start(_PRELOAD, _sockets_of_session())
 
     async def wait_until_warm(self) -> None:
         """Return when the fork server has done its imports: it answers nothing before."""
-        await asyncio.to_thread(vllm_fork_server.wait_until_preloaded)
+        if not await asyncio.to_thread(vllm_fork_server.can_start_engines):
+            vllm_fork_server.withdraw()
+            logger.warning("rlhfless: an import of vLLM initialises CUDA here: engines spawn and import it themselves")
 
     async def engine_processes(self) -> tuple[ProcessKey, ...]:
         """Return the keys of the processes that run the engine; the fork server stays for the next one."""

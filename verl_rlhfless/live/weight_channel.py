@@ -1,38 +1,86 @@
-"""verl's shared-memory sender with an end: stock, it waits for ever for a worker that died."""
+"""The sending side of verl's weight transfer through shared memory: every wait ends, and no device is touched.
+
+Differs from verl's ``BucketedWeightSender``, which runs in a rank of the trainer: it waits for ever for a worker that
+died, synchronises a device after each bucket (in a server actor that would open a context on a GPU that nobody leased),
+and writes past the end of a full ``/dev/shm``, for which the kernel kills the process.
+"""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import uuid
+from collections.abc import AsyncIterator
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 from typing import Any
 
 import torch
-from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender, create_shared_memory
-from zmq.constants import PollEvent, SocketOption
+from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import TensorMetadata
+from zmq.constants import PollEvent, SocketOption, SocketType
+from zmq.sugar.context import Context
 
 from verl_rlhfless.errors import WeightStoreError
 
 _POLL_MS = 100
+_SHM = Path("/dev/shm")
 
 
-class _BoundedSocket:
-    """The part of a zmq socket that verl's sender uses; its waits end at a deadline, or when the other side failed."""
+class BoundedSender:
+    """Sends tensors of the host to one engine worker, in buckets, with the protocol of verl's receiver."""
 
-    def __init__(self, socket: Any, deadline: float, stop: threading.Event) -> None:
-        self._socket, self._deadline, self._stop = socket, deadline, stop
-        socket.setsockopt(SocketOption.LINGER, 0)
+    def __init__(self, zmq_handle: str, bucket_bytes: int, deadline: float, stop: threading.Event) -> None:
+        """Open the socket for the worker at ``zmq_handle``; waits end at ``deadline`` [s, monotonic] or ``stop``.
 
-    def send_pyobj(self, message: Any) -> None:
+        Open it before the worker connects: zmq tries again only after 0.1 s.
+        """
+        self._bucket_bytes, self._deadline, self._stop = bucket_bytes, deadline, stop
+        self._path = Path(zmq_handle.removeprefix("ipc://"))
+        self._path.unlink(missing_ok=True)  # of a sender that was killed
+        self._socket = Context.instance().socket(SocketType.REQ)
+        self._socket.setsockopt(SocketOption.LINGER, 0)
+        self._socket.bind(zmq_handle)
+
+    async def send(self, tensors: AsyncIterator[tuple[str, torch.Tensor]]) -> None:
+        """Send named tensors, none of which is larger than a bucket; return when the worker has them all. Once only.
+
+        Raises:
+            WeightStoreError: No shared memory is left, the worker did not take them in time, or ``stop`` was set.
+        """
+        try:
+            memory = allocate(self._bucket_bytes)
+            try:
+                self._buffer = torch.frombuffer(memory.buf, dtype=torch.uint8)
+                self._exchange({"name": memory.name, "size": self._bucket_bytes})
+                await self._send_buckets(tensors)
+            finally:
+                self._buffer = torch.empty(0)  # the memory can't be closed while a tensor shows it
+                memory.close()
+                memory.unlink()
+        finally:
+            self._socket.close()
+            self._path.unlink(missing_ok=True)
+
+    async def _send_buckets(self, tensors: AsyncIterator[tuple[str, torch.Tensor]]) -> None:
+        bucket: dict[str, TensorMetadata] = {}
+        end = 0
+        async for name, tensor in tensors:
+            begin = -(-end // tensor.element_size()) * tensor.element_size()  # the receiver views it as its type
+            end = begin + tensor.nbytes
+            if end > self._bucket_bytes:
+                self._exchange({"bucket_meta": bucket, "is_last": False})
+                bucket, begin, end = {}, 0, tensor.nbytes
+            self._buffer[begin:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            bucket[name] = TensorMetadata(name=name, shape=tensor.shape, dtype=tensor.dtype, offset=begin, handle=None)
+        self._exchange({"bucket_meta": bucket, "is_last": True})
+
+    def _exchange(self, message: Any) -> None:
+        """Send a message and return when the worker has answered it."""
         self._wait(PollEvent.POLLOUT)
         self._socket.send_pyobj(message)
-
-    def recv(self) -> bytes:
         self._wait(PollEvent.POLLIN)
-        return bytes(self._socket.recv())
-
-    def close(self) -> None:
-        self._socket.close()
+        self._socket.recv()
 
     def _wait(self, event: int) -> None:
         while not self._socket.poll(_POLL_MS, event):
@@ -42,24 +90,23 @@ class _BoundedSocket:
                 raise WeightStoreError("a worker of the engine did not take its weights in time")
 
 
-class BoundedSender(BucketedWeightSender):
-    """Sends tensors to one engine worker through shared memory."""
+def allocate(num_bytes: int) -> SharedMemory:
+    """Return new shared memory whose pages are all there: other engines of the node load at the same time.
 
-    def __init__(self, zmq_handle: str, bucket_size_mb: int, deadline: float, stop: threading.Event) -> None:
-        """Open the socket for the worker at ``zmq_handle``; its waits end at ``deadline`` [s, monotonic] or ``stop``.
-
-        Open it before the worker connects: zmq tries again only after 0.1 s.
-        """
-        super().__init__(zmq_handle, bucket_size_mb, use_shm=True)
-        super()._init_socket()
-        self.socket: Any = _BoundedSocket(self.socket, deadline, stop)
-
-    def _init_socket(self) -> None:
-        """Do nothing: it is open."""
-
-    def _init_buffer(self) -> None:
-        # Differs from verl, which leaks the segment if the worker never answers: clean-up must know it before the wait.
-        self.shm = create_shared_memory(self.bucket_size, f"verl_weights_{uuid.uuid4().hex}")
-        self.buffer = torch.frombuffer(self.shm.buf, dtype=torch.uint8)
-        self.socket.send_pyobj({"name": self.shm.name, "size": self.bucket_size})
-        self.socket.recv()
+    Raises:
+        WeightStoreError: There is not enough left.
+    """
+    memory = SharedMemory(f"verl_weights_{uuid.uuid4().hex}", create=True, size=num_bytes)
+    segment = os.open(_SHM / memory.name, os.O_RDWR)
+    try:
+        os.posix_fallocate(segment, 0, num_bytes)
+    except OSError as error:
+        memory.close()
+        memory.unlink()
+        raise WeightStoreError(
+            f"no {num_bytes >> 20} MiB left in {_SHM} ({error.strerror}). Enlarge it, or lower "
+            "rlhfless.weights.bucket_mib."
+        ) from error
+    finally:
+        os.close(segment)
+    return memory

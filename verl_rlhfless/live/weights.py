@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -28,9 +27,6 @@ from verl_rlhfless.live.weight_reader import read_tensors
 from verl_rlhfless.live.weight_store import ANSWER_GRACE_S, answered, connect, create_store
 
 __all__ = ["PullReport", "create_store", "pull_into_engine"]
-
-_SHM = "/dev/shm"
-_MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +103,14 @@ async def _call(engine: Any, method: str, deadline: float, **kwargs: Any) -> lis
 
 
 async def _transfer(engine: Any, manifest: Manifest, handles: list[str], deadline: float) -> None:
-    """Stream the version to every worker, one thread each: verl's sender blocks."""
-    bucket_mib = -(-max(manifest.bucket_bytes, manifest.largest_tensor_bytes) // _MIB)  # verl needs whole tensors
-    _check_shared_memory(len(handles) * bucket_mib * _MIB)
+    """Stream the version to every worker, one thread each: a sender blocks."""
+    bucket_bytes = max(manifest.bucket_bytes, manifest.largest_tensor_bytes)  # verl's receiver needs whole tensors
     stop = threading.Event()
-    senders = [BoundedSender(handle, bucket_mib, deadline, stop) for handle in handles]
+    senders = [BoundedSender(handle, bucket_bytes, deadline, stop) for handle in handles]
     receiving = asyncio.ensure_future(_call(engine, "update_weights_from_ipc", deadline, use_shm=True))
 
     def send(sender: BoundedSender) -> None:
-        asyncio.run(sender.async_send_weights(read_tensors(manifest, _left_s(deadline))))
+        asyncio.run(sender.send(read_tensors(manifest, _left_s(deadline))))
 
     tasks = [receiving, *(asyncio.ensure_future(asyncio.to_thread(send, sender)) for sender in senders)]
     try:
@@ -124,15 +119,6 @@ async def _transfer(engine: Any, manifest: Manifest, handles: list[str], deadlin
         stop.set()  # a sender whose worker failed would wait for it,
         receiving.cancel()  # and a worker whose sender failed does
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _check_shared_memory(need: int) -> None:
-    free = shutil.disk_usage(_SHM).free
-    if need > free:  # writing past its end kills the process without a word
-        raise WeightStoreError(
-            f"{need >> 20} MiB of {_SHM} needed, {free >> 20} MiB free. Enlarge it, or lower "
-            "rlhfless.weights.bucket_mib."
-        )
 
 
 def _left_s(deadline: float) -> float:

@@ -16,6 +16,8 @@ from verl_rlhfless.errors import ReplicaError
 from verl_rlhfless.live import replica as replica_module
 from verl_rlhfless.live.parked_memory import ParkedMemory
 from verl_rlhfless.live.replica import ElasticReplica, ReplicaState, WeightSource
+from verl_rlhfless.live.shared_lease import TrainerDevices
+from verl_rlhfless.types import LeasedNode
 
 POOL = PoolConfig(
     name="elastic", park_residual_bytes=1000, release_timeout_s=0.1, start_timeout_s=0.1, drain_timeout_s=0.1
@@ -116,6 +118,14 @@ def test_more_device_memory_than_allowed_is_refused_by_its_key(replica: Any) -> 
     with pytest.raises(ReplicaError, match=r"1001 bytes.*rlhfless.pool.park_residual_bytes=1000"):
         asyncio.run(replica.park())
     assert replica.lease.is_held
+
+
+def test_beside_the_trainer_what_is_in_use_is_the_trainers_and_no_reason_to_end_the_engine(replica: Any) -> None:
+    node = LeasedNode(node_id="node", ip="10.0.0.1", device_ids=("0",))
+    replica.lease = TrainerDevices("trainer", [node]).take("r3", 1)
+    replica._server_handle.answers["park"] = lambda: ParkedMemory(1 << 34, 5, 9)
+    asyncio.run(replica.park())
+    assert replica.state is ReplicaState.PARKED and "stop_engine" not in replica._server_handle.calls
 
 
 @pytest.mark.parametrize("broken", ["wake", "pull_weights"])

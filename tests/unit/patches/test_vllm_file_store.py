@@ -45,13 +45,15 @@ def test_two_engines_never_share_one() -> None:
     assert vllm_file_store.unnamed_file() != vllm_file_store.unnamed_file()
 
 
-@pytest.mark.parametrize("change", ["gone", "other arguments"])
-def test_an_unknown_vllm_is_refused(change: str) -> None:
+def test_a_vllm_whose_workers_meet_at_a_port_is_left_alone() -> None:
+    module = ModuleType("multiproc_executor")
+    vllm_file_store._patch(module)
+    assert not hasattr(module, "get_file_store_init_method")
+
+
+def test_an_unknown_vllm_is_refused() -> None:
     module = _module()
-    if change == "gone":
-        del module.get_file_store_init_method
-    else:
-        module.get_file_store_init_method = lambda folder: folder
+    module.__dict__.update(get_file_store_init_method=lambda folder: folder)
 
     with pytest.raises(UnsupportedError, match="pin vLLM"):
         vllm_file_store._patch(module)
