@@ -95,10 +95,10 @@ def memory_of_run(
 
     actor, rollout = run.actor_rollout_ref.actor, run.actor_rollout_ref.rollout
     is_host_device = str(get_device_name()) == "cpu"
-    weights = params * _bytes_of(actor.fsdp_config.model_dtype)
+    weights = params * _bytes_of(_weight_dtype(actor))
     roles = [RoleMemory("actor", weights, is_trained=True)]
     if need_reference_policy(run):
-        reference = params * _bytes_of(run.actor_rollout_ref.ref.fsdp_config.model_dtype)
+        reference = params * _bytes_of(_weight_dtype(run.actor_rollout_ref.ref))
         roles.append(RoleMemory("reference", reference, is_trained=False))
     if need_critic(run):
         roles.append(RoleMemory("critic", weights, is_trained=True))  # verl starts it from a model of its own size
@@ -113,7 +113,8 @@ def memory_of_run(
             num_ranks=ranks_per_node * run.trainer.nnodes,
             ranks_per_node=ranks_per_node,
             is_on_host=can_suspend or is_host_device,
-            copies_at_load=ranks_per_node if is_tied else 1,  # verl loads tied embeddings on every rank
+            # With tied embeddings every rank of FSDP loads the whole model; Megatron's read one parameter at a time.
+            copies_at_load=ranks_per_node if is_tied and actor.strategy != "megatron" else 1,
         ),
         store=StoreMemory(weights, settings.weights.max_versions, settings.weights.bucket_mib << 20),
         replicas=ReplicaMemory(
@@ -147,6 +148,12 @@ def count_parameters(model: Any) -> int:
     with torch.device("meta"):
         made = get_hf_auto_model_class(hf_config).from_config(hf_config, trust_remote_code=model.trust_remote_code)
     return sum(parameter.numel() for parameter in made.parameters())
+
+
+def _weight_dtype(role: Any) -> str | None:
+    """Return the type in which the engine of a role keeps its weights; FSDP's ``dtype`` is what it computes in."""
+    dtype: str | None = role.megatron.dtype if role.strategy == "megatron" else role.fsdp_config.model_dtype
+    return dtype
 
 
 def _bytes_of(dtype: str | None) -> int:

@@ -57,6 +57,13 @@ def test_weights_count_in_the_type_that_the_trainer_keeps_them_in() -> None:
     assert memory("actor_rollout_ref.actor.fsdp_config.model_dtype=bf16").store.model_bytes == 2 * PARAMS
 
 
+def test_megatron_keeps_and_publishes_what_it_computes_in() -> None:
+    grpo = ("algorithm.adv_estimator=grpo", "actor_rollout_ref.actor.use_kl_loss=True")
+    run = memory("model_engine=megatron", *grpo, can_suspend=False)
+    assert [role.model_bytes for role in run.trainer.roles] == [2 * PARAMS, 2 * PARAMS]
+    assert run.store.model_bytes == 2 * PARAMS
+
+
 def test_nodes_replicas_and_servers_follow_from_the_recipe() -> None:
     run = memory("trainer.n_gpus_per_node=4", "trainer.nnodes=2")
     assert (run.trainer.num_ranks, run.trainer.ranks_per_node, run.trainer.num_nodes) == (8, 4, 2)
@@ -130,3 +137,4 @@ def test_every_rank_loads_a_whole_copy_of_a_model_with_tied_embeddings() -> None
     per_node = "trainer.n_gpus_per_node=8"
     assert memory(per_node, is_tied=True).trainer.copies_at_load == 8
     assert memory(per_node, is_tied=False).trainer.copies_at_load == 1
+    assert memory("model_engine=megatron", per_node, is_tied=True).trainer.copies_at_load == 1
