@@ -140,13 +140,17 @@ def _most_replicas(run: Any, settings: RlhflessConfig, num_gpus: int, can_suspen
 
 
 def count_parameters(model: Any) -> int:
-    """Return the number of parameters of verl's ``HFModelConfig``, without making the model."""
+    """Return the number of parameters of verl's ``HFModelConfig``, without making the model.
+
+    Attention is eager, which has no parameters of its own and needs no GPU: the driver's node may have none.
+    """
     import torch
     from verl.utils.model import get_hf_auto_model_class
 
     hf_config = copy.deepcopy(model.hf_config)
+    auto_class, trust = get_hf_auto_model_class(hf_config), model.trust_remote_code
     with torch.device("meta"):
-        made = get_hf_auto_model_class(hf_config).from_config(hf_config, trust_remote_code=model.trust_remote_code)
+        made = auto_class.from_config(hf_config, trust_remote_code=trust, attn_implementation="eager")
     return sum(parameter.numel() for parameter in made.parameters())
 
 
