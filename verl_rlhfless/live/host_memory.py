@@ -7,12 +7,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import HostMemoryError, WeightStoreError
+from verl_rlhfless.live.available_memory import available_bytes
 from verl_rlhfless.policy.host_memory import (
     HostMemory,
     NodeAccount,
@@ -35,7 +35,7 @@ def measure_host_memory(num_gpus: int = 0, is_driver: bool = False) -> HostMemor
     node_id = ray.get_runtime_context().get_node_id()
     (node,) = [node for node in ray.nodes() if node["NodeID"] == node_id]
     stored = int(node["Resources"]["object_store_memory"])
-    return HostMemory(node_id, stored, psutil.virtual_memory().available, num_gpus, is_driver)
+    return HostMemory(node_id, stored, available_bytes(), num_gpus, is_driver)
 
 
 def measure_nodes() -> list[HostMemory]:
