@@ -27,6 +27,7 @@ from rich.text import Text
 from verl_rlhfless import __version__
 from verl_rlhfless.config import TRAINER_MODE
 from verl_rlhfless.errors import RlhflessError
+from verl_rlhfless.live.available_memory import available_bytes
 from verl_rlhfless.live.seams import check_seams
 from verl_rlhfless.live.startup import PLUGIN_NAME, check_plugin_policy, load_plugin
 from verl_rlhfless.versions import REQUIREMENTS, Requirement, check_requirement, installed_version
@@ -173,7 +174,6 @@ def check_shared_memory(free_bytes: int) -> Finding:
 def diagnose(environ: Mapping[str, str]) -> list[Finding]:
     """Return the findings of all checks; a check that can't run is a failure of its own."""
     num_gpus = count_gpus()
-    memory = psutil.virtual_memory()
     checks: dict[str, Callable[[], Finding]] = {
         **{item.distribution: partial(check_version, item) for item in REQUIREMENTS},
         "plugin policy": partial(check_policy, environ),
@@ -184,7 +184,7 @@ def diagnose(environ: Mapping[str, str]) -> list[Finding]:
         "Ray security": partial(check_ray_authentication, environ, Path.home()),
         "GPUs": partial(check_gpus, num_gpus),
         "flash-attn": partial(check_flash_attention, num_gpus),
-        "memory": partial(check_memory, memory.available, memory.total),
+        "memory": partial(check_memory, available_bytes(), psutil.virtual_memory().total),
         "shared memory": partial(check_shared_memory, shutil.disk_usage("/dev/shm").free),
     }
     return [_run_check(name, check) for name, check in checks.items()]

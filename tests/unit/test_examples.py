@@ -17,8 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.examples_savings import EXAMPLES
 from benchmarks.examples_savings import Example as Simulated
+from verl_rlhfless.config import parse_config
 from verl_rlhfless.errors import RlhflessError
+from verl_rlhfless.live.host_memory import memory_of_run
 from verl_rlhfless.live.startup import check_run
+from verl_rlhfless.live.suspendable import why_lease_is_kept
 
 EXAMPLES_FOLDER = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(EXAMPLES_FOLDER.glob("*_*.sh"))
@@ -79,6 +82,20 @@ def test_the_elastic_command_passes_the_start_up_check_within_the_gpus_of_stock(
     stock, elastic = (example(script, arm) for arm in ("stock", "elastic"))
     assert check_run(elastic, {}).startswith("active: pool=elastic weights=store")
     assert elastic.rlhfless.pool.max_gpus == stock.trainer.n_gpus_per_node * stock.trainer.nnodes
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
+def test_the_host_memory_of_the_elastic_command_is_known(
+    example: Example, script: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("verl.utils.device.get_device_name", lambda: "cuda")
+    elastic = example(script, "elastic")
+    settings, params = parse_config(OmegaConf.to_container(elastic.rlhfless)), 7 * 10**9
+    can_suspend = not why_lease_is_kept(elastic, settings.pool.suspend_trainer)
+    run = memory_of_run(elastic, settings, params, is_tied=False, can_suspend=can_suspend, num_gpus=8)
+    is_megatron = script == MEGATRON
+    assert run.store.model_bytes == params * (2 if is_megatron else 4)
+    assert run.trainer.is_on_host is not is_megatron
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)

@@ -7,12 +7,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import HostMemoryError, WeightStoreError
+from verl_rlhfless.live.available_memory import available_bytes
 from verl_rlhfless.policy.host_memory import (
     HostMemory,
     NodeAccount,
@@ -35,7 +35,7 @@ def measure_host_memory(num_gpus: int = 0, is_driver: bool = False) -> HostMemor
     node_id = ray.get_runtime_context().get_node_id()
     (node,) = [node for node in ray.nodes() if node["NodeID"] == node_id]
     stored = int(node["Resources"]["object_store_memory"])
-    return HostMemory(node_id, stored, psutil.virtual_memory().available, num_gpus, is_driver)
+    return HostMemory(node_id, stored, available_bytes(), num_gpus, is_driver)
 
 
 def measure_nodes() -> list[HostMemory]:
@@ -95,10 +95,10 @@ def memory_of_run(
 
     actor, rollout = run.actor_rollout_ref.actor, run.actor_rollout_ref.rollout
     is_host_device = str(get_device_name()) == "cpu"
-    weights = params * _bytes_of(actor.fsdp_config.model_dtype)
+    weights = params * _bytes_of(_weight_dtype(actor))
     roles = [RoleMemory("actor", weights, is_trained=True)]
     if need_reference_policy(run):
-        reference = params * _bytes_of(run.actor_rollout_ref.ref.fsdp_config.model_dtype)
+        reference = params * _bytes_of(_weight_dtype(run.actor_rollout_ref.ref))
         roles.append(RoleMemory("reference", reference, is_trained=False))
     if need_critic(run):
         roles.append(RoleMemory("critic", weights, is_trained=True))  # verl starts it from a model of its own size
@@ -113,7 +113,8 @@ def memory_of_run(
             num_ranks=ranks_per_node * run.trainer.nnodes,
             ranks_per_node=ranks_per_node,
             is_on_host=can_suspend or is_host_device,
-            copies_at_load=ranks_per_node if is_tied else 1,  # verl loads tied embeddings on every rank
+            # With tied embeddings every rank of FSDP loads the whole model; Megatron's read one parameter at a time.
+            copies_at_load=ranks_per_node if is_tied and actor.strategy != "megatron" else 1,
         ),
         store=StoreMemory(weights, settings.weights.max_versions, settings.weights.bucket_mib << 20),
         replicas=ReplicaMemory(
@@ -139,14 +140,24 @@ def _most_replicas(run: Any, settings: RlhflessConfig, num_gpus: int, can_suspen
 
 
 def count_parameters(model: Any) -> int:
-    """Return the number of parameters of verl's ``HFModelConfig``, without making the model."""
+    """Return the number of parameters of verl's ``HFModelConfig``, without making the model.
+
+    Attention is eager, which has no parameters of its own and needs no GPU: the driver's node may have none.
+    """
     import torch
     from verl.utils.model import get_hf_auto_model_class
 
     hf_config = copy.deepcopy(model.hf_config)
+    auto_class, trust = get_hf_auto_model_class(hf_config), model.trust_remote_code
     with torch.device("meta"):
-        made = get_hf_auto_model_class(hf_config).from_config(hf_config, trust_remote_code=model.trust_remote_code)
+        made = auto_class.from_config(hf_config, trust_remote_code=trust, attn_implementation="eager")
     return sum(parameter.numel() for parameter in made.parameters())
+
+
+def _weight_dtype(role: Any) -> str | None:
+    """Return the type in which the engine of a role keeps its weights; FSDP's ``dtype`` is what it computes in."""
+    dtype: str | None = role.megatron.dtype if role.strategy == "megatron" else role.fsdp_config.model_dtype
+    return dtype
 
 
 def _bytes_of(dtype: str | None) -> int:

@@ -30,6 +30,7 @@ import psutil
 import ray
 
 from verl_rlhfless.errors import RlhflessError
+from verl_rlhfless.live.available_memory import available_bytes
 
 LEASES_FILE = "leases.jsonl"
 STEPS_FILE = "steps.jsonl"
@@ -270,14 +271,14 @@ class HostWatch:
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
-        self._available_bytes = psutil.virtual_memory().available
+        self._available_bytes = available_bytes()
         self._peak_bytes = 0
         self._next_s = 0.0
         psutil.cpu_percent()  # the first call only begins the interval
 
     def look(self, now_s: float) -> None:
         """Note the memory; once a second, write a line."""
-        self._peak_bytes = max(self._peak_bytes, self._available_bytes - psutil.virtual_memory().available)
+        self._peak_bytes = max(self._peak_bytes, self._available_bytes - available_bytes())
         if now_s >= self._next_s:
             self.write(now_s)
             self._next_s = now_s + _HOST_SAMPLE_S

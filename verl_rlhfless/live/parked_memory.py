@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from verl_rlhfless.live.available_memory import available_bytes
 from verl_rlhfless.processes import ProcessKey
 
 
@@ -33,4 +34,4 @@ def measure_parked(device_bytes: Iterable[int], processes: Iterable[ProcessKey])
     for pid, _ in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             host_bytes += psutil.Process(pid).memory_info().rss
-    return ParkedMemory(max(device_bytes), host_bytes, psutil.virtual_memory().available)
+    return ParkedMemory(max(device_bytes), host_bytes, available_bytes())

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 
-import psutil
-
+from verl_rlhfless.live.available_memory import available_bytes
 from verl_rlhfless.live.engine_death import ends_with_engine
 from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.parked_memory import ParkedMemory, measure_parked
@@ -66,7 +65,7 @@ class ElasticServer(RequestServer):
 
     async def host_available_bytes(self) -> int:
         """Return the memory that processes of this node can still get."""
-        return int(psutil.virtual_memory().available)
+        return available_bytes()
 
     async def stop_engine(self, timeout_s: float) -> tuple[int, ...]:
         """End the engine's processes and return the pids that survived.

@@ -213,8 +213,9 @@ class NodeAccount:
             return (
                 f"{_listed(self.needs)}, but only {_gib(self.node.available_bytes)} is free on node "
                 f"{self.node.node_id[:8]}: {_gib(self.num_bytes - self.node.available_bytes)} short. Free memory "
-                "there, or lower rlhfless.weights.max_versions, rlhfless.pool.warm_servers or the number of replicas; "
-                "rlhfless.pool.suspend_trainer=never keeps the state of a trainer on GPUs off the host."
+                "there, raise the limit of its container if it has one, or lower rlhfless.weights.max_versions, "
+                "rlhfless.pool.warm_servers or the number of replicas; rlhfless.pool.suspend_trainer=never keeps the "
+                "state of a trainer on GPUs off the host."
             )
         return ""
 

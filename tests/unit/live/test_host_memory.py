@@ -57,6 +57,13 @@ def test_weights_count_in_the_type_that_the_trainer_keeps_them_in() -> None:
     assert memory("actor_rollout_ref.actor.fsdp_config.model_dtype=bf16").store.model_bytes == 2 * PARAMS
 
 
+def test_megatron_keeps_and_publishes_what_it_computes_in() -> None:
+    grpo = ("algorithm.adv_estimator=grpo", "actor_rollout_ref.actor.use_kl_loss=True")
+    run = memory("model_engine=megatron", *grpo, can_suspend=False)
+    assert [role.model_bytes for role in run.trainer.roles] == [2 * PARAMS, 2 * PARAMS]
+    assert run.store.model_bytes == 2 * PARAMS
+
+
 def test_nodes_replicas_and_servers_follow_from_the_recipe() -> None:
     run = memory("trainer.n_gpus_per_node=4", "trainer.nnodes=2")
     assert (run.trainer.num_ranks, run.trainer.ranks_per_node, run.trainer.num_nodes) == (8, 4, 2)
@@ -126,7 +133,30 @@ def test_parameters_are_counted_without_a_model() -> None:
     assert count(is_tied=False) == 2 * 100 * 8 + layer + 8
 
 
+TINY: dict[str, Any] = {
+    "vocab_size": 100, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "architecture", "values"), [
+    ("Qwen2Config", "Qwen2ForCausalLM", TINY),
+    ("Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration", {"text_config": TINY, "vision_config": {"depth": 1}}),
+])  # fmt: skip
+def test_parameters_are_counted_where_the_runs_attention_needs_a_gpu(
+    kind: str, architecture: str, values: dict[str, Any]
+) -> None:
+    import transformers
+
+    config = getattr(transformers, kind)(**values, architectures=[architecture])
+    config._attn_implementation = "flash_attention_2"  # verl's default, of nested configurations too
+    layer = 2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 16
+    assert count_parameters(SimpleNamespace(hf_config=config, trust_remote_code=False)) > 2 * 100 * 8 + layer
+    assert config._attn_implementation == "flash_attention_2", "the run's own configuration is as it was"
+
+
 def test_every_rank_loads_a_whole_copy_of_a_model_with_tied_embeddings() -> None:
     per_node = "trainer.n_gpus_per_node=8"
     assert memory(per_node, is_tied=True).trainer.copies_at_load == 8
     assert memory(per_node, is_tied=False).trainer.copies_at_load == 1
+    assert memory("model_engine=megatron", per_node, is_tied=True).trainer.copies_at_load == 1
