@@ -1,4 +1,7 @@
-"""Processes by name, and their certain end: an engine outlives a server actor that is killed, and its GPUs with it."""
+"""Processes by name, and their certain end: an engine outlives a server actor that is killed, and its GPUs with it.
+
+Invariant: a process has ended when its last thread has, whoever reaps it: until then its memory and devices are held.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ def end_processes(keys: Iterable[ProcessKey], timeout_s: float) -> tuple[int, ..
             process.kill()
     deadline = time.monotonic() + timeout_s
     while (alive := [process for process in alive if _is_running(process)]) and time.monotonic() < deadline:
-        time.sleep(_POLL_S)  # a zombie has given everything back; whoever adopted it may reap it much later
+        time.sleep(_POLL_S)
     return tuple(process.pid for process in alive)
 
 
@@ -78,6 +81,7 @@ def _find(key: ProcessKey) -> psutil.Process | None:
 
 def _is_running(process: psutil.Process) -> bool:
     try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
+        # A zombie is a process whose first thread has ended. The last one gives memory and devices back before it ends.
+        return bool(process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1)
     except psutil.NoSuchProcess:
         return False

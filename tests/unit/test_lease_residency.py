@@ -123,13 +123,21 @@ def test_verl_saves_a_suspended_model_from_the_host_where_that_is_possible(
 ) -> None:
     monkeypatch.setattr(residency, "_device_name", lambda: device)
     engine: Any = Engine(journal)
-    engine.engine_config = SimpleNamespace(strategy=strategy)
+    engine.engine_config = SimpleNamespace(strategy=strategy, forward_only=False)
     if can_stay:
         VerlResidency().stay(training_worker(engine))
         assert engine._uses_fsdp2_cpu_offload_policy, "else verl's save_checkpoint moves the model to the device"
     else:
         with pytest.raises(UnsupportedError, match=f"suspended {strategy} model can't be saved without its device"):
             VerlResidency().stay(training_worker(engine))
+
+
+def test_a_reference_is_not_saved_whatever_its_strategy(journal: list[Any]) -> None:
+    actor: Any = SimpleNamespace(engine_config=SimpleNamespace(strategy="fsdp2", forward_only=False))
+    ref = SimpleNamespace(engine_config=SimpleNamespace(strategy="fsdp", forward_only=True))
+    worker = SimpleNamespace(actor=SimpleNamespace(engine=actor), ref=SimpleNamespace(engine=ref))
+    VerlResidency().stay(worker)
+    assert actor._uses_fsdp2_cpu_offload_policy and not hasattr(ref, "_uses_fsdp2_cpu_offload_policy")
 
 
 def test_memory_is_free_that_a_replica_could_have_once_the_cache_was_given_back(

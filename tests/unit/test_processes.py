@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -16,6 +17,16 @@ import subprocess, sys
 engine = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
 print("up", flush=True)
 sys.stdin.read()
+"""
+
+_HOLDER = """
+import ctypes, threading
+held = bytearray(512 << 20)
+for page in range(0, len(held), 4096):
+    held[page] = 1
+threading.Thread(target=threading.Event().wait).start()
+print("up", flush=True)
+ctypes.CDLL(None).pthread_exit(None)
 """
 
 
@@ -33,6 +44,18 @@ def server() -> Iterator[subprocess.Popen[str]]:
     end_processes(engine, timeout_s=10)
 
 
+@pytest.fixture
+def holder() -> Iterator[subprocess.Popen[str]]:
+    """A zombie whose second thread lives and holds the memory of the process."""
+    process = subprocess.Popen([sys.executable, "-c", _HOLDER], stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "up\n"
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        pass
+    yield process
+    process.kill()
+    process.wait()
+
+
 def has_ended(pid: int) -> bool:
     """Whether a process is gone, or a zombie that nobody reaped yet."""
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
@@ -43,6 +66,13 @@ def test_descendants_end(server: subprocess.Popen[str]) -> None:
     assert len(engine) == 1
     assert end_processes(engine, timeout_s=10) == ()
     assert has_ended(engine[0][0]) and server.poll() is None
+
+
+def test_a_process_has_ended_with_its_last_thread_and_not_with_its_first(holder: subprocess.Popen[str]) -> None:
+    threads = Path(f"/proc/{holder.pid}/task")
+    assert len(list(threads.iterdir())) == 2
+    assert end_processes([process_key(holder.pid)], timeout_s=30) == ()
+    assert len(list(threads.iterdir())) == 1, "the memory is free, though nobody has reaped it"
 
 
 def test_reused_pid_is_left_alone(server: subprocess.Popen[str]) -> None:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl_rlhfless import versions
 from verl_rlhfless.config import parse_config
 from verl_rlhfless.errors import LeaseLostError, RlhflessError, UnsupportedError
-from verl_rlhfless.live import startup
+from verl_rlhfless.live import startup, suspendable
 from verl_rlhfless.live.seams import Seam, check_seams
 from verl_rlhfless.live.startup import StartupCheck, check_run
 from verl_rlhfless.live.suspendable import why_lease_is_kept
@@ -337,6 +337,29 @@ def test_what_works_on_the_trainers_gpus_keeps_its_lease(recipe: Compose, overri
     config = recipe("+rlhfless=default", *overrides)
     reason = why_lease_is_kept(config, config.rlhfless.pool.suspend_trainer)
     assert reason.startswith(why) and bool(reason) == bool(why)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (("critic.enable=False",), ["actor_rollout_ref.actor"]),
+        (("actor_rollout_ref.actor.strategy=fsdp2", "critic.enable=True"), ["critic"]),
+        (("algorithm.adv_estimator=gae",), ["actor_rollout_ref.actor", "critic"]),
+        (("actor_rollout_ref.actor.strategy=fsdp2", "critic.enable=False"), []),
+        (("rlhfless.pool.suspend_trainer=never",), []),
+        (("trainer.device=cpu",), []),
+    ],
+)
+def test_a_run_is_told_once_which_state_is_lost_with_the_trainers_gpus(
+    recipe: Compose, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], named: list[str]
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(suspendable.logger, "warning", lambda text, *values: told.append(text % values))
+    check_run(recipe("+rlhfless=default", *overrides), {})
+    assert len(told) == bool(named)
+    for text in told:
+        assert f"state of {' and '.join(f'{engine}.strategy=fsdp' for engine in named)} can't be saved" in text
+        assert f"Set {' and '.join(f'{engine}.strategy=fsdp2' for engine in named)}, or" in text
 
 
 def test_with_a_trainer_that_leaves_the_replicas_may_use_the_whole_budget(recipe: Compose) -> None:

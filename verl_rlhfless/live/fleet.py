@@ -169,7 +169,10 @@ class Fleet:
         await self._router.lease_returned.remote(replica.world_size)
 
     async def _give_back_lost(self) -> None:
-        """Return the leases of dead replicas: the next one may need their GPUs."""
+        """Return the leases of dead replicas: the next one may need their GPUs.
+
+        One that can't be released is tried again with the next lost one, and at the end, which raises.
+        """
         replicas = list(self.replicas)
         are_lost = await asyncio.gather(*[replica.is_lost() for replica in replicas])
         lost = [r for r, is_lost in zip(replicas, are_lost, strict=True) if is_lost and r in self.replicas]
@@ -177,7 +180,8 @@ class Fleet:
         outcomes = await asyncio.gather(*[self._release_one(replica) for replica in lost], return_exceptions=True)
         for replica, outcome in zip(lost, outcomes, strict=True):
             if isinstance(outcome, BaseException):
-                logger.error("rlhfless: a lost replica could not be ended: %s", outcome)
+                logger.error("rlhfless: %s is lost and could not be released: %s", replica.name, outcome)
+                self.replicas.append(replica)
             else:
                 await self._router.lease_returned.remote(replica.world_size)
 

@@ -25,15 +25,16 @@ def check_fusion(config: DictConfig) -> None:
     if (mode := OmegaConf.select(config, key) or "disabled") != "disabled":
         raise ConfigError(key, mode, "recorded routes are not kept per chunk", f"Set it to disabled, {_OFF}")
     key = "algorithm.rollout_correction.bypass_mode"
-    if OmegaConf.select(config, key) and not _has_reference(config) and not _has_critic(config):
+    if OmegaConf.select(config, key) and not _has_reference(config) and not has_critic(config):
         rule = "old log-probs are the rollout's own and there is neither reference nor critic: nothing to infer"
         raise ConfigError(key, True, rule, f"Set it to False, {_OFF}")
 
 
-def _has_reference(config: DictConfig) -> bool:
-    return bool(config.algorithm.use_kl_in_reward or config.actor_rollout_ref.actor.use_kl_loss)
-
-
-def _has_critic(config: DictConfig) -> bool:
+def has_critic(config: DictConfig) -> bool:
+    """Return whether verl trains a critic."""
     enabled = config.critic.enable
     return bool(config.algorithm.adv_estimator == "gae" if enabled is None else enabled)
+
+
+def _has_reference(config: DictConfig) -> bool:
+    return bool(config.algorithm.use_kl_in_reward or config.actor_rollout_ref.actor.use_kl_loss)

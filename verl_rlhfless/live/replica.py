@@ -32,6 +32,7 @@ from verl_rlhfless.processes import ProcessKey
 __all__ = ["ElasticReplica", "ParkReport", "ReleaseReport", "ReplicaState", "WeightSource"]
 
 _DRAIN_POLL_S = 0.02
+_ANSWER_S = 5.0  # beyond what the end of processes may take
 
 
 class ElasticReplica(vLLMReplica):
@@ -169,7 +170,7 @@ class ElasticReplica(vLLMReplica):
         """Drain, end the engine, give the lease back, and return how long each took.
 
         Raises:
-            ReplicaError: A process survived; the lease is kept, because its GPUs are still in use.
+            ReplicaError: A process survived, or may have; the lease is kept, because its GPUs are still in use.
             LeaseReleaseError: Ray did not confirm the release in time.
         """
         started = time.monotonic()
@@ -222,7 +223,7 @@ class ElasticReplica(vLLMReplica):
         """End the engine and give the lease back at once; whatever still runs on it is lost. Safe to call twice.
 
         Raises:
-            ReplicaError: A process survived; the lease is kept, because its GPUs are still in use.
+            ReplicaError: A process survived, or may have; the lease is kept, because its GPUs are still in use.
             LeaseReleaseError: Ray did not confirm the release in time.
         """
         await self._stop_engine()
@@ -251,13 +252,13 @@ class ElasticReplica(vLLMReplica):
         survivors: tuple[int, ...] = ()
         for server in self.servers:
             survivors = await self._stop_server(server)
-        self.servers = []
         if survivors:
             self.state = ReplicaState.LOST
             raise ReplicaError(
                 f"replica {self.name}: processes {list(survivors)} survived a kill, so its "
                 "GPUs stay leased. Look at their node."
             )
+        self.servers = []  # only now: whoever stops the replica again has to end what still runs
 
     async def _return_lease(self) -> None:
         if self.lease is not None:
@@ -269,7 +270,7 @@ class ElasticReplica(vLLMReplica):
         """End the engine, and return the pids that survived; a server in good health waits for another replica."""
         timeout_s = self._pool.release_timeout_s
         try:
-            survivors = await asyncio.wait_for(_awaitable(server.stop_engine.remote(timeout_s)), timeout_s + 5)
+            survivors = await asyncio.wait_for(_awaitable(server.stop_engine.remote(timeout_s)), timeout_s + _ANSWER_S)
         except (ray.exceptions.RayError, asyncio.TimeoutError):
             self.state = ReplicaState.LOST
             survivors = await self._reap(timeout_s)
@@ -280,12 +281,25 @@ class ElasticReplica(vLLMReplica):
         return tuple(survivors)
 
     async def _reap(self, timeout_s: float) -> tuple[int, ...]:
-        """End the processes of a server that does not answer, from a task on its node."""
+        """End the processes of a server that does not answer, from a task on its node; none survives a dead node.
+
+        Raises:
+            ReplicaError: The node lives, and did not end them in time.
+        """
         if self._server_process is None or self.lease is None:
             return ()
         affinity = NodeAffinitySchedulingStrategy(node_id=self.node_id, soft=False)
         reap = ray.remote(num_cpus=0)(reap_server).options(scheduling_strategy=affinity)
-        return tuple(await _awaitable(reap.remote(self._server_process, self._engine_processes, timeout_s)))
+        survivors = _awaitable(reap.remote(self._server_process, self._engine_processes, timeout_s))
+        try:
+            return tuple(await asyncio.wait_for(survivors, timeout_s + _ANSWER_S))
+        except (ray.exceptions.RayError, asyncio.TimeoutError) as error:
+            if not any(node["NodeID"] == self.node_id and node["Alive"] for node in ray.nodes()):
+                return ()
+            raise ReplicaError(
+                f"replica {self.name}: node {self.lease.nodes[0].ip} did not end its processes: {error!r}. Its GPUs "
+                "stay leased. Look at the node."
+            ) from error
 
     async def _answer(self, reference: Any) -> Any:
         """Return a server's answer within ``release_timeout_s``."""

@@ -93,13 +93,17 @@ class VerlResidency:
     def stay(self, worker: Any) -> None:
         """Make verl save a checkpoint from where the state is: its own way moves a model on the host to the device.
 
+        Engines that only infer are not saved.
+
         Saving FSDP2's shards then needs no device memory beyond the context that the rank kept, which its barriers and
         the random state of the device use. The worker can't be trained any more.
 
         Raises:
-            UnsupportedError: An engine other than FSDP2, whose shards can't be read on the host.
+            UnsupportedError: An engine that is saved is not FSDP2, and its shards can't be read on the host.
         """
         for engine in _engines(worker):
+            if engine.engine_config.forward_only:
+                continue
             strategy = engine.engine_config.strategy
             if strategy != "fsdp2" and _device_name() != "cpu":
                 raise UnsupportedError(f"a suspended {strategy} model can't be saved without its device")

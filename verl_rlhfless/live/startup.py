@@ -24,7 +24,7 @@ from verl_rlhfless.live.fusion_check import check_fusion
 from verl_rlhfless.live.instrument import instrument_environment
 from verl_rlhfless.live.seams import check_prefix_grouper, check_seams
 from verl_rlhfless.live.sizes import legal_sizes
-from verl_rlhfless.live.suspendable import why_lease_is_kept
+from verl_rlhfless.live.suspendable import tell_what_is_not_saved, why_lease_is_kept
 from verl_rlhfless.versions import REQUIREMENTS, check_requirement
 
 PLUGIN_NAME = "rlhfless"
@@ -85,6 +85,8 @@ def check_run(config: DictConfig, environ: Mapping[str, str]) -> str:
         check_parking(config, parsed)
         check_sizes(config, parsed)
         check_budget(config, parsed, environ)
+        if not why_lease_is_kept(config, parsed.pool.suspend_trainer):
+            tell_what_is_not_saved(config)
     if parsed.fusion.name == "on":
         check_fusion(config)
     check_data_files(config)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+
+from verl_rlhfless.live.fusion_check import has_critic
+
+logger = logging.getLogger(__name__)
+
+_SAVED = "fsdp2"  # its shards can be read on the host
 
 
 def why_lease_is_kept(run_config: Any, suspend_trainer: str) -> str:
@@ -18,3 +25,18 @@ def why_lease_is_kept(run_config: Any, suspend_trainer: str) -> str:
         not in ("fsdp", "fsdp2"),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def tell_what_is_not_saved(run_config: Any) -> None:
+    """Warn of engines whose state is lost when the trainer, off its GPUs, does not regain them."""
+    strategies = {"actor_rollout_ref.actor.strategy": run_config.actor_rollout_ref.actor.strategy}
+    if has_critic(run_config):
+        strategies["critic.strategy"] = run_config.critic.strategy
+    unsaved = [key for key, strategy in strategies.items() if strategy != _SAVED]
+    if unsaved and run_config.trainer.device != "cpu":
+        logger.warning(
+            "rlhfless: if the trainer's GPUs do not come back after a rollout, the run ends without a new checkpoint: "
+            "state of %s can't be saved without its GPU. Set %s, or rlhfless.pool.suspend_trainer=never.",
+            " and ".join(f"{key}={strategies[key]}" for key in unsaved),
+            " and ".join(f"{key}={_SAVED}" for key in unsaved),
+        )

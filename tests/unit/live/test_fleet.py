@@ -274,6 +274,19 @@ def test_a_lost_replica_gives_its_lease_back_before_the_one_that_replaces_it_sta
     assert healthy.is_released and not fleet.replicas
 
 
+def test_a_lost_replica_that_can_not_be_released_yet_is_released_later(fleet: Fleet, router: FakeRouter) -> None:
+    fleet_module.ElasticReplica.release_fails = frozenset({0})
+    started(fleet, 1, (2,))
+    dead = fleet.replicas[0]
+    dead.is_dead = True
+    router.wishes.put(StartReplica(1))
+    until(lambda: "host:2" in router.servers)
+    assert router.returned == [], "its GPUs are not free"
+    dead.is_released, fleet_module.ElasticReplica.release_fails = False, frozenset()
+    fleet.release()
+    assert dead.is_released
+
+
 def test_a_router_that_is_gone_during_the_start_is_an_error_and_no_endless_wait(
     fleet: Fleet, router: FakeRouter
 ) -> None:

@@ -1,4 +1,4 @@
-"""How a replica falls asleep, and what it does when its server does not: every wait ends, and nothing is kept."""
+"""How a replica falls asleep and ends, and what it does when its server or node does not answer: every wait ends."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ POOL = PoolConfig(
     name="elastic", park_residual_bytes=1000, release_timeout_s=0.1, start_timeout_s=0.1, drain_timeout_s=0.1
 )
 WEIGHTS = WeightSource("store", 7, 1.0)
+NODE_ID = "a" * 56
 
 
 class Server:
@@ -50,7 +51,7 @@ class Server:
 class Lease:
     def __init__(self, devices: str = "0") -> None:
         self.name, self.devices, self.is_held = f"lease-{devices}", devices, True
-        self.nodes = [SimpleNamespace(node_id="node", device_ids=(devices,))]
+        self.nodes = [SimpleNamespace(node_id=NODE_ID, ip="10.0.0.1", device_ids=(devices,))]
 
     def device_key(self) -> str:
         return self.devices
@@ -79,12 +80,46 @@ def replica(monkeypatch: pytest.MonkeyPatch) -> Any:
     return made
 
 
+class Node:
+    """The replica's node: whether it lives, and how it answers a task that ends processes."""
+
+    def __init__(self) -> None:
+        self.is_alive = True
+        self.answer: Callable[[], Any] = lambda: ()
+
+    def remote(self, **_: Any) -> Any:
+        async def run(*_: Any) -> Any:
+            found = self.answer()
+            return await found if asyncio.iscoroutine(found) else found
+
+        return lambda _: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=run))
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"NodeID": "f" * 56, "Alive": True}, {"NodeID": NODE_ID, "Alive": self.is_alive}]
+
+
+@pytest.fixture
+def node(replica: Any, monkeypatch: pytest.MonkeyPatch) -> Node:
+    """Where the replica's server is dead, and its engine perhaps not."""
+    node = Node()
+    monkeypatch.setattr(replica_module.ray, "remote", node.remote)
+    monkeypatch.setattr(replica_module.ray, "nodes", node.nodes)
+    monkeypatch.setattr(replica_module, "_ANSWER_S", 0.0)
+    replica._server_process = (1, 1.0)
+    replica._server_handle.answers |= dict.fromkeys(("stop_engine", "num_running", "is_alive"), die)
+    return node
+
+
 def hang() -> Any:
     return asyncio.sleep(60)
 
 
 def die() -> Any:
     raise ray.exceptions.RayActorError
+
+
+def can_not_be_scheduled() -> Any:
+    raise ray.exceptions.TaskUnschedulableError("the node is gone")
 
 
 def test_a_parked_engine_keeps_its_server_and_gives_its_lease_back(replica: Any) -> None:
@@ -166,3 +201,35 @@ def test_a_stopped_parked_engine_leaves_a_server_for_the_next_start(replica: Any
     asyncio.run(replica.park())
     asyncio.run(replica.stop())
     assert replica.state is ReplicaState.RELEASED and replica._warm_servers.returned == [replica._server_handle]
+
+
+@pytest.mark.parametrize("answer", [can_not_be_scheduled, hang])
+def test_a_dead_node_keeps_no_lease(replica: Any, node: Node, answer: Callable[[], Any]) -> None:
+    node.is_alive, node.answer = False, answer
+    asyncio.run(replica.release())
+    assert not replica.lease.is_held and replica.state is ReplicaState.LOST
+
+
+@pytest.mark.parametrize("answer", [can_not_be_scheduled, hang])
+def test_a_node_that_does_not_answer_is_named_and_keeps_the_lease_until_it_is_dead(
+    replica: Any, node: Node, answer: Callable[[], Any]
+) -> None:
+    node.answer = answer
+    for _ in range(2):
+        with pytest.raises(ReplicaError, match=r"r3: node 10\.0\.0\.1 did not end its processes"):
+            asyncio.run(replica.release())
+        assert replica.lease.is_held
+    node.is_alive = False
+    asyncio.run(replica.release())
+    assert not replica.lease.is_held
+
+
+def test_what_survived_a_kill_keeps_the_lease_until_it_has_ended(replica: Any, node: Node) -> None:
+    node.answer = lambda: (7,)
+    for _ in range(2):
+        with pytest.raises(ReplicaError, match=r"processes \[7\] survived a kill"):
+            asyncio.run(replica.stop())
+        assert replica.lease.is_held
+    node.answer = lambda: ()
+    asyncio.run(replica.stop())
+    assert not replica.lease.is_held
