@@ -14,6 +14,7 @@ import numpy as np
 from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.live.announcement import Announcement
+from verl_rlhfless.live.budget import gpu_budget
 from verl_rlhfless.live.devices import UNPACED_CPU, Fleet, declared_pool, find_gpu, gpu_pool
 from verl_rlhfless.live.pacing import PACE_ENV, PaceModel
 from verl_rlhfless.live.replay import plan_of
@@ -83,7 +84,7 @@ class RoutingSettings:
         rollout = run.actor_rollout_ref.rollout
         pace = os.environ.get(PACE_ENV)
         trainer_gpus = run.trainer.n_gpus_per_node * run.trainer.nnodes
-        budget = config.pool.max_gpus or sum(nodes.num_gpus)
+        budget = gpu_budget(run, config.pool.max_gpus, sum(nodes.num_gpus))
         keeps_trainer = bool(why_lease_is_kept(run, config.pool.suspend_trainer))
         return cls(
             config=config,
@@ -146,7 +147,8 @@ class RoutingSettings:
         """
         if not self.replica_gpus:
             rule = (
-                f"leaves no GPU of the cluster for a replica beside the trainer's {self.trainer_gpus}, which it keeps"
+                "leaves no GPU of the cluster for a replica beside verl's pools of reward and teacher models and the "
+                f"trainer's {self.trainer_gpus}, which it keeps"
             )
             action = "Add GPUs, or use +rlhfless=resident, which needs none beside the trainer's."
             raise ConfigError("rlhfless.pool.max_gpus", self.config.pool.max_gpus, rule, action)
