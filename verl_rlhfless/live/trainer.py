@@ -275,6 +275,7 @@ class ElasticTrainerSync(FusionTrainer):
 
     def on_sample_end(self) -> None:
         with marked_timer("rlhfless_release", self.timing_raw):
+            self._fleet.give_up_waiting()
             self._fleet.wait_started()
             self._fleet.parking.is_last = self._is_last_rollout(validates=self.config.trainer.test_freq > 0)
             self._fleet.release()
