@@ -49,7 +49,8 @@ def test_pools_of_reward_and_teacher_models_are_not_leased(overrides: list[str],
 def test_a_plan_has_what_the_other_pools_leave(suspend: str, left: int) -> None:
     run = recipe(*OWN_POOL, f"rlhfless.pool.suspend_trainer={suspend}")
     config = parse_config(OmegaConf.to_container(run.rlhfless, resolve=True))
-    assert RoutingSettings.of_run(run, config, {}, Nodes((8, 8), ())).replica_gpus == left
+    settings = RoutingSettings.of_run(run, config, {}, Nodes((8, 8), (), device_bytes=80))
+    assert (settings.replica_gpus, settings.device_bytes) == (left, 80)
 
 
 def test_a_trainer_leaves_where_the_other_pools_leave_no_room_for_it_beside_replicas(
