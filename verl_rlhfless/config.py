@@ -48,9 +48,10 @@ class PoolConfig(Section):
 
     ``elastic`` leases replicas in each step; ``resident`` keeps verl's own on the trainer's GPUs and leases nothing.
 
-    ``max_gpus`` counts the trainer's GPUs and the replicas' together; ``None`` sets no limit of our own. With
-    ``suspend_trainer=auto`` the trainer gives its GPUs back during a rollout when that pays, or when the replicas need
-    them; with ``share_trainer=auto`` a planned step whose replicas had better not be leased runs them on its GPUs.
+    ``max_gpus`` counts the trainer's GPUs and the replicas' together; ``None`` = what verl's pools of reward and
+    teacher models leave of the cluster. With ``suspend_trainer=auto`` the trainer gives its GPUs back during a rollout
+    when that pays, or when the replicas need them; with ``share_trainer=auto`` a planned step whose replicas had better
+    not be leased runs them on its GPUs.
     ``park`` says whether the engine of a replica that leaves the rollout sleeps until the next one, and
     ``park_residual_bytes`` is the most memory that may then be in use on its device; above it the engine is ended.
     ``same_device_wait_s`` bounds the wait for the devices of a suspended trainer or a parked engine.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from verl_rlhfless.config import PoolConfig, parse_config
 from verl_rlhfless.live import request_trainer
+from verl_rlhfless.live.fusion_trainer import FusionTrainer
 from verl_rlhfless.live.request_trainer import RequestTrainer
 from verl_rlhfless.live.trainer import ElasticTrainerSync
 from verl_rlhfless.policy.learnt import Standby
@@ -73,6 +75,23 @@ def test_failed_groups_are_refilled_one_by_one_where_that_is_asked(trainer: Any)
 def test_filtering_without_a_metric_is_refused(trainer: Any) -> None:
     with pytest.raises(ValueError, match="metric must be set"):
         sampler(trainer, algorithm__filter_groups__enable=True, algorithm__filter_groups__metric=None)
+
+
+def test_a_step_waits_for_no_gpus_once_its_samples_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    trainer: Any = ElasticTrainerSync.__new__(ElasticTrainerSync)
+    trainer._fleet = SimpleNamespace(
+        **{name: partial(calls.append, name) for name in ("give_up_waiting", "wait_started", "release")},
+        parking=SimpleNamespace(is_last=False),
+        num_started=1,
+    )
+    trainer.config = OmegaConf.create({"trainer": {"test_freq": -1}})
+    trainer.timing_raw, trainer._rollout_metrics, trainer._data_state = {}, {}, None
+    trainer.global_steps, trainer.total_training_steps = 1, 2
+    trainer._take_back = lambda step, data_state: {}
+    monkeypatch.setattr(FusionTrainer, "on_sample_end", lambda self: None)
+    trainer.on_sample_end()
+    assert calls == ["give_up_waiting", "wait_started", "release"]
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,19 @@ def test_a_lease_waits_for_another_job_to_leave(foreign_job: Callable[[int], For
         assert left_s and lease.granted_s > left_s[0]
 
 
+def test_a_rollout_that_is_over_waits_for_no_gpus_and_leaves_nothing_pending(ray_cluster: Cluster) -> None:
+    over = threading.Event()
+    with Lease.acquire(request("holds-every-gpu", 4), 30):
+        threading.Timer(1.5, over.set).start()
+        began_s = time.monotonic()
+        with pytest.raises(
+            LeaseTimeoutError, match=r"given up.*rollout is over.*rlhfless/replica/holds-every-gpu \(4\)"
+        ):
+            Lease.acquire(request("wanted-no-more", 1), 60, over=over)
+        assert time.monotonic() - began_s < 30
+        assert list(ray_cluster.live_groups()) == ["rlhfless/replica/holds-every-gpu"]
+
+
 @pytest.fixture
 def interrupts() -> Iterator[None]:
     """A shell starts its background jobs with interrupts ignored."""

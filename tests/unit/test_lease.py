@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import pytest
 
-from verl_rlhfless.errors import LeaseReleaseError
+from verl_rlhfless.errors import LeaseReleaseError, LeaseTimeoutError
 from verl_rlhfless.live import lease as lease_module
 from verl_rlhfless.live import leased_node
 from verl_rlhfless.live.lease import Lease, LeaseRequest
@@ -96,3 +97,28 @@ def test_a_release_that_ray_does_not_confirm_is_an_error_and_the_lease_still_cou
     with pytest.raises(LeaseReleaseError, match="lease rlhfless/replica/r0: still CREATED"):
         held.release(0)
     assert held.released_s is None
+
+
+@pytest.mark.parametrize("is_granted", [False, True], ids=["not granted", "granted in that instant"])
+def test_a_wait_ends_with_its_rollout_and_nothing_is_kept(
+    states: list[str], monkeypatch: pytest.MonkeyPatch, is_granted: bool
+) -> None:
+    over, removed, waits = threading.Event(), [], []
+
+    def wait(timeout_s: int) -> bool:
+        waits.append(timeout_s)
+        if len(waits) == 2:
+            over.set()
+        return is_granted and over.is_set()
+
+    group = SimpleNamespace(wait=wait)
+    states.append("REMOVED")
+    monkeypatch.setattr(lease_module, "placement_group", lambda bundles, **_: group)
+    monkeypatch.setattr(lease_module, "remove_placement_group", removed.append)
+    monkeypatch.setattr(lease_module, "_who_holds", lambda resource: "0 of 4 GPU are available.")
+    monkeypatch.setattr(lease_module, "_ask_nodes", lambda *_: [LeasedNode("a", "10.0.0.1", ("0",))])
+    monkeypatch.setattr(lease_module.ray, "available_resources", lambda: {"GPU": 9.0})
+    request = LeaseRequest(f"given-up-{is_granted}", "replica", (1,))
+    with pytest.raises(LeaseTimeoutError, match=r"given up, because the rollout is over\. 0 of 4 GPU are available"):
+        Lease.acquire(request, 300, over=over)
+    assert removed == [group] and len(waits) == 2

@@ -9,7 +9,7 @@ import pytest
 
 from verl_rlhfless.errors import UnsupportedError
 from verl_rlhfless.live import residency
-from verl_rlhfless.live.residency import RankMemory, VerlResidency
+from verl_rlhfless.live.residency import RankMemory, VerlResidency, device_bytes
 
 
 class Engine:
@@ -106,10 +106,15 @@ def test_memory_is_read_after_the_cache_was_given_back(journal: list[Any]) -> No
     assert journal.index("empty_cache") < journal.index("synchronize")
 
 
+def test_a_devices_memory_is_read_without_touching_it(journal: list[Any]) -> None:
+    assert device_bytes(object()) == 80 and journal == []
+
+
 def test_a_device_that_is_the_host_has_no_memory_of_its_own(
     journal: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(residency, "_device_name", lambda: "cpu")
+    assert device_bytes(object()) == 0
     VerlResidency().offload(training_worker(Engine(journal)))
     assert VerlResidency().memory(object()) == RankMemory(device_reserved_bytes=0, pinned_host_bytes=0)
     assert "synchronize" not in journal

@@ -98,6 +98,17 @@ REFUSED = [
     ),
     (
         [
+            "reward.reward_model.enable=True",
+            "reward.reward_model.enable_resource_pool=True",
+            "reward.reward_model.n_gpus_per_node=3",
+            "reward.reward_model.nnodes=1",
+            "+ray_kwargs.ray_init.num_gpus=4",
+        ],
+        {},
+        ["ray_kwargs.ray_init.num_gpus=4", "need 2, and reward.reward_model holds 3", "Raise it to 5"],
+    ),
+    (
+        [
             "rlhfless.pool.suspend_trainer=never",
             "rlhfless.planner.min_replicas=3",
             "rlhfless.pool.max_gpus=4",

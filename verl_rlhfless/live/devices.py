@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.policy.gpus import GPUS, GpuType
@@ -61,20 +61,28 @@ def gpu_pool(fleet: Fleet, shape: ModelShape, gpu: GpuType) -> PoolSnapshot:
     return PoolSnapshot(fleet.num_gpus, fleet.gpus_per_node, perf, TrainerPerf(shape, gpu, fleet.num_gpus))
 
 
-def find_gpu(resources: Iterable[str]) -> GpuType | None:
+def find_gpu(resources: Iterable[str], device_bytes: int = 0) -> GpuType | None:
     """Return the type of GPU that Ray's cluster resources name; ``None`` when they name none.
 
     A type without a data sheet here is taken for the slowest one: prices of moves are then too high, never too low.
+
+    Args:
+        resources: Their names. An A100 of 40 GB and one of 80 GB are both ``A100``.
+        device_bytes: Measured memory of a device, which counts instead of the data sheet's; in a cluster of several
+            types the smaller of the two does. 0 = none was measured.
     """
     names = sorted(name.removeprefix(_ACCELERATOR_RESOURCE) for name in resources if name.startswith("accelerator_"))
     if not names:
         return None
-    for gpu in GPUS.values():
-        if gpu.name.split("-")[0] == names[0].split("-")[0]:
-            return gpu
-    slowest = min(GPUS.values(), key=lambda gpu: gpu.hbm_bytes_per_s)
-    logger.warning("rlhfless: no figures for GPU type %s: decisions assume %s", names[0], slowest.name)
-    return slowest
+    kinds = [name.split("-")[0] for name in names]
+    gpu = next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] == kinds[0]), None)
+    if gpu is None:
+        gpu = min(GPUS.values(), key=lambda gpu: gpu.hbm_bytes_per_s)
+        logger.warning("rlhfless: no figures for GPU type %s: decisions assume %s", names[0], gpu.name)
+    if not device_bytes:
+        return gpu
+    is_mixed = len(set(kinds)) > 1  # the device that was measured may be of another type
+    return replace(gpu, memory_bytes=min(gpu.memory_bytes, device_bytes) if is_mixed else device_bytes)
 
 
 def _declared_perf(fleet: Fleet, pace: PaceModel, tp: int) -> EnginePerf:

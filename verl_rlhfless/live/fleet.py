@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import threading
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -61,6 +62,7 @@ class Fleet:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rlhfless-fleet")
         self._starting: Future[list[str]] | None = None
         self._life: Future[None] | None = None
+        self._over = threading.Event()  # of the rollout: a replica of the next one waits for another
         self.parking = ParkingLot(config.pool, events, can_sleep=_can_sleep(run_config))
         self._warm_servers = warm_servers
         self._warm_servers.fill()
@@ -94,7 +96,7 @@ class Fleet:
             shared: The trainer's devices, on which the replicas run without leases; ``None`` = each leases.
         """
         logger.info("rlhfless: step %d: %s", decision.step, decision.reason)
-        self._shared = shared
+        self._shared, self._over = shared, threading.Event()
         self.max_gpus, self.num_started, self.gpu_s = 0 if shared else decision.num_gpus, 0, 0.0
         self.starts, self.releases_s, self._num_servers = [], [], self.standby.num_servers
         self.parking.expect(decision)
@@ -126,6 +128,10 @@ class Fleet:
         self._starting = None
         if not self.num_started:
             raise ReplicaError("no rollout replica came up. " + " | ".join(failures))
+
+    def give_up_waiting(self) -> None:
+        """End the wait of replicas that have no GPUs yet: the rollout is over. Those that have them come up."""
+        self._over.set()
 
     async def _live(
         self, candidates: list[ElasticReplica], weights: WeightSource, num_imports: int, started: Future[list[str]]
@@ -224,7 +230,8 @@ class Fleet:
         rollout = self._rollout.copy()
         with open_dict(rollout):
             rollout.tensor_model_parallel_size = spec.tp
-        return ElasticReplica(next(self._ranks), rollout, self._model, self._config.pool, self._warm_servers)
+        pool, servers = self._config.pool, self._warm_servers
+        return ElasticReplica(next(self._ranks), rollout, self._model, pool, servers, self._over)
 
     def release(self) -> None:
         """Take every replica out of the router, drain it, end it, and give its lease back.
@@ -233,10 +240,11 @@ class Fleet:
             RlhflessError: A replica could not be ended or its lease not be returned; the others are released all
                 the same.
         """
+        self.give_up_waiting()
         if self._life is not None:
             with contextlib.suppress(ray.exceptions.RayActorError):
                 ray.get(self._router.stop_wanting.remote())
-            self._life.result()  # a replica that is on its way holds a lease
+            self._life.result()  # a replica that has its GPUs and is on its way holds a lease
             self._life = self._starting = None
         leaving, self.replicas = self.replicas, []
         if not leaving:

@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import HostMemoryError, WeightStoreError
 from verl_rlhfless.live.available_memory import available_bytes
+from verl_rlhfless.live.budget import gpu_budget
 from verl_rlhfless.policy.host_memory import (
     HostMemory,
     NodeAccount,
@@ -133,7 +134,7 @@ def _most_replicas(run: Any, settings: RlhflessConfig, num_gpus: int, can_suspen
     planner = settings.planner
     if not settings.plans:
         return max(planner.schedule)
-    budget = settings.pool.max_gpus or num_gpus
+    budget = gpu_budget(run, settings.pool.max_gpus, num_gpus)
     for_replicas = budget if can_suspend else budget - run.trainer.n_gpus_per_node * run.trainer.nnodes
     smallest = min(planner.tensor_parallel_sizes or (run.actor_rollout_ref.rollout.tensor_model_parallel_size,))
     return max(1, min(for_replicas // smallest, planner.max_replicas or for_replicas))

@@ -2,13 +2,14 @@
 
 Invariants: removing a placement group kills every actor inside it, therefore all work runs outside, on the devices
 that a short task in each bundle has named. A lease ends when Ray says so, not when we asked. An error or an interrupt
-during a grant leaves no pending group behind. Names are ``rlhfless/<role>/<name>`` and are never used twice: an
-observer outside the run reads them.
+during a grant, or the end of the rollout that waits for it, leaves no group behind. Names are
+``rlhfless/<role>/<name>`` and are never used twice: an observer outside the run reads them.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,7 +100,14 @@ class Lease:
         self._group = group
 
     @classmethod
-    def acquire(cls, request: LeaseRequest, timeout_s: float, *, fail_if_impossible: bool = False) -> Lease:
+    def acquire(
+        cls,
+        request: LeaseRequest,
+        timeout_s: float,
+        *,
+        fail_if_impossible: bool = False,
+        over: threading.Event | None = None,
+    ) -> Lease:
         """Return a granted lease.
 
         Args:
@@ -107,10 +115,11 @@ class Lease:
             timeout_s: How long to wait for the GPUs [s]; rounded up to whole seconds, which is Ray's resolution.
             fail_if_impossible: Refuse at once what the cluster's present nodes can never give. Leave it off where an
                 autoscaler may add nodes.
+            over: Set once the rollout that wants the lease is over: the wait ends within a second.
 
         Raises:
-            LeaseTimeoutError: Not granted in time. The message names lease, GPUs wanted and available, and who holds
-                them.
+            LeaseTimeoutError: Not granted in time, or not before ``over``. The message names lease, GPUs wanted
+                and available, and who holds them.
             LeaseImpossibleError: With ``fail_if_impossible``: the cluster is too small.
         """
         if request.group_name in _used_names:
@@ -121,7 +130,7 @@ class Lease:
         _await_freed(request)
         group = placement_group(request.bundles(), strategy="PACK", name=request.group_name)
         try:
-            _wait_granted(request, group, timeout_s)
+            _wait_granted(request, group, timeout_s, over)
             granted_s = time.time()
             return cls(request, group, granted_s, _ask_nodes(request, group))
         except BaseException:  # an interrupt too must leave no group behind
@@ -184,9 +193,12 @@ def _await_freed(request: LeaseRequest) -> None:
         time.sleep(_FREED_POLL_S)
 
 
-def _wait_granted(request: LeaseRequest, group: PlacementGroup, timeout_s: float) -> None:
+def _wait_granted(request: LeaseRequest, group: PlacementGroup, timeout_s: float, over: threading.Event | None) -> None:
     for _ in range(max(1, math.ceil(timeout_s))):
-        if group.wait(1):  # whole seconds only: Ray truncates a fraction to 0; slices keep Ctrl-C alive
+        is_granted = group.wait(1)  # whole seconds only: Ray truncates a fraction to 0; slices keep Ctrl-C alive
+        if over is not None and over.is_set():
+            raise LeaseTimeoutError(f"{request}: given up, because the rollout is over. {_who_holds(request.resource)}")
+        if is_granted:
             return
     raise LeaseTimeoutError(f"{request}: not granted within {timeout_s:g} s. {_who_holds(request.resource)}")
 

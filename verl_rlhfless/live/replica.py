@@ -7,6 +7,7 @@ Invariants: an engine runs outside its lease's placement group (removing a group
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -47,8 +48,15 @@ class ElasticReplica(vLLMReplica):
     """
 
     def __init__(
-        self, replica_rank: int, config: Any, model_config: Any, pool: PoolConfig, warm_servers: WarmPool
+        self,
+        replica_rank: int,
+        config: Any,
+        model_config: Any,
+        pool: PoolConfig,
+        warm_servers: WarmPool,
+        over: threading.Event | None = None,
     ) -> None:
+        """Take verl's arguments and ours; once ``over`` is set, the rollout is over and GPUs are not waited for."""
         super().__init__(replica_rank, config, model_config, gpus_per_node=config.tensor_model_parallel_size)
         self.rollout_mode = RolloutMode.STANDALONE
         self.state = ReplicaState.REQUESTED
@@ -56,6 +64,7 @@ class ElasticReplica(vLLMReplica):
         self.engine_s = 0.0
         self._pool = pool
         self._warm_servers = warm_servers
+        self._over = over
         self._server_process: ProcessKey | None = None
         self._engine_processes: tuple[ProcessKey, ...] = ()
 
@@ -78,10 +87,10 @@ class ElasticReplica(vLLMReplica):
         """Return a granted lease for this replica, named ``name``; the caller's until it is given to start or wake.
 
         Raises:
-            LeaseTimeoutError: The GPUs were not granted in time.
+            LeaseTimeoutError: The GPUs were not granted in time, or not before the rollout was over.
         """
         resource = Accelerator.of_platform().resource
-        return Lease.acquire(LeaseRequest(name, "replica", (self.world_size,), resource), timeout_s)
+        return Lease.acquire(LeaseRequest(name, "replica", (self.world_size,), resource), timeout_s, over=self._over)
 
     async def start(self, weights: WeightSource, lease: Lease | SharedLease | None = None) -> PullReport:
         """Start the engine on ``lease``, or on a new one, load the weights, and return what was loaded.

@@ -24,6 +24,7 @@ from verl_rlhfless.live.client import ElasticClient
 from verl_rlhfless.live.completeness import RolloutLedger
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.request_server import RequestReplica
+from verl_rlhfless.live.residency import device_bytes
 from verl_rlhfless.live.rollout_router import RolloutReport
 from verl_rlhfless.live.routing import Nodes, RoutingSettings
 from verl_rlhfless.live.tickets import RouterSettings
@@ -79,9 +80,18 @@ class RequestTrainer(PPOTrainerSync):
 
     def _routing_settings(self) -> RoutingSettings:
         model: HFModelConfig = omega_conf_to_dataclass(self.config.actor_rollout_ref.model)
-        settings = RoutingSettings.of_run(self.config, self._settings, model.hf_config.to_dict(), _nodes())
+        settings = RoutingSettings.of_run(self.config, self._settings, model.hf_config.to_dict(), self._nodes())
         settings.pool((settings.tp,))  # a model without a performance model is refused now
         return settings
+
+    def _nodes(self) -> Nodes:
+        """Return the cluster; its GPUs have the memory of the trainer's smallest."""
+        found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        accelerator = Accelerator.of_platform().resource
+        names = {name for resources in found for name in resources}
+        measured = ray.get([rank.__ray_call__.remote(device_bytes) for rank in self.actor_rollout_wg.workers])
+        num_gpus = tuple(int(resources.get(accelerator, 0)) for resources in found)
+        return Nodes(num_gpus, tuple(sorted(names)), min(measured))
 
     def get_llm_client(self) -> ElasticClient:
         """Return the client that survives cuts and losses."""
@@ -151,13 +161,6 @@ class RequestTrainer(PPOTrainerSync):
     def _balance_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         self._rollout_ledger.check(batch.keys, self.config.data.train_batch_size)
         return super()._balance_batch(batch, *args, **kwargs)
-
-
-def _nodes() -> Nodes:
-    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    accelerator = Accelerator.of_platform().resource
-    names = {name for resources in found for name in resources}
-    return Nodes(tuple(int(resources.get(accelerator, 0)) for resources in found), tuple(sorted(names)))
 
 
 def _adapt_to_verl(config: DictConfig, settings: RlhflessConfig) -> None:

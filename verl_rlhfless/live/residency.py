@@ -110,6 +110,11 @@ class VerlResidency:
             engine._uses_fsdp2_cpu_offload_policy = True  # what verl's save_checkpoint asks before it moves the model
 
 
+def device_bytes(worker: Any) -> int:
+    """Return the memory of a rank's device; 0 where the device is the host."""
+    return 0 if _device_name() == "cpu" else int(_device().mem_get_info()[1])
+
+
 def _engines(worker: Any) -> list[Any]:
     """Return the training engines of a rank: of the worker itself, or of each role that shares its process."""
     roles = getattr(worker, "worker_dict", None) or getattr(worker, "fused_worker_dict", None) or {"": worker}

@@ -14,6 +14,7 @@ import numpy as np
 from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.live.announcement import Announcement
+from verl_rlhfless.live.budget import gpu_budget
 from verl_rlhfless.live.devices import UNPACED_CPU, Fleet, declared_pool, find_gpu, gpu_pool
 from verl_rlhfless.live.pacing import PACE_ENV, PaceModel
 from verl_rlhfless.live.replay import plan_of
@@ -34,10 +35,11 @@ _UNKNOWN_KV_TOKENS = 2**24  # an engine tells its own; the declared device's is 
 
 @dataclass(frozen=True, slots=True)
 class Nodes:
-    """The cluster: GPUs of each node, and the names of all resources."""
+    """The cluster: GPUs of each node, names of all resources, and memory of a GPU (0 where the device is the host)."""
 
     num_gpus: tuple[int, ...]
     resources: tuple[str, ...]
+    device_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class RoutingSettings:
         trainer_gpus: GPUs of the trainer's lease.
         replica_gpus: Most GPUs that replicas of an elastic fleet may lease together.
         keeps_trainer: The trainer holds its lease during every rollout too.
+        device_bytes: Memory of a GPU, measured; 0 where the device is the host.
     """
 
     config: RlhflessConfig
@@ -69,6 +72,7 @@ class RoutingSettings:
     trainer_gpus: int = 0
     replica_gpus: int = 0
     keeps_trainer: bool = True
+    device_bytes: int = 0
 
     @classmethod
     def of_run(cls, run: Any, config: RlhflessConfig, model: Mapping[str, Any], nodes: Nodes) -> RoutingSettings:
@@ -83,7 +87,7 @@ class RoutingSettings:
         rollout = run.actor_rollout_ref.rollout
         pace = os.environ.get(PACE_ENV)
         trainer_gpus = run.trainer.n_gpus_per_node * run.trainer.nnodes
-        budget = config.pool.max_gpus or sum(nodes.num_gpus)
+        budget = gpu_budget(run, config.pool.max_gpus, sum(nodes.num_gpus))
         keeps_trainer = bool(why_lease_is_kept(run, config.pool.suspend_trainer))
         return cls(
             config=config,
@@ -97,6 +101,7 @@ class RoutingSettings:
             trainer_gpus=trainer_gpus,
             replica_gpus=max(0, budget - trainer_gpus) if keeps_trainer else budget,
             keeps_trainer=keeps_trainer,
+            device_bytes=nodes.device_bytes,
         )
 
     @property
@@ -146,7 +151,8 @@ class RoutingSettings:
         """
         if not self.replica_gpus:
             rule = (
-                f"leaves no GPU of the cluster for a replica beside the trainer's {self.trainer_gpus}, which it keeps"
+                "leaves no GPU of the cluster for a replica beside verl's pools of reward and teacher models and the "
+                f"trainer's {self.trainer_gpus}, which it keeps"
             )
             action = "Add GPUs, or use +rlhfless=resident, which needs none beside the trainer's."
             raise ConfigError("rlhfless.pool.max_gpus", self.config.pool.max_gpus, rule, action)
@@ -186,7 +192,7 @@ class RoutingSettings:
 
     def _pool(self, sizes: tuple[int, ...], num_gpus: int) -> PoolSnapshot:
         fleet = Fleet(sizes, num_gpus, self.gpus_per_node, self.limits, _UNKNOWN_KV_TOKENS)
-        gpu = None if self.pace else find_gpu(self.resources)
+        gpu = None if self.pace else find_gpu(self.resources, self.device_bytes)
         if gpu is None or (
             self.config.is_placement_fixed and not self.config.plans
         ):  # a fixed placement asks for no price

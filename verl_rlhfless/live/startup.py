@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
 from verl_rlhfless.errors import ConfigError, DataError, LeaseLostError, RlhflessError, UnsupportedError
+from verl_rlhfless.live.budget import other_pools
 from verl_rlhfless.live.fusion_check import check_fusion
 from verl_rlhfless.live.instrument import instrument_environment
 from verl_rlhfless.live.seams import check_prefix_grouper, check_seams
@@ -205,7 +206,7 @@ def check_adapters(config: DictConfig) -> None:
 
 
 def check_budget(config: DictConfig, parsed: RlhflessConfig, environ: Mapping[str, str]) -> None:
-    """Check that trainer and the fleet fit into ``max_gpus`` and into a local cluster of known size.
+    """Check that trainer and the fleet fit into ``max_gpus``, and with verl's other pools into a local cluster.
 
     The fleet is the largest scheduled one, or the smallest that may be planned.
     """
@@ -214,17 +215,19 @@ def check_budget(config: DictConfig, parsed: RlhflessConfig, environ: Mapping[st
     kept = why_lease_is_kept(config, parsed.pool.suspend_trainer)
     needed = trainer + sum(fleet) if kept else max(trainer, sum(fleet))
     ray_init = OmegaConf.select(config, "ray_kwargs.ray_init") or {}
-    limits = {"rlhfless.pool.max_gpus": parsed.pool.max_gpus}
+    limits: dict[str, tuple[int | None, dict[str, int]]] = {"rlhfless.pool.max_gpus": (parsed.pool.max_gpus, {})}
     if ray_init.get("address") is None and "RAY_ADDRESS" not in environ:
-        limits["ray_kwargs.ray_init.num_gpus"] = ray_init.get("num_gpus")
-    for key, limit in limits.items():
-        if limit is not None and needed > limit:
+        limits["ray_kwargs.ray_init.num_gpus"] = ray_init.get("num_gpus"), other_pools(config)
+    for key, (limit, others) in limits.items():
+        total = needed + sum(others.values())
+        if limit is not None and total > limit:
+            beside = "".join(f", and {section} holds {count}" for section, count in others.items())
             raise ConfigError(
                 key,
                 limit,
                 f"the trainer's {trainer} GPUs and the {'smallest planned' if parsed.plans else 'largest scheduled'} "
-                f"fleet, {len(fleet)} replicas of {fleet[0]} GPUs, need {needed}" + (f" ({kept})" if kept else ""),
-                f"Raise it to {needed}, lower trainer.n_gpus_per_node or {key_of_fleet}, or use +rlhfless=resident.",
+                f"fleet, {len(fleet)} replicas of {fleet[0]} GPUs, need {needed}{f' ({kept})' if kept else ''}{beside}",
+                f"Raise it to {total}, lower trainer.n_gpus_per_node or {key_of_fleet}, or use +rlhfless=resident.",
             )
 
 

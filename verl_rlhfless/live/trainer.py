@@ -24,6 +24,7 @@ from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
 from verl_rlhfless.errors import ConfigError, DeviceMismatchError, LeaseLostError, LeaseTimeoutError, ReplicaError
 from verl_rlhfless.live import weight_engine
 from verl_rlhfless.live.announcement import announcement_of
+from verl_rlhfless.live.budget import gpu_budget
 from verl_rlhfless.live.fleet import Fleet
 from verl_rlhfless.live.fusion_trainer import FusionTrainer
 from verl_rlhfless.live.host_memory import check_nodes, count_parameters, measure_nodes, memory_of_run
@@ -105,7 +106,8 @@ class ElasticTrainerSync(FusionTrainer):
         pool, max_gpus = self.resource_pool_manager.resource_pool_dict[TRAINER_POOL], self._settings.pool.max_gpus
 
         def budget() -> int:
-            return int(ray.cluster_resources().get(pool.accelerator.resource, 0)) if max_gpus is None else max_gpus
+            num_gpus = int(ray.cluster_resources().get(pool.accelerator.resource, 0))
+            return gpu_budget(self.config, max_gpus, num_gpus)
 
         kept = why_lease_is_kept(self.config, self._settings.pool.suspend_trainer)
         gpus = Gpus(pool.world_size, budget)
@@ -273,6 +275,7 @@ class ElasticTrainerSync(FusionTrainer):
 
     def on_sample_end(self) -> None:
         with marked_timer("rlhfless_release", self.timing_raw):
+            self._fleet.give_up_waiting()
             self._fleet.wait_started()
             self._fleet.parking.is_last = self._is_last_rollout(validates=self.config.trainer.test_freq > 0)
             self._fleet.release()

@@ -59,8 +59,26 @@ def test_rays_name_of_a_gpu_finds_its_data_sheet(resources: list[str], name: str
     assert gpu is not None and gpu.name == name
 
 
+@pytest.mark.parametrize(
+    ("resources", "device_bytes", "memory_bytes"),
+    [
+        (["accelerator_type:A100"], 42_400_000_000, 42.4e9),
+        (["accelerator_type:A100", "accelerator_type:A100-40G"], 42_400_000_000, 42.4e9),
+        (["accelerator_type:H20"], 102_000_000_000, 102e9),
+        (["accelerator_type:A100"], 0, 80e9),
+        (["accelerator_type:A100", "accelerator_type:H200"], 151_000_000_000, 80e9),
+        (["accelerator_type:A100", "accelerator_type:H200"], 42_400_000_000, 42.4e9),
+    ],
+)
+def test_a_gpu_has_the_memory_that_was_measured_and_not_that_of_its_name(
+    resources: list[str], device_bytes: int, memory_bytes: float
+) -> None:
+    gpu = find_gpu(resources, device_bytes)
+    assert gpu is not None and gpu.memory_bytes == memory_bytes
+
+
 def test_a_cluster_without_gpus_has_none() -> None:
-    assert find_gpu(["CPU", "node:10.0.0.1", "memory"]) is None
+    assert find_gpu(["CPU", "node:10.0.0.1", "memory"], 64 << 30) is None
 
 
 def test_a_gpu_pool_has_the_engines_limits() -> None:

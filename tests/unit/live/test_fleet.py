@@ -15,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from verl_rlhfless.config import parse_config
-from verl_rlhfless.errors import ReplicaError
+from verl_rlhfless.errors import LeaseTimeoutError, ReplicaError
 from verl_rlhfless.live import fleet as fleet_module
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.fleet import Fleet
@@ -33,10 +33,12 @@ class FakeReplica:
 
     start_fails: frozenset[int] = frozenset()
     release_fails: frozenset[int] = frozenset()
+    lacks_gpus: frozenset[int] = frozenset()
     may_start: threading.Event | None = None
 
-    def __init__(self, rank: int, rollout: Any, *_: Any) -> None:
+    def __init__(self, rank: int, rollout: Any, *others: Any) -> None:
         self.rank = rank
+        *_, self.over = others
         self.name = f"r{rank}"
         self.world_size = rollout.tensor_model_parallel_size
         self.server_address, self.server_handle = f"host:{rank}", f"handle-{rank}"
@@ -56,6 +58,9 @@ class FakeReplica:
 
     async def start(self, weights: WeightSource, lease: Any) -> Any:
         self.lease = lease or self.lease
+        if self.rank in self.lacks_gpus:
+            is_over = await asyncio.to_thread(self.over.wait, 10)
+            raise LeaseTimeoutError("the rollout is over" if is_over else "not granted")
         if self.may_start is not None:
             await asyncio.to_thread(self.may_start.wait, 10)
         if self.rank in self.start_fails:
@@ -229,6 +234,32 @@ def test_release_waits_for_a_replica_that_is_on_its_way(fleet: Fleet) -> None:
     threading.Timer(0.05, fleet_module.ElasticReplica.may_start.set).start()
     fleet.release()
     assert not fleet.replicas, "its lease is returned too"
+
+
+def test_a_replica_without_gpus_holds_up_no_step_whose_rollout_is_over(
+    fleet: Fleet, router: FakeRouter, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet_module.ElasticReplica.lacks_gpus = frozenset({1, 2})
+    begin(fleet, scheduled_fleet(1, (2,), tp=1))
+    router.wishes.put(StartReplica(1))
+    until(lambda: "host:0" in router.servers)
+    fleet.give_up_waiting()
+    fleet.wait_started()
+    fleet.release()
+    assert fleet.num_started == 1 and router.given_up == 2
+    told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert sorted(told) == ["rlhfless: r1: the rollout is over", "rlhfless: r2: the rollout is over"]
+
+
+def test_a_release_ends_the_wait_for_gpus_and_the_next_rollout_waits_again(fleet: Fleet) -> None:
+    fleet_module.ElasticReplica.lacks_gpus = frozenset({1, 3})
+    for _ in range(2):
+        begin(fleet, scheduled_fleet(1, (2,), tp=1))
+        waiting = fleet._asked_for[1].over
+        assert not waiting.is_set()
+        until(lambda: fleet.num_started == 1)
+        fleet.release()
+        assert waiting.is_set() and not fleet.replicas
 
 
 def test_no_replica_at_all_is_an_error_with_every_reason(fleet: Fleet) -> None:

@@ -83,6 +83,8 @@ def test_a_planned_fleet_may_be_as_large_as_the_budget() -> None:
     assert memory("trainer.n_gpus_per_node=4", settings=planned).replicas.num_replicas == 4
     stays = memory("trainer.n_gpus_per_node=4", settings=planned, can_suspend=False)
     assert stays.replicas.num_replicas == 2
+    teacher = ("distillation.enabled=True", "distillation.n_gpus_per_node=4", "distillation.nnodes=1")
+    assert memory(*teacher, settings=planned).replicas.num_replicas == 2, "of the four that the teacher leaves"
 
 
 @pytest.mark.parametrize(("device", "can_suspend", "is_on_host"), [

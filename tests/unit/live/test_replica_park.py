@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -120,6 +121,15 @@ def die() -> Any:
 
 def can_not_be_scheduled() -> Any:
     raise ray.exceptions.TaskUnschedulableError("the node is gone")
+
+
+def test_a_replica_waits_for_gpus_until_its_rollout_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    over, waits = threading.Event(), []
+    monkeypatch.setattr(replica_module.Lease, "acquire", lambda *_, over: waits.append(over))
+    rollout: Any = RolloutConfig(name="vllm", tensor_model_parallel_size=1)
+    waiting: Any = ElasticReplica(4, rollout, {}, POOL, WarmPool(), over)  # type: ignore[arg-type]
+    waiting.acquire("r4-1", 300.0)
+    assert waits == [over]
 
 
 def test_a_parked_engine_keeps_its_server_and_gives_its_lease_back(replica: Any) -> None:

@@ -15,7 +15,9 @@ from verl_rlhfless.errors import DataError, ReplicaError
 from verl_rlhfless.live import request_trainer as module
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.request_trainer import LENGTHS_FILE, RequestTrainer
+from verl_rlhfless.live.residency import device_bytes
 from verl_rlhfless.live.rollout_router import RolloutReport
+from verl_rlhfless.live.routing import Nodes
 from verl_rlhfless.policy.predict import LengthModel
 
 REPORT = RolloutReport(3, 8, 5, 2, 0, 1.5, 0.01)
@@ -115,3 +117,16 @@ def test_a_rollout_without_decisions_to_its_end_stops_the_run(trainer: RequestTr
     router(trainer).last = RolloutReport(3, 8, 5, 2, 0, 1.5, 0.01, failure="the control loop of step 3 failed: x")
     with pytest.raises(ReplicaError, match="control loop of step 3 failed: x"):
         trainer._take_report()
+
+
+def test_a_gpu_has_the_memory_of_the_trainers_smallest(
+    trainer: RequestTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resources = {"GPU": 2.0, "accelerator_type:A100": 1.0}
+    nodes = [{"Alive": True, "Resources": resources}, {"Alive": False, "Resources": {"GPU": 9.0}}]
+    ranks = [SimpleNamespace(__ray_call__=SimpleNamespace(remote=lambda call, n=n: (call, n))) for n in (85, 42)]
+    monkeypatch.setattr(module.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(module.ray, "get", lambda asked: [n for call, n in asked if call is device_bytes])
+    monkeypatch.setattr(module.Accelerator, "of_platform", lambda: SimpleNamespace(resource="GPU"))
+    trainer.actor_rollout_wg = SimpleNamespace(workers=ranks)
+    assert trainer._nodes() == Nodes((2,), ("GPU", "accelerator_type:A100"), 42)

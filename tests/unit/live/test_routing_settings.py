@@ -112,6 +112,12 @@ def test_sizes_that_do_not_hold_the_model_or_are_not_declared_are_left_out() -> 
     assert sorted(planned({}, PaceModel(60.0, tp_speedup={2: 1.6})).planning_pool().perf) == [1, 2]
 
 
+def test_a_small_gpu_of_a_type_holds_the_model_at_fewer_sizes() -> None:
+    small = replace(planned({}, model=LARGE), resources=("accelerator_type:A100",), device_bytes=42_400_000_000)
+    assert sorted(replace(small, device_bytes=0).planning_pool().perf) == [4, 8]
+    assert sorted(small.planning_pool().perf) == [8]
+
+
 def test_a_size_that_was_asked_for_and_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"tensor_parallel_sizes=\[3\]: 3 must be at most 8 GPUs.*Possible: \[1, 2"):
         planned({"tensor_parallel_sizes": [3]}).planning_pool()
