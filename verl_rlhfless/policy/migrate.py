@@ -263,7 +263,7 @@ def local_cut(view: RolloutView, tau: float) -> tuple[Move, ...]:
 def global_cut(view: RolloutView, threshold: int, num_targets: int) -> tuple[Move, ...]:
     """Return RLHFuse's global rule.
 
-    With fewer than ``threshold`` samples left, the survivors move to the ``num_targets`` instances with the most
+    With at most ``threshold`` samples left, the survivors move to the ``num_targets`` instances with the most
     remaining work (arXiv 2409.13221, section 4.2).
     """
     alive = view.alive
