@@ -60,8 +60,9 @@ def views(draw: st.DrawFn) -> RolloutView:
         ReplicaView(r, tp, READY if held[r] else GONE, 0, held[r], held[r] * 100) for r, tp in enumerate(tps)
     )
     done = int((batch.prompt_tokens + generated)[state == FINISHED].sum())
+    num_done = int((state == FINISHED).sum())
     used = sum(r.tp for r in replicas if r.state == READY)
-    return RolloutView(10.0, batch, POOL, generated, state, replica_of, replicas, 16 - used, done, 0)
+    return RolloutView(10.0, batch, POOL, generated, state, replica_of, replicas, 16 - used, done, num_done, 0)
 
 
 @settings(deadline=None, max_examples=60)

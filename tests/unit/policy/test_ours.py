@@ -47,7 +47,7 @@ def late_view(arm: Ours) -> tuple[OursPolicy, RolloutView, RolloutPlan]:
     state = np.where((plan.replica_of == 0) & (np.arange(512) >= 8), FINISHED, RUNNING).astype(np.int8)
     held = np.bincount(plan.replica_of[state == RUNNING], minlength=4).tolist()
     replicas = tuple(ReplicaView(r, 1, READY, 0, held[r], 600 * held[r]) for r in range(4))
-    view = RolloutView(9.0, batch, one.pool, np.full(512, 500), state, plan.replica_of, replicas, 12, 0, 0)
+    view = RolloutView(9.0, batch, one.pool, np.full(512, 500), state, plan.replica_of, replicas, 12, 0, 0, 0)
     return arm.policy(arm.begin(one.pool, batch)), view, plan
 
 
