@@ -25,7 +25,8 @@ def view(recipe: str = "grpo", free: int = 12) -> RolloutView:
     replica_of = np.zeros(batch.num_samples, dtype=np.int64)
     done = int((batch.prompt_tokens + DATA[0].lengths)[state == FINISHED].sum())
     one = ReplicaView(0, 4, READY, 0, 64, 64 * 2000)
-    return RolloutView(30.0, batch, pool, DATA[0].lengths, state, replica_of, (one,), free, done, int((state == FINISHED).sum()), 0)
+    count = int((state == FINISHED).sum())
+    return RolloutView(30.0, batch, pool, DATA[0].lengths, state, replica_of, (one,), free, done, count, 0)
 
 
 def test_gpus_are_given_back_when_a_second_is_worth_little_and_fuse_when_it_is_worth_much() -> None:
