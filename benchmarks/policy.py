@@ -70,7 +70,7 @@ def tick(groups: int, n: int, cluster: str, *, is_resident: bool = False) -> dic
     held = np.bincount(plan.replica_of[state == RUNNING], minlength=len(plan.fleet)).tolist()
     replicas = tuple(ReplicaView(r, tp, READY, 0, held[r], held[r] * depth) for r, tp in enumerate(plan.fleet))
     free = pool.num_gpus - sum(plan.fleet)
-    view = RolloutView(9.0, data.batch, pool, generated, state, plan.replica_of, replicas, free, 10**6, 0)
+    view = RolloutView(9.0, data.batch, pool, generated, state, plan.replica_of, replicas, free, 10**6, 10**3, 0)
     finished = (state == FINISHED).astype(float)
 
     def look() -> None:

@@ -66,7 +66,7 @@ def rows_of(perf: EnginePerf) -> list[Row]:
         seconds = perf.iteration_s(batch, batch * context)
         rows.append(Row.of("decode", [seconds], decodes=batch, context_tokens=batch * context))
     for count in FULL.prompts:
-        rows.append(Row.of("prefill", [perf.prefill_s(count)], prefill_tokens=count))
+        rows.append(Row.of("prefill", [perf.iteration_s(0, 0, count, count * (count + 1) // 2)], prefill_tokens=count))
     return [*rows, Row.of("load", [perf.load_s], num_bytes=perf.shape.weight_bytes), Row.of("abort", [0.1])]
 
 

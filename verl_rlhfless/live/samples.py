@@ -127,6 +127,7 @@ class SampleTable:
             replicas=tuple(_view_of(entry, loads.get(entry.server or "")) for entry in self.replicas),
             free_gpus=free_gpus,
             fuse_tokens=0,
+            fuse_samples=0,
             fusing_gpus=0,
         )
 

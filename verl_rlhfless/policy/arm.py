@@ -14,12 +14,11 @@ from verl_rlhfless.policy.snapshot import Batch, IntArray, PoolSnapshot, Reactio
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A finished step: the lengths that came out, [B] int64, what the step took, and with which plan it began."""
+    """A finished step: the lengths that came out, [B] int64, the seconds that the step took, and its plan."""
 
     batch: Batch
     lengths: IntArray
     step_s: float
-    gpu_s: float
     plan: RolloutPlan | None = None
 
 

@@ -53,8 +53,8 @@ def balanced_groups(batch: Batch, load: FloatArray, capacity: Sequence[float]) -
     ends = np.cumsum(share)
     heap = [(0.0, replica) for replica in range(len(capacity))]
     limit = group_load.sum() / sum(capacity)
-    slowest = limit * max(capacity)
-    pieces = np.minimum(np.ceil(group_load / slowest), share).astype(np.int64) if slowest > 0 else np.ones_like(share)
+    largest = limit * max(capacity)  # even share of the fastest replica
+    pieces = np.minimum(np.ceil(group_load / largest), share).astype(np.int64) if largest > 0 else np.ones_like(share)
     order = np.lexsort((np.arange(num_groups), -group_load))
     for group, end, size, heavy in zip(
         order.tolist(), ends[order].tolist(), share[order].tolist(), pieces[order].tolist(), strict=True
@@ -70,10 +70,10 @@ def balanced_groups(batch: Batch, load: FloatArray, capacity: Sequence[float]) -
 
 
 def equal_length_blocks(batch: Batch, predicted: FloatArray, num_replicas: int) -> IntArray:
-    """Return RLHFless' placement: groups sorted by predicted length, cut into blocks of equal predicted work.
+    """Return RLHFless' placement: groups sorted by predicted length, cut into blocks of equally many samples.
 
     Prompts of similar length share an actor, so that actors with short ones end early (arXiv 2602.22718, prompt
-    assignment).
+    assignment). Predictions only rank the prompts there, so a block's size does not depend on them.
     """
     num_groups = len(batch.prompt_ids)
     count = np.bincount(batch.group_of, minlength=num_groups)

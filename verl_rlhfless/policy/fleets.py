@@ -4,7 +4,7 @@ A lane is a run of units, longest predicted first, on replicas of one tensor-par
 side may only shrink. For each deadline and each partition every lane takes its cheapest fleet that meets the
 deadline; the candidates are what no other one beats in both time and cost.
 
-Invariant: no candidate leases more than the budget, at its start or later.
+Invariants: no candidate leases more than the budget, at its start or later; its replicas fit on the nodes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from itertools import combinations, pairwise
 import numpy as np
 
 from verl_rlhfless.policy.goal import Goal
+from verl_rlhfless.policy.packing import packs
 from verl_rlhfless.policy.snapshot import FloatArray, IntArray, PoolSnapshot
 from verl_rlhfless.policy.stages import Frontier, Options, frontier, shrinking
 from verl_rlhfless.policy.step_costs import StepCosts
@@ -82,7 +83,7 @@ def elastic_fleets(options: Options, costs: StepCosts, goal: Goal, price: float)
         fits = (replicas >= goal.min_replicas) & (replicas <= (goal.max_replicas or pool.num_gpus))
         for i in np.flatnonzero(fits).tolist():
             found.append((float(step_s[i]), float(gpu_s[i]), plan, i))
-    return [Candidate(plan.lanes(i, options), step_s, gpu_s) for step_s, gpu_s, plan, i in _unbeaten(found)]
+    return _unbeaten(found, options, pool)
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,11 @@ def _woken(pool: PoolSnapshot, options: Options, option: IntArray) -> tuple[IntA
     return np.where(is_of, np.minimum(options.gpus[option], parked), 0), parked
 
 
-def _unbeaten(found: list[tuple[float, float, _Plans, int]]) -> list[tuple[float, float, _Plans, int]]:
-    kept: list[tuple[float, float, _Plans, int]] = []
-    for row in sorted(found, key=lambda row: row[:2]):
-        if not kept or row[1] < kept[-1][1]:
-            kept.append(row)
+def _unbeaten(found: list[tuple[float, float, _Plans, int]], options: Options, pool: PoolSnapshot) -> list[Candidate]:
+    kept: list[Candidate] = []
+    for step_s, gpu_s, plan, index in sorted(found, key=lambda row: row[:2]):
+        if not kept or gpu_s < kept[-1].gpu_s:
+            one = Candidate(plan.lanes(index, options), step_s, gpu_s)
+            if packs(one.fleet, pool.num_gpus, pool.gpus_per_node):
+                kept.append(one)
     return kept

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from verl_rlhfless.policy.snapshot import FINISHED, IntArray, PoolSnapshot, RolloutView
+from verl_rlhfless.policy.snapshot import IntArray, PoolSnapshot, RolloutView
 
 CHUNK_TOKENS = 4096
 """Tokens that a freed GPU takes at once: enough to be bound by compute, and little is lost when the rollout ends."""
@@ -33,8 +33,7 @@ def fuse_gpus(view: RolloutView, remaining_s: float, price: float, is_leased: bo
     pool = view.pool
     if view.free_gpus < 1 or view.fuse_tokens < 1 or not fits(pool):
         return 0
-    finished = int((view.state == FINISHED).sum())
-    rate = pool.trainer.fuse_tokens_per_s(view.fuse_tokens / max(finished, 1))
+    rate = pool.trainer.fuse_tokens_per_s(view.fuse_tokens / view.fuse_samples)
     load_s, times = pool.trainer.fuse_load_s, pool.trainer.times
     if is_leased:
         return view.free_gpus if remaining_s > load_s + times.hybrid_sleep_s else 0

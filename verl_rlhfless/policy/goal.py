@@ -86,6 +86,13 @@ def too_few(goal: Goal) -> ConfigError:
     return ConfigError(f"{_KEY}.min_replicas", goal.min_replicas, rule, "Lower it, or raise rlhfless.pool.max_gpus.")
 
 
+def too_wide(tp: int, num_gpus: int, gpus_per_node: int) -> ConfigError:
+    """Return the error for tensor-parallel sizes of which even the least, ``tp``, does not fit."""
+    rule = f"no size fits on {num_gpus} GPUs in nodes of {gpus_per_node}: the least is {tp}"
+    action = "Allow a smaller one, or raise rlhfless.pool.max_gpus."
+    return ConfigError(f"{_KEY}.tensor_parallel_sizes", tp, rule, action)
+
+
 def _money(goal: Goal, gpu_s: float) -> str:
     if goal.usd_per_gpu_s is None:
         return f"{gpu_s:.0f} GPU-seconds"

@@ -245,7 +245,10 @@ def account_run(run: RunMemory, nodes: Sequence[HostMemory]) -> list[NodeAccount
 
 
 def account_node(run: RunMemory, node: HostMemory, *, has_trainer: bool) -> NodeAccount:
-    """Return the account of one node: while models are loaded, or while it trains, whichever is more."""
+    """Return the account of one node: while models are loaded, or while it trains.
+
+    The one that lacks more, or needs more where neither lacks anything.
+    """
     needs = [need for need in (*_driver_needs(run, node), *_replica_needs(run, node)) if need.num_bytes]
     if not has_trainer:
         copies = run.store.max_versions * run.store.model_bytes
@@ -256,7 +259,7 @@ def account_node(run: RunMemory, node: HostMemory, *, has_trainer: bool) -> Node
     later = (*needs, ranks, store_need(run.store), *([state] if state.num_bytes else []))
     driver = [need for need in _driver_needs(run, node) if need.num_bytes]
     accounts = (NodeAccount(node, later), NodeAccount(node, (*driver, ranks, load)))
-    return max(accounts, key=lambda account: account.num_bytes)
+    return max(accounts, key=lambda account: (account.short_bytes, account.num_bytes))
 
 
 def _driver_needs(run: RunMemory, node: HostMemory) -> list[Need]:

@@ -106,10 +106,10 @@ class CostModel:
             values = json.loads(text)
             if values.pop("format") != FORMAT:
                 raise ValueError(f"format must be {FORMAT!r}")
-            speeds = {int(tp): tuple(map(_positive, of)) for tp, of in values["speeds"].items()}
+            speeds = {int(tp): tuple(map(_non_negative, of)) for tp, of in values["speeds"].items()}
             if any(len(of) != len(_SPEEDS) for of in speeds.values()):
                 raise ValueError(f"speeds must have {len(_SPEEDS)} factors each")
-            latest = {name: tuple(map(_positive, of)) for name, of in values["latest"].items()}
+            latest = {name: tuple(map(_non_negative, of)) for name, of in values["latest"].items()}
             if unknown := set(latest) - {*_SECONDS, "phases"}:
                 raise ValueError(f"{min(unknown)!r} is no measured figure")
             return cls(latest, speeds)
@@ -117,7 +117,7 @@ class CostModel:
             raise DataError(f"measured costs: {error}. Delete the state file to start without them.") from error
 
 
-def _positive(value: object) -> float:
+def _non_negative(value: object) -> float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < 0:  # type: ignore[operator, arg-type]
         raise ValueError(f"{value!r} is not a number >= 0")

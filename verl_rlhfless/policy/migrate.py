@@ -40,12 +40,13 @@ _SLACK_PRICE = 0.15
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What to move and start, how long the rollout still takes, and why (empty = nothing changes)."""
+    """What to move, start and release, how long the rollout still takes, and why (empty = nothing changes)."""
 
     remaining_s: float
     starts: tuple[int, ...] = ()
     moves: tuple[Move, ...] = ()
     reason: str = ""
+    releases: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def consolidate(view: RolloutView, prediction: Prediction, price: float, limits:
     fresh = [r.replica for r in later if r.state == READY and not held[r.replica]]
     is_starting = any(r.state == STARTING for r in view.replicas)
     if fresh and not is_starting:
-        return _hand_over(view, prediction, crews, fresh)
+        return _hand_over(view, prediction, crews, fresh, price)
     now = tuple((crew.tp, len(crew.replicas)) for crew in crews)
     options = options_for(view.pool, now, tuple(sorted({tp for tp, _ in now})) if len(crews) > 1 else None)
     prices = np.array([_SLACK_PRICE, 1.0] if len(crews) > 1 else [1.0]) * price
@@ -200,20 +201,37 @@ def num_held(view: RolloutView) -> IntArray:
     return np.bincount(of[of >= 0], minlength=len(view.replicas))
 
 
-def _hand_over(view: RolloutView, prediction: Prediction, crews: list[_Crew], fresh: list[int]) -> Change:
-    """Fill replicas that became ready: all samples of other sizes, or an even share of the same size."""
+def _hand_over(view: RolloutView, prediction: Prediction, crews: list[_Crew], fresh: list[int], price: float) -> Change:
+    """Fill replicas that became ready: all samples of other sizes, or an even share of the same size.
+
+    Replicas that get nothing are released.
+    """
     tp = view.replicas[fresh[0]].tp
-    same = [crew for crew in crews if crew.tp == tp]
-    if not same:
-        samples = np.concatenate([crew.samples for crew in crews])
-        return Change(0.0, (), moves_onto(view, prediction, np.sort(samples), tuple(fresh)), f"handed over to TP{tp}")
-    crew = same[0]
-    share = len(fresh) / (len(fresh) + len(crew.replicas))
-    least_done = crew.samples[np.lexsort((crew.samples, view.generated[crew.samples]))]
-    part = np.sort(least_done[: int(share * len(least_done))])
-    return Change(
-        0.0, (), moves_onto(view, prediction, part, tuple(fresh)), f"{len(part)} samples to {len(fresh)} new replicas"
-    )
+    same = next((crew for crew in crews if crew.tp == tp), None)
+    if same is None:
+        part, apart = np.sort(np.concatenate([crew.samples for crew in crews])), []
+        after = _Crew(tp, tuple(fresh), part)
+    else:
+        share = len(fresh) / (len(fresh) + len(same.replicas))
+        least_done = same.samples[np.lexsort((same.samples, view.generated[same.samples]))]
+        part, apart = np.sort(least_done[: int(share * len(least_done))]), [crew for crew in crews if crew is not same]
+        after = _Crew(tp, (*same.replicas, *fresh), same.samples)
+    moves = moves_onto(view, prediction, part, tuple(fresh))
+    filled = {move.replica for move in moves}
+    idle = tuple(replica for replica in fresh if replica not in filled)
+    after = replace(after, replicas=tuple(r for r in after.replicas if r not in idle))
+    remaining_s = max(_end_s(view, prediction, crew, price) for crew in (after, *apart))
+    reason = f"{len(part)} samples to {len(filled)} of {len(fresh)} new replicas of TP{tp}"
+    return Change(remaining_s, (), moves, reason, idle)
+
+
+def _end_s(view: RolloutView, prediction: Prediction, crew: _Crew, price: float) -> float:
+    """Return how many seconds a crew that may shrink still takes."""
+    count = len(crew.replicas)
+    options = options_for(view.pool, ((crew.tp, count),), (crew.tp,))
+    lane = lane_of(view, prediction, crew.samples)
+    future = shrinking(view.pool, options, [lane], np.array([price]))[0]
+    return float(future.time_s[-1, options.index(crew.tp, count)])
 
 
 def moves_onto(
@@ -263,7 +281,7 @@ def local_cut(view: RolloutView, tau: float) -> tuple[Move, ...]:
 def global_cut(view: RolloutView, threshold: int, num_targets: int) -> tuple[Move, ...]:
     """Return RLHFuse's global rule.
 
-    With fewer than ``threshold`` samples left, the survivors move to the ``num_targets`` instances with the most
+    With at most ``threshold`` samples left, the survivors move to the ``num_targets`` instances with the most
     remaining work (arXiv 2409.13221, section 4.2).
     """
     alive = view.alive

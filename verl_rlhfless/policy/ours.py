@@ -136,7 +136,7 @@ class OursPolicy:
         if self.arm.can_fuse and not reserved:
             fused = fuse_gpus(view, change.remaining_s, plan.price, plan.is_resident)
         pause = max(0.5, min(change.remaining_s / _LOOKS, _GROWTH * view.now_s))
-        return Reaction(view.now_s + pause, change.starts, change.moves, fused, change.reason)
+        return Reaction(view.now_s + pause, change.starts, change.moves, fused, change.reason, change.releases)
 
     def _change(self, view: RolloutView, plan: RolloutPlan) -> Change:
         is_ours, refined = self.arm.migration == "cut_and_migrate", self.refine(view)

@@ -209,16 +209,6 @@ class EnginePerf:
         k = (math.sqrt(b * b + 4 * a * max(seconds, 0.0)) - b) / (2 * a) if a > 0 else seconds / b
         return int(k + 1e-9)
 
-    def prefill_s(self, tokens: int, context_tokens: int = 0) -> float:
-        """Return the seconds to compute ``tokens`` of one request after ``context_tokens`` that are cached already."""
-        seconds, done = 0.0, 0
-        while done < tokens:
-            chunk = min(tokens - done, self.limits.max_batched_tokens)
-            start = context_tokens + done
-            seconds += self.iteration_s(0, 0, chunk, chunk * start + chunk * (chunk + 1) // 2)
-            done += chunk
-        return seconds
-
     def transfer_s(self, tokens: float) -> float:
         """Return the seconds to copy the keys and values of ``tokens`` here from another replica.
 

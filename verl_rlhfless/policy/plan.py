@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from verl_rlhfless.policy.affinity import affine_groups
 from verl_rlhfless.policy.dispatch import least_requests, longest_first
 from verl_rlhfless.policy.fleets import Candidate, LaneFleet, elastic_fleets
-from verl_rlhfless.policy.goal import Goal, infeasible, too_few
+from verl_rlhfless.policy.goal import Goal, infeasible, too_few, too_wide
 from verl_rlhfless.policy.predict import Prediction
 from verl_rlhfless.policy.snapshot import Batch, FloatArray, IntArray, PoolSnapshot, RolloutPlan
 from verl_rlhfless.policy.stages import Options, options_for
-from verl_rlhfless.policy.step_costs import Reference, StepCosts, static_gpus
+from verl_rlhfless.policy.step_costs import Reference, StepCosts, static_fleets, static_gpus
 from verl_rlhfless.policy.units import Units
 
 __all__ = ["Goal", "plan_fleet", "static_step_s", "time_price"]
@@ -57,7 +57,7 @@ def plan_fleet(
     """Return the fleet with the least weighted time and cost for the predicted lengths.
 
     Raises:
-        ConfigError: The deadline or the budget cannot be met; the message says what could be.
+        ConfigError: The deadline or the budget cannot be met, the message says what could be; or no size fits.
     """
     options = _options(pool, goal)
     units = Units.build(batch, prior)
@@ -91,10 +91,13 @@ def plan_fleet(
 
 
 def _options(pool: PoolSnapshot, goal: Goal) -> Options:
+    static = static_fleets(pool)
+    if not static:
+        raise too_wide(min(pool.perf), static_gpus(pool), pool.gpus_per_node)
     has_own = pool.has_resident and not pool.shares_engines
     limits = set() if has_own else {goal.min_replicas, goal.max_replicas or goal.min_replicas}
     asked = [(tp, count) for tp in pool.perf for count in limits if tp * count <= pool.num_gpus]
-    return options_for(pool, (*((tp, static_gpus(pool) // tp) for tp in pool.perf), *asked))
+    return options_for(pool, (*static.items(), *asked))
 
 
 def _resident_fleets(options: Options, costs: StepCosts, ref: Reference, goal: Goal) -> list[Candidate]:
@@ -130,7 +133,8 @@ def _choose(candidates: list[Candidate], static: tuple[Reference, float], goal: 
         best = min((c for c in paying if c.step_s <= limit_s), key=lambda c: (c.gpu_s, c.step_s), default=None)
         if best is None:
             fastest = min(paying or allowed, key=lambda c: (c.step_s, c.gpu_s))
-            return fastest, f"the fastest, to catch up {-goal.slack_s:.1f} s"
+            why = f"to catch up {-goal.slack_s:.1f} s" if goal.slack_s < 0 else "none is as fast as static's"
+            return fastest, f"the fastest: {why}"
         return best, "least cost with a step no longer than static's"
     least = min(objective(c) for c in allowed)
     best = min((c for c in allowed if objective(c) <= least * (1 + _TIE)), key=lambda c: (c.step_s, c.gpu_s))

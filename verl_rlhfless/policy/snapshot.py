@@ -153,6 +153,7 @@ class RolloutView:
         replicas: Every replica of this rollout, by id.
         free_gpus: GPUs of the budget that nobody leases (resident mode: that have no work and no fused inference).
         fuse_tokens: Tokens of finished samples that no inference phase has taken yet.
+        fuse_samples: How many those samples are.
         fusing_gpus: GPUs that run fused inference.
     """
 
@@ -165,6 +166,7 @@ class RolloutView:
     replicas: tuple[ReplicaView, ...]
     free_gpus: int
     fuse_tokens: int
+    fuse_samples: int
     fusing_gpus: int
 
     @property

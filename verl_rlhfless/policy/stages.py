@@ -8,8 +8,8 @@ recomputed on the rest) or move to another option (grant, wake or cold start and
 Viterbi over depths gives, for every option to start with and every price of time, the best future. The planner starts
 a lane with it; the migration policy asks it again with what is alive now.
 
-Invariants: pure; no option leases more than the budget; with a price of 0 for time the cost is least, with a high one
-the time.
+Invariants: pure; no option but those asked for leases more than the budget; with a price of 0 for time the cost is
+least, with a high one the time.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def options_for(
 ) -> Options:
     """Return the options of a pool.
 
-    Every one of ``sizes`` (``None`` = every legal one) with 1, 2, 3, 4, 6, 8, 12, 16 ... replicas, the whole budget,
-    and ``extra``.
+    Every one of ``sizes`` (``None`` = every legal one) that fits, with 1, 2, 3, 4, 6, 8, 12, 16 ... replicas, the whole
+    budget, and ``extra``.
     """
     return _options(pool.num_gpus, tuple(pool.perf) if sizes is None else sizes, extra)
 
@@ -114,10 +114,10 @@ def options_for(
 @lru_cache(maxsize=256)
 def _options(num_gpus: int, sizes: tuple[int, ...], extra: tuple[tuple[int, int], ...]) -> Options:
     pairs = set(extra)
-    for tp in sizes:
+    for tp in (tp for tp in sizes if tp <= num_gpus):
         most = num_gpus // tp
-        counts = {most} | {c << e for c in (2, 3) for e in range(12) if c << e <= most}
-        pairs |= {(tp, count) for count in counts | {1} if count >= 1}
+        counts = {1, most} | {c << e for c in (2, 3) for e in range(12) if c << e <= most}
+        pairs |= {(tp, count) for count in counts}
     ordered = sorted(pairs)
     return Options(np.array([tp for tp, _ in ordered]), np.array([count for _, count in ordered]))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from verl_rlhfless.policy.fuse import fits
+from verl_rlhfless.policy.packing import most_replicas
 from verl_rlhfless.policy.snapshot import FloatArray, PoolSnapshot
 from verl_rlhfless.policy.stages import Options, stay
 from verl_rlhfless.policy.units import Units
@@ -134,8 +135,8 @@ class StepCosts:
         time_s, _ = stay(pool, options, self.units.lane(self.units.order))
         held = static_gpus(pool) + (trainer.num_gpus if pool.keeps_trainer else 0)
         best: Reference | None = None
-        for tp in sorted(pool.perf):
-            rollout_s = float(time_s[options.index(tp, static_gpus(pool) // tp)])
+        for tp, count in static_fleets(pool).items():
+            rollout_s = float(time_s[options.index(tp, count)])
             step_s = self._static_s(tp, rollout_s)
             if best is None or step_s < best.step_s:
                 best = Reference(tp, step_s, step_s * held)
@@ -152,6 +153,12 @@ class StepCosts:
             return trainer.publish_s + pool.perf[tp].load_s + rollout_s + self.phases_s
         wake_s = times.hybrid_wake_s if tp in pool.warm or not pool.warm else times.cold_start_s
         return wake_s + trainer.reshard_s + rollout_s + times.hybrid_sleep_s + self.phases_s
+
+
+def static_fleets(pool: PoolSnapshot) -> dict[int, int]:
+    """Return the uniform static fleets: tensor-parallel size -> most replicas that fit, of the sizes that do."""
+    most = {tp: most_replicas(tp, static_gpus(pool), pool.gpus_per_node) for tp in sorted(pool.perf)}
+    return {tp: count for tp, count in most.items() if count}
 
 
 def static_gpus(pool: PoolSnapshot) -> int:

@@ -39,6 +39,11 @@ class FusedInference:
         """GPUs that run inference, or that start to."""
         return sum(crew.num_gpus for crew in self._crews if crew.is_running)
 
+    @property
+    def num_pending(self) -> int:
+        """Finished samples that nothing has taken yet; ``pending_tokens`` are theirs."""
+        return len(self._finished) - self._next
+
     def add(self, tokens: int) -> None:
         """A sample of ``tokens`` (prompt and response) has finished."""
         self._finished.append(tokens)

@@ -161,6 +161,7 @@ class SimRollout:
             replicas=tuple(replica.view() for replica in self.replicas.all),
             free_gpus=unused if self.plan.is_resident else self.book.num_free,
             fuse_tokens=self.inference.pending_tokens,
+            fuse_samples=self.inference.num_pending,
             fusing_gpus=self.inference.num_gpus,
         )
 

@@ -76,9 +76,7 @@ class ArmRun:
         self._init_s = env.now
         for step in self.data:
             yield from self._step(step, memory)
-            memory = self.arm.learn(
-                memory, Outcome(step.batch, step.lengths, self._took_s, self._cost_gpu_s, self._plan)
-            )
+            memory = self.arm.learn(memory, Outcome(step.batch, step.lengths, self._took_s, self._plan))
         self._book.release(self._trainer)
 
     def _start_engines(self, layout: Mapping[int, int]) -> Generator[simpy.Event, Any, None]:
@@ -195,7 +193,7 @@ class ArmRun:
         used = account([lease.span() for lease in self._book.leases], self._book.busy, Window(began, now))
         parked = self._book.settle_parked()
         cost = used.allocated + self.parked_charge * parked
-        self._took_s, self._cost_gpu_s = now - began, cost
+        self._took_s = now - began
         price = self.cluster.usd_per_gpu_h
         self._steps.append(
             StepRecord(

@@ -14,8 +14,9 @@ from verl_rlhfless.policy.dispatch import balanced_groups, equal_length_blocks, 
 from verl_rlhfless.policy.fuse import fuse_gpus
 from verl_rlhfless.policy.fusion_cut import cut_for_inference
 from verl_rlhfless.policy.migrate import consolidate, global_cut, local_cut
+from verl_rlhfless.policy.packing import packs
 from verl_rlhfless.policy.plan import Goal, plan_fleet
-from verl_rlhfless.policy.predict import LengthModel, learn, predict, refine
+from verl_rlhfless.policy.predict import LengthModel, exact, learn, predict, refine
 from verl_rlhfless.policy.snapshot import (
     FINISHED,
     GONE,
@@ -60,8 +61,9 @@ def views(draw: st.DrawFn) -> RolloutView:
         ReplicaView(r, tp, READY if held[r] else GONE, 0, held[r], held[r] * 100) for r, tp in enumerate(tps)
     )
     done = int((batch.prompt_tokens + generated)[state == FINISHED].sum())
+    num_done = int((state == FINISHED).sum())
     used = sum(r.tp for r in replicas if r.state == READY)
-    return RolloutView(10.0, batch, POOL, generated, state, replica_of, replicas, 16 - used, done, 0)
+    return RolloutView(10.0, batch, POOL, generated, state, replica_of, replicas, 16 - used, done, num_done, 0)
 
 
 @settings(deadline=None, max_examples=60)
@@ -112,6 +114,47 @@ def test_a_plan_places_every_sample_once_inside_the_budget(
     again = plan_fleet(POOL, batch, prior, goal)
     assert again.fleet == plan.fleet
     assert (again.replica_of == plan.replica_of).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(batches(), st.integers(3, 16), st.integers(3, 8), st.sets(st.integers(1, 4), min_size=1), st.floats(0, 1))
+def test_no_fleet_of_a_plan_needs_more_than_the_nodes_have(
+    case: tuple[Batch, np.ndarray],  # type: ignore[type-arg]
+    num_gpus: int,
+    gpus_per_node: int,
+    sizes: set[int],
+    weight: float,
+) -> None:
+    batch, lengths = case
+    if max(sizes) > min(num_gpus, gpus_per_node):
+        return
+    perf = {tp: replace(POOL.perf[1], tp=tp) for tp in sizes}
+    pool = replace(POOL, num_gpus=num_gpus, gpus_per_node=gpus_per_node, perf=perf, has_resident=False)
+    fleet = plan_fleet(pool, batch, exact(lengths), Goal(cost_weight=weight)).fleet
+    nodes, rest = divmod(num_gpus, gpus_per_node)
+    assert is_packed(sorted(fleet, reverse=True), [gpus_per_node] * nodes + [rest])
+
+
+def is_packed(fleet: list[int], free: list[int]) -> bool:
+    """Return whether any placement at all fits."""
+    if not fleet:
+        return True
+    ways = (at for at, gpus in enumerate(free) if gpus >= fleet[0])
+    return any(is_packed(fleet[1:], [*free[:at], free[at] - fleet[0], *free[at + 1 :]]) for at in ways)
+
+
+@settings(max_examples=300)
+@given(st.lists(st.integers(1, 8), max_size=7), st.integers(1, 16), st.integers(1, 8), st.booleans())
+def test_replicas_pack_only_where_a_placement_exists_and_wherever_each_size_divides_the_next(
+    fleet: list[int], num_gpus: int, gpus_per_node: int, is_chain: bool
+) -> None:
+    if is_chain:
+        fleet, gpus_per_node = [1 << (tp % 4) for tp in fleet], 8
+    nodes, rest = divmod(num_gpus, gpus_per_node)
+    exists = is_packed(sorted(fleet, reverse=True), [gpus_per_node] * nodes + [rest])
+    assert exists or not packs(fleet, num_gpus, gpus_per_node)
+    if is_chain:
+        assert packs(fleet, num_gpus, gpus_per_node) is exists
 
 
 @settings(deadline=None, max_examples=40)

@@ -30,14 +30,13 @@ def test_a_declared_decode_takes_what_the_pace_declares(tp: int, batch: int, con
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_declared_prefill_takes_what_the_pace_declares(tp: int) -> None:
     perf = declared_pool(FLEET, PACE).perf[tp]
-    alone = perf.prefill_s(200)
-    assert alone == pytest.approx(PACE.iteration_s(tp, 0, 0, 200), rel=1e-2)
+    assert perf.iteration_s(0, 0, 200) == pytest.approx(PACE.iteration_s(tp, 0, 0, 200), rel=1e-2)
 
 
 def test_without_a_part_per_context_or_prefill_token_neither_costs_anything() -> None:
     perf = declared_pool(FLEET, PaceModel(40.0)).perf[1]
     assert perf.iteration_s(16, 10_000) == pytest.approx(0.040, rel=1e-3)
-    assert perf.prefill_s(500) == pytest.approx(0.040, rel=1e-3)
+    assert perf.iteration_s(0, 0, 500) == pytest.approx(0.040, rel=1e-3)
 
 
 def test_a_declared_replica_holds_the_tokens_that_it_is_said_to_hold() -> None:

@@ -95,7 +95,7 @@ def test_a_rollout_lasts_as_long_as_its_longest_sample_that_is_not_finished() ->
     generated, where = np.array([400, 100, 100]), np.array([0, 0, 1])
 
     def left_s(*state: int) -> float:
-        view = RolloutView(1.0, batch, POOL, generated, np.array(state, dtype=np.int8), where, replicas, 0, 0, 0)
+        view = RolloutView(1.0, batch, POOL, generated, np.array(state, dtype=np.int8), where, replicas, 0, 0, 0, 0)
         return remaining_s(view, exact(np.array([400, 300, 150])))
 
     assert left_s(FINISHED, RUNNING, RUNNING) == pytest.approx(200 * 0.062, rel=0.05)

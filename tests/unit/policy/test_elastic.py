@@ -39,7 +39,7 @@ def view(state: Any, replica_of: Any, states: tuple[str, ...] = (READY, READY), 
         ReplicaView(r, 1, s, int(waiting[r]), int(running[r]), 260 * int(running[r])) for r, s in enumerate(states)
     )
     done = np.where(states_of == WAITING, 0, generated)
-    return RolloutView(5.0, BATCH, POOL, done, states_of, of, replicas, 2, 0, 0)
+    return RolloutView(5.0, BATCH, POOL, done, states_of, of, replicas, 2, 0, 0, 0)
 
 
 def react(now: RolloutView, price: float = 1.0, **parts: Any) -> Any:

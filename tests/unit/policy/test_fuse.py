@@ -11,7 +11,7 @@ from tests.unit.sim.cases import cell, steps
 from verl_rlhfless.policy.baselines.rlhfuse import RlhfuseCut
 from verl_rlhfless.policy.fuse import CallCost, fit_cost, fits, fuse_gpus, next_chunk
 from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, IntArray, ReplicaView, RolloutPlan, RolloutView
-from verl_rlhfless.policy.transitions import RECIPES
+from verl_rlhfless.policy.transitions import RECIPES, TrainerPerf
 
 DATA = steps(1, 64, 8, mean=2000.0, cap=16384)
 ONE = cell(DATA)
@@ -25,7 +25,8 @@ def view(recipe: str = "grpo", free: int = 12) -> RolloutView:
     replica_of = np.zeros(batch.num_samples, dtype=np.int64)
     done = int((batch.prompt_tokens + DATA[0].lengths)[state == FINISHED].sum())
     one = ReplicaView(0, 4, READY, 0, 64, 64 * 2000)
-    return RolloutView(30.0, batch, pool, DATA[0].lengths, state, replica_of, (one,), free, done, 0)
+    count = int((state == FINISHED).sum())
+    return RolloutView(30.0, batch, pool, DATA[0].lengths, state, replica_of, (one,), free, done, count, 0)
 
 
 def test_gpus_are_given_back_when_a_second_is_worth_little_and_fuse_when_it_is_worth_much() -> None:
@@ -54,6 +55,19 @@ def test_rlhfuse_infers_on_every_gpu_that_its_cut_frees() -> None:
 @pytest.mark.parametrize("remaining_s", [0.0, 1.0])
 def test_nothing_is_loaded_for_a_tail_that_ends_before_the_models_are_there(remaining_s: float) -> None:
     assert fuse_gpus(view(), remaining_s, price=100.0, is_leased=False) == 0
+
+
+def test_speed_follows_the_context_of_the_samples_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    speed = TrainerPerf.fuse_tokens_per_s
+
+    def spied(trainer: TrainerPerf, mean_context: float) -> float:
+        seen.append(mean_context)
+        return speed(trainer, mean_context)
+
+    monkeypatch.setattr(TrainerPerf, "fuse_tokens_per_s", spied)
+    fuse_gpus(replace(view(), fuse_tokens=40_000, fuse_samples=2), 40.0, 100.0, is_leased=False)
+    assert seen == [20_000]
 
 
 def test_a_reward_model_is_more_to_do_and_more_to_load() -> None:

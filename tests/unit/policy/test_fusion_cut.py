@@ -33,7 +33,8 @@ def late(depth: int = 1400, *, pool: PoolSnapshot = ONE.pool, queued: int = 0) -
     held = np.bincount(replica_of[state == RUNNING], minlength=4)
     replicas = tuple(ReplicaView(r, 4, READY, queued, int(held[r]), int(held[r]) * depth) for r in range(4))
     done = int((batch.prompt_tokens + lengths)[state == FINISHED].sum())
-    return RolloutView(30.0, batch, pool, generated, state, replica_of, replicas, 0, done, 0)
+    count = int((state == FINISHED).sum())
+    return RolloutView(30.0, batch, pool, generated, state, replica_of, replicas, 0, done, count, 0)
 
 
 def cut(view: RolloutView) -> Change:

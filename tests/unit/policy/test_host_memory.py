@@ -95,6 +95,14 @@ def test_loading_whole_copies_can_be_the_worst_moment() -> None:
     assert not needed(account, "weight store"), "nothing is stored while models are loaded"
 
 
+def test_a_larger_moment_that_fits_does_not_hide_an_object_store_that_is_too_small() -> None:
+    whole = replace(run().trainer, copies_at_load=16, is_on_host=False)
+    small_store = replace(ROOMY, object_store_bytes=10 * GIB)
+    account = account_node(run(trainer=whole), small_store, has_trainer=True)
+    assert "the weight store" in account.shortage()
+    assert needed(account_node(run(trainer=whole), ROOMY, has_trainer=True), "loading a model") == 16 * 28 * GIB
+
+
 def test_the_trainer_goes_where_it_lacks_least() -> None:
     nodes = [
         replace(ROOMY, node_id=f"node-{i}", available_bytes=size) for i, size in enumerate((10**9, 10**13, 10**13))

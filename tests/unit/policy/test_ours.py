@@ -23,8 +23,8 @@ def after(factor: float, *, is_resident: bool = False) -> Memory:
     plan = ARM.plan(memory, replace(one.pool, warm=dict.fromkeys(one.pool.perf, 16)), DATA[0].batch)
     static_s = 50.0
     plan = replace(plan, is_resident=is_resident, static_step_s=static_s, predicted_step_s=static_s)
-    base = ARM.learn(memory, Outcome(DATA[0].batch, DATA[0].lengths, 0.0, 0.0)).saved_s
-    return ARM.learn(memory, Outcome(DATA[0].batch, DATA[0].lengths, factor * base, 1.0, plan))
+    base = ARM.learn(memory, Outcome(DATA[0].batch, DATA[0].lengths, 0.0)).saved_s
+    return ARM.learn(memory, Outcome(DATA[0].batch, DATA[0].lengths, factor * base, plan))
 
 
 def test_an_elastic_step_that_took_longer_than_predicted_makes_the_next_plan_careful() -> None:
@@ -47,7 +47,7 @@ def late_view(arm: Ours) -> tuple[OursPolicy, RolloutView, RolloutPlan]:
     state = np.where((plan.replica_of == 0) & (np.arange(512) >= 8), FINISHED, RUNNING).astype(np.int8)
     held = np.bincount(plan.replica_of[state == RUNNING], minlength=4).tolist()
     replicas = tuple(ReplicaView(r, 1, READY, 0, held[r], 600 * held[r]) for r in range(4))
-    view = RolloutView(9.0, batch, one.pool, np.full(512, 500), state, plan.replica_of, replicas, 12, 0, 0)
+    view = RolloutView(9.0, batch, one.pool, np.full(512, 500), state, plan.replica_of, replicas, 12, 0, 0, 0)
     return arm.policy(arm.begin(one.pool, batch)), view, plan
 
 
@@ -72,9 +72,7 @@ def test_a_resident_step_owes_no_time() -> None:
 def test_few_known_lengths_must_promise_more_than_many() -> None:
     """With 8 samples seen, a gain that pays the transition once is not trusted yet."""
     few = steps(1, 1, 8, mean=2000.0, cap=16384)[0]
-    known = [
-        ARM.learn(ARM.begin(cell(DATA).pool, d.batch), Outcome(d.batch, d.lengths, 9.0, 1.0)) for d in (few, DATA[0])
-    ]
+    known = [ARM.learn(ARM.begin(cell(DATA).pool, d.batch), Outcome(d.batch, d.lengths, 9.0)) for d in (few, DATA[0])]
     assert ARM.doubt(known[0]) > 1.5 > 1.1 > ARM.doubt(known[1]) > 1
 
 

@@ -10,8 +10,9 @@ import pytest
 from tests.unit.sim.cases import cell, steps
 from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.policy.plan import Goal, plan_fleet
-from verl_rlhfless.policy.predict import LengthModel, learn, predict
+from verl_rlhfless.policy.predict import LengthModel, exact, learn, predict
 from verl_rlhfless.policy.snapshot import PoolSnapshot, RolloutPlan
+from verl_rlhfless.policy.stages import options_for
 
 LONG = steps(1, 128, 8, mean=2000.0, cap=16384)
 SHORT = steps(1, 64, 4, mean=60.0, cap=512)
@@ -128,6 +129,38 @@ def test_every_sample_has_one_replica_and_siblings_stay_together_where_they_can(
     homes = [len(set(chosen.replica_of[batch.group_of == g].tolist())) for g in range(len(batch.prompt_ids))]
     assert np.mean(homes) == 1.0
     assert sorted(chosen.order.tolist()) == list(range(batch.num_samples))
+
+
+def beside_a_trainer(num_gpus: int, sizes: tuple[int, ...] = (1, 2, 4, 8)) -> PoolSnapshot:
+    """Return a pool whose replicas have ``num_gpus`` beside a trainer that keeps four."""
+    pool = cell(LONG).pool
+    perf = {tp: pool.perf[tp] for tp in sizes}
+    trainer = replace(pool.trainer, num_gpus=4)
+    return replace(pool, num_gpus=num_gpus, perf=perf, trainer=trainer, has_resident=False, keeps_trainer=True)
+
+
+def plan_on(pool: PoolSnapshot, goal: Goal | None = None) -> RolloutPlan:
+    return plan_fleet(pool, LONG[0].batch, exact(LONG[0].lengths), goal or Goal())
+
+
+@pytest.mark.parametrize("num_gpus", [1, 3, 4, 6])
+def test_sizes_wider_than_the_budget_are_left_out(num_gpus: int) -> None:
+    pool = beside_a_trainer(num_gpus)
+    assert options_for(pool).gpus.max() <= num_gpus
+    chosen = plan_on(pool)
+    assert 0 < sum(chosen.fleet) <= num_gpus and np.isfinite(chosen.predicted_step_s)
+
+
+def test_a_budget_on_which_no_size_fits_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"tensor_parallel_sizes=4: no size fits on 3 GPUs"):
+        plan_on(beside_a_trainer(3, (4, 8)))
+
+
+@pytest.mark.parametrize(("slack_s", "why"), [(0.0, "none is as fast as static's"), (-5.0, "to catch up 5.0 s")])
+def test_the_fastest_fleet_catches_up_only_what_was_lost(slack_s: float, why: str) -> None:
+    pool = replace(plan(Goal())[1], has_resident=False)
+    slow = replace(pool, trainer=replace(pool.trainer, times=replace(pool.trainer.times, wake_s=30.0)))
+    assert plan_on(slow, Goal(is_notslower=True, slack_s=slack_s)).reason.startswith(f"elastic: the fastest: {why}, ")
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.5, float("nan")])

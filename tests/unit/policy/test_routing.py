@@ -36,7 +36,7 @@ def batch(groups: int = 4, n: int = 4, prompt: int = 200) -> Batch:
 def view(of: Batch, state: Any, replica_of: Any, generated: Any) -> RolloutView:
     replicas = tuple(ReplicaView(r, 1, READY, 0, 0, 0) for r in range(len(FLEET)))
     return RolloutView(
-        5.0, of, POOL, np.array(generated), np.array(state, dtype=np.int8), np.array(replica_of), replicas, 0, 0, 0
+        5.0, of, POOL, np.array(generated), np.array(state, dtype=np.int8), np.array(replica_of), replicas, 0, 0, 0, 0
     )
 
 

@@ -60,7 +60,7 @@ class RlhflessPaper:
         return {self.tp: self.num_actors}
 
     def plan(self, memory: History, pool: PoolSnapshot, batch: Batch) -> RolloutPlan:
-        """Return blocks of equal predicted length, one an actor."""
+        """Return blocks of similar predicted length and equal size, one an actor."""
         mean = [memory.mean.get(p, memory.overall) for p in batch.prompt_ids]
         predicted = np.array(mean)[batch.group_of]
         return RolloutPlan(
