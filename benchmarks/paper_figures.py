@@ -17,6 +17,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from benchmarks import command
 from verl_rlhfless.policy.shapes import MODELS
 from verl_rlhfless.policy.transitions import LeaseTimes
 from verl_rlhfless.sim.cell import Cell
@@ -73,4 +74,4 @@ def main(traces: list[Path], out: Annotated[Path, typer.Option("--json")]) -> No
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.run(main, __doc__)

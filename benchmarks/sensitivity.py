@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks import command
 from verl_rlhfless.policy.arm import Arm
 from verl_rlhfless.policy.baselines.oracle import Oracle
 from verl_rlhfless.policy.ours import Ours
@@ -168,4 +169,4 @@ def _front(axis: Any, rows: Sequence[Mapping[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.run(main, __doc__)

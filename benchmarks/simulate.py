@@ -18,6 +18,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from benchmarks import command
 from benchmarks.targets import verdicts
 from verl_rlhfless.policy.shapes import MODELS
 from verl_rlhfless.policy.transitions import LeaseTimes
@@ -110,4 +111,4 @@ def _headline(rows: list[dict]) -> dict:  # type: ignore[type-arg]
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.run(main, __doc__)

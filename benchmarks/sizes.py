@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks import command
 from benchmarks.simulate import LONG_ROLLOUT_S
 from verl_rlhfless.policy.ours import Ours
 from verl_rlhfless.policy.shapes import MODELS
@@ -77,4 +78,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.run(main, __doc__)
