@@ -74,26 +74,24 @@ def _cell(axis: Axes, run: Mapping[str, Any]) -> None:
 
 def _span_arms(axis: Axes, points: Points) -> None:
     """Set scale, limits and ticks: logarithmic where the arms differ by much; below them is room for a line of text."""
-    sides = (
-        (axis.xaxis, axis.set_xscale, axis.set_xlim, "step [s], simulated", 0.08),
-        (axis.yaxis, axis.set_yscale, axis.set_ylim, "$ per step, simulated", 0.2),
-    )
-    for at, (side, set_scale, set_limits, label, room) in enumerate(sides):
+    axis.set_xlabel("step [s], simulated", fontsize=9)
+    axis.set_ylabel("$ per step, simulated", fontsize=9)
+    for at, (side, room) in enumerate(((axis.xaxis, 0.08), (axis.yaxis, 0.2))):
         values = [point[at] for point in points.values()]
         low, high = min(values), max(values)
-        if high > _LEAST_LOG_RANGE * low > 0:
-            set_scale("log")
-            ratio = high / low
-            set_limits(low * ratio**-room, high * ratio**0.08)
+        is_log = high > _LEAST_LOG_RANGE * low > 0
+        axis.set(**{f"{'xy'[at]}scale": "log" if is_log else "linear"})
+        if is_log:
+            limits = low * (low / high) ** room, high * (high / low) ** 0.08
             side.set_major_locator(LogLocator(subs=_LOG_TICKS))
             side.set_minor_locator(NullLocator())
             side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            label += ", log scale"
+            side.set_label_text(f"{side.get_label_text()}, log scale")
         else:
             reach = max(high - low, 0.05 * high)
-            set_limits(low - room * reach, high + 0.08 * reach)
+            limits = low - room * reach, high + 0.08 * reach
             side.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-        side.set_label_text(label, fontsize=9)
+        axis.set(**{f"{'xy'[at]}lim": limits})
     axis.tick_params(labelsize=8)
     axis.grid(linewidth=0.3, alpha=0.6)
 
