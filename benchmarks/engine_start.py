@@ -168,7 +168,7 @@ def _read_rounds(file: Path) -> list[dict[str, dict[str, float]]]:
 
 def main() -> None:
     """Measure on a private cluster and write the record."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds-file", type=Path, help="keeps every whole round, to go on later")
     given: Path | None = parser.parse_args().rounds_file
     os.environ.update(CPU_ENVIRONMENT)

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import command
 from benchmarks.record import write_result
 from verl_rlhfless.policy.arm import Arm
 from verl_rlhfless.policy.baselines.stock import StockSync
@@ -173,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, __doc__)

@@ -17,16 +17,17 @@ import dataclasses
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import ray
+import typer
 
+from benchmarks import command
 from benchmarks.controlled_router import new_router
 from benchmarks.engines import Engines, warm_actor
 from benchmarks.record import write_result
@@ -267,10 +268,9 @@ async def measure(folder: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(rounds: Annotated[int, typer.Argument(min=1)] = _ROUNDS) -> None:
     """Measure on a private cluster and write the record."""
     os.environ.update(CPU_ENVIRONMENT)
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else _ROUNDS
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder, private_cluster(1, CPU_ENVIRONMENT):
         results = asyncio.run(measure(Path(folder), rounds))
@@ -278,4 +278,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, __doc__)

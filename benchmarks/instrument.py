@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import command
 from benchmarks.record import write_result
 from verl_rlhfless.demo.assets import arithmetic_problems, build_assets
 from verl_rlhfless.demo.recipe import CPU_ENVIRONMENT
@@ -79,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, __doc__)

@@ -20,6 +20,7 @@ from typing import Any
 
 import ray
 
+from benchmarks import command
 from benchmarks.controlled_router import new_router
 from benchmarks.engines import Engines
 from benchmarks.record import write_result
@@ -93,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, __doc__)

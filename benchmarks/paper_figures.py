@@ -9,7 +9,6 @@ Usage: python -m benchmarks.paper_figures TRACE... --json OUT
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +16,8 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from benchmarks import command
+from benchmarks.record import file_names, write_simulated
 from verl_rlhfless.policy.shapes import MODELS
 from verl_rlhfless.policy.transitions import LeaseTimes
 from verl_rlhfless.sim.cell import Cell
@@ -68,9 +69,9 @@ def main(traces: list[Path], out: Annotated[Path, typer.Option("--json")]) -> No
         for accounting in ACCOUNTINGS
     }
     authors = {"best": {"speed_up": 1.35, "cost": 0.552}, "simulated_mean": {"speed_up": 1.23, "cost": 0.613}}
-    out.write_text(json.dumps({"simulated": True, "authors": authors, "means": means, "cells": rows}, indent=1) + "\n")
-    print(json.dumps(means, indent=1))
+    told = f"python -m benchmarks.paper_figures {file_names(traces)} --json {out.name}"
+    write_simulated(out, {"authors": authors, "means": means, "cells": rows}, told, shown=["means"])
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.run(main, __doc__)

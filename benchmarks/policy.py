@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from benchmarks import command
 from benchmarks.record import write_result
 from verl_rlhfless.policy.dedup import dedup
 from verl_rlhfless.policy.fusion_cut import cut_for_inference
@@ -104,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, __doc__)

@@ -24,6 +24,7 @@ from typing import Any
 
 import ray
 
+from benchmarks import command
 from benchmarks.controlled_router import new_router
 from benchmarks.record import write_result
 from verl_rlhfless.live.tickets import SampleKey, ServerLimits
@@ -235,4 +236,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, __doc__)

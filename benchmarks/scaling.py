@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from benchmarks import command
 from benchmarks.policy import step
 from benchmarks.record import write_result
 from verl_rlhfless.policy.ours import Ours
@@ -68,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, __doc__)

@@ -7,7 +7,6 @@ All figures are simulated.
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,6 +16,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks import command
+from benchmarks.record import file_names, write_simulated
 from verl_rlhfless.policy.arm import Arm
 from verl_rlhfless.policy.baselines.oracle import Oracle
 from verl_rlhfless.policy.ours import Ours
@@ -38,14 +39,22 @@ CELLS = (
 """Three cells with long rollouts, one of them on H100, and two with short ones."""
 
 TITLES = {
-    "prediction_error_factor": "predicted / true length",
+    "prediction_error_factor": "predicted / true length (`oracle`)",
     "wake_s": "wake [s]",
     "cold_start_s": "cold start [s]",
-    "migration_cost_factor": "cost of a move, factor",
+    "migration_cost_factor": "time of every prefill, factor",
+    "parked_charge": "share of the price that a parked GPU costs",
     "cost_weight": "weight of cost",
-    "parked_charge": "parked GPU charged, share",
 }
-LINES = (("t_best", "o-", "step"), ("cost_best", "s-", "cost of steps"), ("run_cost_best", "^--", "cost with start"))
+_GRID = [
+    ["step prediction_error_factor", "step wake_s", "step cold_start_s"],
+    ["cost prediction_error_factor", "cost wake_s", "cost cold_start_s"],
+    ["step migration_cost_factor", "step parked_charge", "cost_weight"],
+    ["cost migration_cost_factor", "cost parked_charge", "cost_weight"],
+]
+"""Panels of the picture: below each other step and cost of a sweep, and the weight of cost as a tall one."""
+
+_LEGEND = "Simulated: mean step and cost of `ours` over those of the best static tensor-parallel size"
 
 
 @dataclass(frozen=True)
@@ -117,55 +126,76 @@ def main(
         base = Cell(load_steps(files[trace]), CLUSTERS[cluster], MODELS[model], LeaseTimes())
         found.append({"trace": trace, "cluster": cluster, "model": model, "sweeps": sweeps(base)})
         print(json.dumps(found[-1]), flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    record = {"simulated": True, "seed": 0, "commit": commit, "cells": found}
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    draw(record, plot)
+    told = f"python -m benchmarks.sensitivity {file_names(traces)} --json {out.name} --plot {plot.name} --cells {cells}"
+    write_simulated(out, {"cells": found}, told, shown=[])
+    draw(found, plot)
 
 
-def draw(record: Mapping[str, Any], path: Path) -> None:
-    """Write one row a cell and one panel a sweep: time and cost over the best static arm; the weight as a front."""
+def draw(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a picture, one colour a cell: step and cost over the best static arm in every sweep; the weight as a front.
+
+    Args:
+        cells: Entries of ``cells`` in the record.
+        path: Where to write; the ending chooses the format.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
-    cells = record["cells"]
-    figure, axes = pyplot.subplots(len(cells), len(TITLES), figsize=(2.6 * len(TITLES), 2.4 * len(cells) + 0.6))
-    for line, cell in zip(axes, cells, strict=True):
-        shown = [
-            r[key] for name, rows in cell["sweeps"].items() if name != "cost_weight" for r in rows for key, *_ in LINES
-        ]
-        for axis, (name, title) in zip(line, TITLES.items(), strict=True):
-            rows = cell["sweeps"][name]
-            if name == "cost_weight":
-                _front(axis, rows)
-            else:
-                for key, style, label in LINES:
-                    axis.plot(range(len(rows)), [r[key] for r in rows], style, markersize=4, label=label)
-                axis.set_xticks(range(len(rows)), [f"{r['value']:g}" for r in rows])
-                axis.set_xlabel(title, fontsize=8)
-                axis.set_ylim(min(0.7, *shown) - 0.05, max(1.1, *shown) + 0.05)
-                axis.axhline(1.0, color="grey", linewidth=0.7)
-            axis.tick_params(labelsize=7)
-        line[0].set_ylabel(f"{cell['trace']}\n{cell['cluster']}, {cell['model']}", fontsize=8)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, [f"{label} / best static" for label in labels], loc="upper center", ncols=3, fontsize=8)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.4 / figure.get_figheight()))
+    figure = pyplot.figure(figsize=(11, 10), layout="constrained")
+    axes = figure.subplot_mosaic(_GRID)
+    looks = [{"color": f"C{at}", "marker": "osD^v"[at % 5], "markersize": 5} for at in range(len(cells))]
+    for name, title in TITLES.items():
+        sweeps = [cell["sweeps"][name] for cell in cells]
+        if name == "cost_weight":
+            _front(axes[name], sweeps, looks)
+        else:
+            _lines(axes[f"step {name}"], axes[f"cost {name}"], sweeps, looks)
+            axes[f"cost {name}"].set_xlabel(title)
+    for kind in ("step ", "cost "):  # one scale for each of the two
+        panels = [axis for name, axis in axes.items() if name.startswith(kind)]
+        limits = [limit for axis in panels for limit in axis.get_ylim()]
+        for axis in panels:
+            axis.set_ylim(min(limits), max(limits))
+    handles = [
+        Line2D([], [], label=f"{cell['trace']}, {cell['cluster']}, {cell['model']}", **look)
+        for cell, look in zip(cells, looks, strict=True)
+    ]
+    handles += [Line2D([], [], color="black", linestyle=":", label="cost with the engines' first start")]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, title=_LEGEND)
     figure.savefig(path, dpi=100, metadata={"Software": None})
     pyplot.close(figure)
 
 
-def _front(axis: Any, rows: Sequence[Mapping[str, float]]) -> None:
-    """Draw cost over time from weight 0 (only time) to 1 (only cost)."""
-    axis.plot([r["t_best"] for r in rows], [r["cost_best"] for r in rows], "s-", color="black", markersize=4)
-    for end, offset in ((rows[0], (4, 4)), (rows[-1], (4, -9))):
-        at = (end["t_best"], end["cost_best"])
-        axis.annotate(f"w={end['value']:g}", at, xytext=offset, textcoords="offset points", fontsize=7)
-    axis.set_xlabel("step / best static", fontsize=8)
-    axis.set_ylabel("cost of steps / best static", fontsize=7)
-    axis.margins(0.25)
+def _lines(step: Any, cost: Any, sweeps: Sequence[Sequence[Mapping[str, float]]], looks: Sequence[Any]) -> None:
+    """Draw mean step and cost of every cell over the values of one sweep."""
+    for rows, look in zip(sweeps, looks, strict=True):
+        step.plot([r["t_best"] for r in rows], **look)
+        cost.plot([r["cost_best"] for r in rows], **look)
+        cost.plot([r["run_cost_best"] for r in rows], ":", color=look["color"])
+    for axis, label in ((step, "step / best static"), (cost, "cost / best static")):
+        axis.set_xticks(range(len(sweeps[0])), [f"{r['value']:g}" for r in sweeps[0]])
+        axis.set_ylabel(label)
+        axis.axhline(1.0, color="grey", linewidth=0.8)
+        axis.grid(axis="y", linewidth=0.4, alpha=0.6)
+
+
+def _front(axis: Any, sweeps: Sequence[Sequence[Mapping[str, float]]], looks: Sequence[Any]) -> None:
+    """Draw cost over time of every cell, from weight 0 (only time) to 1 (only cost)."""
+    for rows, look in zip(sweeps, looks, strict=True):
+        axis.plot([r["t_best"] for r in rows], [r["cost_best"] for r in rows], **look)
+    axis.set_xscale("log")
+    axis.set_xticks([1, 1.5, 2, 3, 4], ["1", "1.5", "2", "3", "4"])
+    axis.minorticks_off()
+    axis.set_xlabel("step / best static (log scale)")
+    axis.set_ylabel("cost / best static")
+    weights = ", ".join(f"{r['value']:g}" for r in sweeps[0])
+    axis.set_title(f"weight of cost from upper left to lower right:\n{weights}", fontsize=10)
+    axis.grid(linewidth=0.4, alpha=0.6)
+    axis.margins(0.12)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.run(main, __doc__)

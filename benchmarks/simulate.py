@@ -10,7 +10,6 @@ Traces that nobody tuned for: `rlhfless trace generate` with --mean 1500 --tail 
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +17,8 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from benchmarks import command
+from benchmarks.record import file_names, write_simulated
 from benchmarks.targets import verdicts
 from verl_rlhfless.policy.shapes import MODELS
 from verl_rlhfless.policy.transitions import LeaseTimes
@@ -39,7 +40,8 @@ def main(
     update: Annotated[bool, typer.Option(help="Keep the figures of arms that are not run now.")] = False,
 ) -> None:
     """Run the cells, one after another."""
-    old = {row["cell"]: row for row in json.loads(out.read_text())["cells"]} if update and out.exists() else {}
+    kept = json.loads(out.read_text())["results"]["cells"] if update and out.exists() else []
+    old = {row["cell"]: row for row in kept}
     rows = []
     for path in traces:
         data = load_steps(path)
@@ -57,11 +59,12 @@ def main(
                 print(
                     label, {name: (arm["x_stock"], arm["cost_stock"]) for name, arm in row["arms"].items()}, flush=True
                 )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    record = {"simulated": True, "wake_s": wake_s, "commit": commit}
-    record |= {"headline": _headline(rows), "targets": verdicts(rows), "cells": rows}
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps({key: record[key] for key in ("headline", "targets")}, indent=1))
+    told = (
+        f"python -m benchmarks.simulate {file_names(traces)} --wake-s {wake_s:g} --arms {arms} --clusters {clusters} "
+    )
+    told += f"--models {models} --json {out.name}{' --update' if update else ''}"
+    results = {"wake_s": wake_s, "headline": _headline(rows), "targets": verdicts(rows), "cells": rows}
+    write_simulated(out, results, told, shown=["headline", "targets"])
 
 
 def _row(label: str, run: dict, old: dict | None) -> dict:  # type: ignore[type-arg]
@@ -110,4 +113,4 @@ def _headline(rows: list[dict]) -> dict:  # type: ignore[type-arg]
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.run(main, __doc__)

@@ -8,7 +8,6 @@ Usage: python -m benchmarks.sizes TRACE... --json OUT
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +15,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks import command
+from benchmarks.record import file_names, write_simulated
 from benchmarks.simulate import LONG_ROLLOUT_S
 from verl_rlhfless.policy.ours import Ours
 from verl_rlhfless.policy.shapes import MODELS
@@ -72,9 +73,9 @@ def main(
         "the smallest": np.mean([each[0] for each in objectives]),
     }
     means = {sizes: round(float(mean), 3) for sizes, mean in means.items()}
-    out.write_text(json.dumps({"simulated": True, "wake_s": wake_s, "means": means, "cells": rows}, indent=1) + "\n")
-    print(json.dumps(means, indent=1))
+    told = f"python -m benchmarks.sizes {file_names(traces)} --wake-s {wake_s:g} --json {out.name}"
+    write_simulated(out, {"wake_s": wake_s, "means": means, "cells": rows}, told, shown=["means"])
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.run(main, __doc__)

@@ -24,6 +24,7 @@ import psutil
 import ray
 import torch
 
+from benchmarks import command
 from benchmarks.record import write_result
 from verl_rlhfless.config import WeightsConfig
 from verl_rlhfless.live.weight_store import connect, create_store
@@ -266,4 +267,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, __doc__)

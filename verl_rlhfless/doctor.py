@@ -35,7 +35,7 @@ from verl_rlhfless.versions import REQUIREMENTS, Requirement, check_requirement,
 Status = Literal["ok", "warn", "fail"]
 
 _GIB = 1024**3
-_MIN_FREE_MEMORY_GIB = 8.0  # one tiny replica on CPU takes 2.5 GiB, four trainer ranks and the rest of verl about 5
+_MIN_FREE_MEMORY_GIB = 16.0  # the demo's stock arm, four trainer ranks and four engines on CPU, takes 15.1 GiB
 _MIN_FREE_SHM_GIB = 1.0  # Ray's object store and vLLM's message queues live there
 _REINSTALL = "Install this package again, in its source folder: pip install --no-deps --force-reinstall ."
 _STYLES: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -159,7 +159,7 @@ def check_memory(available_bytes: int, total_bytes: int) -> Finding:
     detail = f"{available_bytes / _GIB:.1f} of {total_bytes / _GIB:.1f} GiB available"
     if available_bytes / _GIB >= _MIN_FREE_MEMORY_GIB:
         return Finding("memory", "ok", detail)
-    return Finding("memory", "warn", detail, f"Free memory: a run needs {_MIN_FREE_MEMORY_GIB:g} GiB or more.")
+    return Finding("memory", "warn", detail, f"Free memory: the demo needs {_MIN_FREE_MEMORY_GIB:g} GiB or more.")
 
 
 def check_shared_memory(free_bytes: int) -> Finding:

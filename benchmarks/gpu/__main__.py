@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks import command
 from benchmarks.gpu.comparison import calibration_record, compared, fit, table
 from benchmarks.gpu.device import CPU, Device, find_device
 from benchmarks.gpu.rows import Subject
@@ -114,4 +115,4 @@ def _subject(engine: str, model: Path, perf: EnginePerf, workload: Workload, dev
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.run(main, __doc__)

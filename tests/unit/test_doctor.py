@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from verl_rlhfless.doctor import Finding
 from verl_rlhfless.versions import REQUIREMENTS, Requirement
 
 GIB = 1024**3
+ROOT = Path(__file__).parents[2]
 
 
 def printed(findings: list[Finding], width: int = 200) -> str:
@@ -95,6 +97,13 @@ def test_flash_attention_is_missed_only_where_it_is_of_use(monkeypatch: pytest.M
 def test_little_memory_is_a_warning(available_gib: int, status: str) -> None:
     finding = doctor.check_memory(available_gib * GIB, 24 * GIB)
     assert (finding.status, finding.detail) == (status, f"{available_gib}.0 of 24.0 GiB available")
+
+
+def test_less_memory_than_the_recorded_demo_took_is_a_warning() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    peak_bytes = max(arm["host"]["memory_peak_bytes"] for arm in record["arms"].values())
+    finding = doctor.check_memory(peak_bytes, 24 * GIB)
+    assert finding.status == "warn" and "the demo needs" in finding.action
 
 
 @pytest.mark.parametrize(("free_bytes", "status"), [(64 * 1024**2, "warn"), (8 * GIB, "ok")])

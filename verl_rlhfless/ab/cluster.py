@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -20,6 +22,7 @@ from verl_rlhfless.shared_memory import mapped_segments, queue_segments, unlink_
 
 _RUN_VARIABLE = "RLHFLESS_RUN_ID"
 _IDLE_TIMEOUT_S = 30.0
+_CONNECT_TIMEOUT_S = 5.0
 _POLL_S = 0.2
 _RAY_ENVIRONMENT = {"RAY_worker_maximum_startup_concurrency": "8"}  # Ray warns when 4x as many start at once
 
@@ -105,10 +108,12 @@ def running_cluster(address: str, num_gpus: int, environment: Mapping[str, str])
     The observer cannot tell jobs apart: it counts every lease that it sees, so the cluster must be the arm's alone.
 
     Raises:
-        RlhflessError: Nothing answers there, it has fewer than ``num_gpus`` GPUs, or others use some of them.
+        ConfigError: Nothing answers there.
+        RlhflessError: Ray cannot connect, it has fewer than ``num_gpus`` GPUs, or others use some of them.
     """
     import ray
 
+    check_address(address)
     run_id = uuid.uuid4().hex
     marked = {**environment, _RUN_VARIABLE: run_id}
     segments_before = frozenset(queue_segments())
@@ -142,14 +147,41 @@ def _wait_until_idle(address: str, num_gpus: int) -> None:
 
 
 def check_address(address: str) -> None:
-    """Check that ``RAY_ADDRESS`` is one that the observer can read the lease table at.
+    """Check that ``RAY_ADDRESS`` is one at which something answers, and the observer can read the lease table.
+
+    Ray itself would go on trying for minutes, in every arm.
 
     Raises:
-        ConfigError: It is an address of Ray's client.
+        ConfigError: It is an address of Ray's client or none at all, or nothing answers within 5 s.
     """
     if address.startswith("ray://"):
         rule = "is the address of a Ray client, which does not show who leases what"
         raise ConfigError("RAY_ADDRESS", address, rule, "Run on a node of the cluster, with RAY_ADDRESS=auto.")
+    start = "Start the cluster (`ray start --head`), or unset RAY_ADDRESS for private ones."
+    try:
+        found = _current_cluster() if address == "auto" else address
+    except ConnectionError:
+        raise ConfigError("RAY_ADDRESS", address, "no Ray cluster runs on this host", start) from None
+    try:
+        parts = urlsplit(f"//{found}")
+        host, port = parts.hostname, parts.port
+    except ValueError:  # a port that is none
+        host = port = None
+    if host is None or port is None:
+        rule = "must be auto, or HOST:PORT with a port up to 65535"
+        raise ConfigError("RAY_ADDRESS", address, rule, "Correct it, or unset it for private clusters.")
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S).close()
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
+        there = "there" if found == address else f"at {found}, where the last cluster of this host was"
+        raise ConfigError("RAY_ADDRESS", address, f"nothing answers {there} ({error})", start) from error
+
+
+def _current_cluster() -> str:
+    """Return where ``ray.init(address="auto")`` would connect; ``ConnectionError`` without a cluster."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    return str(canonicalize_bootstrap_address("auto"))
 
 
 def _inherited(name: str, value: str) -> str:

@@ -11,19 +11,29 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from verl_rlhfless.sim.cell import ARMS
 
-_MARKERS = "osD^v<>PXh*dp8"
-_COLOURS = [matplotlib.colormaps["tab10"](i) for i in range(10)]
-_COLUMNS = 4
+OURS = "ours"
+_MARKERS = "osD^v*<>PXhpd8"
+_COLOURS = (
+    *("black", "dimgrey", "tab:blue", "tab:cyan", "navy"),  # stock and the baselines
+    *("red", "darkred", "salmon", "darkgreen", "limegreen", "olive"),  # ours and the oracles
+    *("tab:purple", "orchid", "tab:orange"),  # the dispatch of live runs
+)
+_COLUMNS = 3
+_LABEL_GAP = 0.068  # of two labels at least, as a share of a panel's height: as many fit as there are arms
+_LEAST_LOG_RANGE = 3.0  # from this ratio of largest to least on, an axis is logarithmic
+_LOG_TICKS = (1, 1.5, 2, 3, 5, 7)
+
+Points = Mapping[str, tuple[float, float]]
 
 
 def plot_cells(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write one panel a cell: mean step time against mean cost of every arm, and the lower bound.
+    """Write one panel a cell: mean step time against mean cost of every arm, each with its name; `ours` is filled.
 
-    Axes are logarithmic: equal distances are equal ratios. Arms keep their marker in all panels; one legend names them.
+    Axes span the arms; the lower bound lies beyond them, and its figures stand in the corner.
 
     Args:
         runs: Entries of ``runs`` in the record of ``rlhfless simulate``.
@@ -31,41 +41,94 @@ def plot_cells(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     columns = min(_COLUMNS, len(runs))
     rows = -(-len(runs) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(3.6 * columns, 3.1 * rows + 0.8), squeeze=False)
+    size = (6.2 * columns, 3.9 * rows)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(runs) :]:
         axis.set_visible(False)
     for axis, run in zip(axes.flat, runs, strict=False):
         _cell(axis, run)
-    handles = {handle.get_label(): handle for axis in axes.flat for handle in axis.get_legend_handles_labels()[0]}
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=max(2, 2 * columns), fontsize=7)
-    lines = -(-len(handles) // max(2, 2 * columns))
-    figure.tight_layout(rect=(0, (0.12 + 0.17 * lines) / figure.get_figheight(), 1, 1))
     figure.savefig(path, dpi=120, metadata={"Software": None} if path.suffix == ".png" else None)
     pyplot.close(figure)
 
 
+def look(name: str) -> tuple[str, str]:
+    """Return marker and colour of an arm, which no other one has."""
+    at = list(ARMS).index(name)
+    return _MARKERS[at], _COLOURS[at]
+
+
 def _cell(axis: Axes, run: Mapping[str, Any]) -> None:
-    for name, arm in run["arms"].items():
-        at = list(ARMS).index(name)
-        total = arm["total"]
-        axis.scatter(
-            total["step_s"],
-            total["gpu_lease_usd_per_step"],
-            s=42,
-            marker=_MARKERS[at % len(_MARKERS)],
-            edgecolors=[_COLOURS[at % 10]],
-            facecolors="none",
-            label=name,
-        )
+    totals = {name: arm["total"] for name, arm in run["arms"].items()}
+    points = {name: (total["step_s"], total["gpu_lease_usd_per_step"]) for name, total in totals.items()}
+    for name, (step_s, usd) in points.items():
+        marker, colour = look(name)
+        face, area = (colour, 140) if name == OURS else ("none", 45)
+        axis.scatter(step_s, usd, s=area, marker=marker, edgecolors=colour, facecolors=face, zorder=3)
+    axis.set_title(f"{Path(run['trace']).name.split('.')[0]}, {run['cluster']}, {run['model']}", fontsize=10)
+    _span_arms(axis, points)
+    _name_arms(axis, points)
     bound = run["bound"]
-    axis.scatter(bound["step_s"], bound["gpu_lease_usd"], s=55, color="black", marker="+", label="lower bound")
-    axis.set_title(f"{Path(run['trace']).name.split('.')[0]}, {run['cluster']}, {run['model']}", fontsize=8)
-    axis.set_xlabel("step [s], simulated", fontsize=7)
-    axis.set_ylabel("gpu_lease_usd per step", fontsize=7)
-    for one, set_scale in ((axis.xaxis, axis.set_xscale), (axis.yaxis, axis.set_yscale)):
-        set_scale("log", subs=(1, 2, 3, 5))
-        one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        one.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.tick_params(which="both", labelsize=6)
-    axis.margins(0.12)
-    axis.grid(which="both", linewidth=0.3, alpha=0.6)
+    told = f"↙ lower bound: {bound['step_s']:.3g} s, ${bound['gpu_lease_usd']:.3g}"
+    axis.text(0.02, 0.03, told, transform=axis.transAxes, fontsize=8)
+
+
+def _span_arms(axis: Axes, points: Points) -> None:
+    """Set scale, limits and ticks: logarithmic where the arms differ by much; below them is room for a line of text."""
+    axis.set_xlabel("step [s], simulated", fontsize=9)
+    axis.set_ylabel("$ per step, simulated", fontsize=9)
+    for at, (side, room) in enumerate(((axis.xaxis, 0.08), (axis.yaxis, 0.2))):
+        values = [point[at] for point in points.values()]
+        low, high = min(values), max(values)
+        is_log = high > _LEAST_LOG_RANGE * low > 0
+        axis.set(**{f"{'xy'[at]}scale": "log" if is_log else "linear"})
+        if is_log:
+            limits = low * (low / high) ** room, high * (high / low) ** 0.08
+            side.set_major_locator(LogLocator(subs=_LOG_TICKS))
+            side.set_minor_locator(NullLocator())
+            side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            side.set_label_text(f"{side.get_label_text()}, log scale")
+        else:
+            reach = max(high - low, 0.05 * high)
+            limits = low - room * reach, high + 0.08 * reach
+            side.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axis.set(**{f"{'xy'[at]}lim": limits})
+    axis.tick_params(labelsize=8)
+    axis.grid(linewidth=0.3, alpha=0.6)
+
+
+def _name_arms(axis: Axes, points: Points) -> None:
+    """Write names and figures beside the panel, each with a line to its point: many arms coincide."""
+    to_panel = axis.transData + axis.transAxes.inverted()
+    names = sorted(points, key=lambda name: (points[name][1], -points[name][0]))
+    heights = label_heights([float(to_panel.transform(points[name])[1]) for name in names])
+    for name, height in zip(names, heights, strict=True):
+        step_s, usd = points[name]
+        axis.annotate(
+            f"{name}  {step_s:.3g} s  ${usd:.3g}",
+            points[name],
+            (1.06, height),
+            textcoords="axes fraction",
+            color=look(name)[1],
+            fontsize=8,
+            fontweight="bold" if name == OURS else "normal",
+            verticalalignment="center",
+            arrowprops={"arrowstyle": "-", "relpos": (0, 0.5), "color": look(name)[1], "linewidth": 0.6, "alpha": 0.6},
+        )
+
+
+def label_heights(wanted: Sequence[float]) -> list[float]:
+    """Return where labels stand in a panel from 0 to 1: as wanted, moved as far as none overlaps the next.
+
+    Args:
+        wanted: In increasing order.
+    """
+    heights: list[float] = []
+    lowest = 0.0
+    for height in wanted:
+        heights.append(max(height, lowest))
+        lowest = heights[-1] + _LABEL_GAP
+    highest = 1.0
+    for at in reversed(range(len(heights))):
+        heights[at] = min(heights[at], highest)
+        highest = heights[at] - _LABEL_GAP
+    return heights

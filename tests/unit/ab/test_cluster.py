@@ -1,13 +1,15 @@
-"""What a running cluster's processes get through the job arrives as it was, whatever a folder is called."""
+"""What a running cluster's processes get arrives as it was; an address at which none runs is refused at once."""
 
 from __future__ import annotations
+
+import socket
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl_rlhfless.ab.cluster import _inherited, check_address
+from verl_rlhfless.ab.cluster import _inherited, check_address, running_cluster
 from verl_rlhfless.errors import ConfigError
 
 
@@ -19,7 +21,62 @@ def test_any_value_survives_hydras_grammar(value: str) -> None:
 
 
 def test_the_address_of_a_client_is_refused() -> None:
-    check_address("auto")
-    check_address("10.0.0.1:6379")
     with pytest.raises(ConfigError, match="RAY_ADDRESS='ray://head:10001': is the address of a Ray client"):
         check_address("ray://head:10001")
+
+
+def test_an_address_at_which_something_listens_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        check_address(f"127.0.0.1:{server.getsockname()[1]}")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:99999", "127.0.0.1", "127.0.0.1:", ":6379", "head:word", "[::1:6379"])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="must be auto, or HOST:PORT"):
+        check_address(address)
+
+
+def test_where_nothing_listens_neither_the_check_nor_an_arm_waits_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray was asked"))
+    free = free_address()
+    with pytest.raises(ConfigError, match=f"RAY_ADDRESS='{free}': nothing answers there"):
+        check_address(free)
+    with pytest.raises(ConfigError, match="nothing answers there"), running_cluster(free, 1, {}):
+        pass
+
+
+def test_a_host_that_does_not_answer_is_given_up() -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("verl_rlhfless.ab.cluster._CONNECT_TIMEOUT_S", 0.1)
+        address = server.getsockname()
+        waiting = [socket.socket() for _ in range(4)]  # fill the queue of a server that accepts nobody
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(address)
+        with pytest.raises(ConfigError, match="timed out"):
+            check_address(f"127.0.0.1:{address[1]}")
+        for one in waiting:
+            one.close()
+
+
+def test_auto_is_the_cluster_that_ray_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = "ray._private.services.canonicalize_bootstrap_address"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(where, lambda _: address)
+        check_address("auto")
+    with pytest.raises(ConfigError, match="RAY_ADDRESS='auto': nothing answers at 127"):
+        check_address("auto")
+
+    def none(_: str) -> str:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(where, none)
+    with pytest.raises(ConfigError, match="RAY_ADDRESS='auto': no Ray cluster runs on this host"):
+        check_address("auto")
+
+
+def free_address() -> str:
+    """Return an address of this host at which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"127.0.0.1:{server.getsockname()[1]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,7 +140,11 @@ def test_without_gpus_or_the_cpu_platform_the_host_is_refused_and_a_running_clus
     options = AbOptions(COMMAND, Path("out"), "stock", 2)
     with pytest.raises(ConfigError, match="this host has 0 GPUs, and no Ray cluster is given"):
         prepare(options, {})
-    assert prepare(options, {"RAY_ADDRESS": "auto"}).address == "auto"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        assert prepare(options, {"RAY_ADDRESS": address}).address == address
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS.*nothing answers there"):
+        prepare(options, {"RAY_ADDRESS": address})
     fake.facts = replace(TINY, nnodes=2)
     with pytest.raises(ConfigError, match=r"trainer\.nnodes=2: needs a Ray cluster"):
         prepare(options, {})
