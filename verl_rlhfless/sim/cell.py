@@ -82,7 +82,7 @@ def make_pool(
             f"training {shape.name} needs {need / 1e9:.0f} GB, its {cluster.trainer_gpus} GPUs have {have / 1e9:.0f}",
             "Use a larger cluster or a smaller model.",
         )
-    trainer = TrainerPerf(shape, cluster.gpu, cluster.trainer_gpus, recipe, times)
+    trainer = TrainerPerf(shape, cluster.gpu, cluster.trainer_gpus, cluster.gpus_per_node, recipe, times)
     return PoolSnapshot(cluster.num_gpus, cluster.gpus_per_node, perf, trainer, has_kv_transfer=cluster.has_kv_transfer)
 
 
