@@ -35,7 +35,8 @@ def cell_record(cell: Cell, records: Mapping[str, RunRecord], labels: Mapping[st
     Args:
         cell: Trace, cluster, model.
         records: By arm; holds ``stock_sync_best_tp``.
-        labels: ``trace``, ``cluster``, ``model``, ``seed``.
+        labels: ``trace``, ``cluster``, ``model``, ``seed``; for a ``table`` also ``recipe``, ``calibration`` and what
+            ``settings`` returns.
     """
     reference = records["stock_sync_best_tp"]
     weight = cell.goal.cost_weight
