@@ -1,21 +1,17 @@
-"""``rlhfless ab``, ``rlhfless report`` and ``rlhfless trace record``; bad input is one line and exit code 2.
+"""``rlhfless ab``, ``rlhfless report`` and ``rlhfless trace record``.
 
 ``register`` adds them to the command line.
 """
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from verl_rlhfless.errors import ConfigError, RlhflessError
-
-BAD_INPUT = 2
+from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.outputs import check_file
 
 
 def register(app: typer.Typer, trace_app: typer.Typer) -> None:
@@ -23,16 +19,6 @@ def register(app: typer.Typer, trace_app: typer.Typer) -> None:
     app.command()(ab)
     app.command()(report)
     trace_app.command()(record)
-
-
-@contextlib.contextmanager
-def _input() -> Iterator[None]:
-    """Refuse bad input in one line."""
-    try:
-        yield
-    except RlhflessError as error:
-        print(f"rlhfless: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise typer.Exit(BAD_INPUT) from None
 
 
 def ab(
@@ -69,10 +55,8 @@ def ab(
     """
     from verl_rlhfless.ab.run import AbOptions, prepare, run_ab
 
-    with _input():
-        options = AbOptions(command, out, arms, steps, trainer_gpus, trace, tuple(plugin_override or ()), arm_timeout_h)
-        plan = prepare(options)
-    raise typer.Exit(run_ab(plan))
+    options = AbOptions(command, out, arms, steps, trainer_gpus, trace, tuple(plugin_override or ()), arm_timeout_h)
+    raise typer.Exit(run_ab(prepare(options)))
 
 
 def report(
@@ -81,8 +65,7 @@ def report(
     """Write report.md and timeline.png into a folder of records: tables, every lease, predicted and measured."""
     from verl_rlhfless.report.folder import write_report
 
-    with _input():
-        typer.echo(f"wrote {write_report(folder)}")
+    typer.echo(f"wrote {write_report(folder)}")
 
 
 def record(
@@ -92,11 +75,10 @@ def record(
     """Write the length trace of a recorded run, of stock verl too."""
     from verl_rlhfless.report.recorded_trace import record_trace
 
-    with _input():
-        if not out.name.endswith((".jsonl", ".jsonl.gz")) or out.is_dir() or not out.resolve().parent.is_dir():
-            rule = "must be a file in an existing folder, named *.jsonl or *.jsonl.gz"
-            raise ConfigError("--out", str(out), rule, "Write --out trace.jsonl.")
-        written = record_trace(folder, out)
+    if not out.name.endswith((".jsonl", ".jsonl.gz")):
+        raise ConfigError("--out", str(out), "must be named *.jsonl or *.jsonl.gz", "Write --out trace.jsonl.")
+    check_file("--out", out)
+    written = record_trace(folder, out)
     typer.echo(
         f"wrote {out}: {written.num_steps} steps, {written.num_groups} groups, {written.num_samples} responses of "
         f"{written.response_tokens:,} tokens"

@@ -1,20 +1,41 @@
-"""``rlhfless``: the command line. Each command is a thin shell around one module; errors are one line, exit code 1."""
+"""``rlhfless``: the command line. Each command is a thin shell around one module.
+
+Exit code: 0 = all well, 1 = a check, an arm or a guard failed, 2 = bad input, or a file that cannot be read or written,
+told in one line.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from verl_rlhfless import __version__
 from verl_rlhfless.ab_cli import register as register_comparison
 from verl_rlhfless.errors import RlhflessError
 from verl_rlhfless.sim_cli import register as register_simulator
-from verl_rlhfless.sim_cli import trace_app
+from verl_rlhfless.sim_cli import split_names, trace_app
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Elastic, serverless RLHF on verl.")
+BAD_INPUT = 2
+
+
+class _Commands(TyperGroup):
+    """Ends a command on bad input in one line."""
+
+    def invoke(self, ctx: Any) -> Any:  # of a Click that Typer may have a copy of
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # the reader of a pipe left, which is no error
+            raise
+        except (RlhflessError, OSError) as error:
+            print(f"rlhfless: error: {' '.join(str(error).split())}", file=sys.stderr)
+            raise typer.Exit(BAD_INPUT) from None
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, help="Elastic, serverless RLHF on verl.")
 
 
 def _print_version(wanted: bool) -> None:
@@ -51,7 +72,10 @@ def demo(
     ablate: Annotated[bool, typer.Option("--ablate", help="Also run each arm without each part of ours.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Replay the lengths of this trace, scaled to fit.")] = None,
 ) -> None:
-    """Train a tiny model with stock verl and with elastic replicas, and compare them; exit 1 if a guard fails."""
+    """Train a tiny model with stock verl and with elastic replicas, and compare them.
+
+    Exit code: 0 = all well, 1 = an arm or a guard failed, 2 = bad input.
+    """
     from verl_rlhfless.demo.run import DemoOptions, run_demo
 
     options = DemoOptions(
@@ -59,8 +83,8 @@ def demo(
         data=data,
         steps=steps,
         seed=seed,
-        arms=tuple(arms.split(",")),
-        columns=tuple(columns.split(",")),
+        arms=split_names(arms),
+        columns=split_names(columns),
         ablate=ablate,
         trace=trace,
     )
@@ -73,8 +97,4 @@ register_simulator(app)
 
 def main() -> None:
     """Run the command line."""
-    try:
-        app()
-    except RlhflessError as error:
-        print(f"rlhfless: error: {error}", file=sys.stderr)
-        sys.exit(1)
+    app()

@@ -22,10 +22,7 @@ class Clock(Protocol):
         """Return the seconds since the rollout began."""
 
     async def wait(self, until_s: float) -> None:
-        """Return at ``until_s``, or earlier when a replica became ready or was lost.
-
-        Or nothing is left to wait for.
-        """
+        """Return at ``until_s``, or earlier when a replica became ready or was lost, or every sample finished."""
 
 
 class ReplicaPool(Protocol):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import product
@@ -16,12 +15,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from verl_rlhfless.errors import ConfigError, DataError, UnsupportedError
+from verl_rlhfless.outputs import check_file, writing
 
 if TYPE_CHECKING:
     from verl_rlhfless.policy.perf import Efficiencies
     from verl_rlhfless.sim.cell import Cell
 
+_PICTURES = (".png", ".pdf", ".svg")
+
 trace_app = typer.Typer(no_args_is_help=True, help="Generate, record and inspect length traces.")
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """Return the names that an option lists with commas."""
+    return tuple(name.strip() for name in text.split(","))
 
 
 def register(app: typer.Typer) -> None:
@@ -56,7 +63,7 @@ def simulate(
     from verl_rlhfless.policy.transitions import RECIPES, LeaseTimes
     from verl_rlhfless.sim.cell import ARMS, Cell, load_model
     from verl_rlhfless.sim.cluster import load_cluster
-    from verl_rlhfless.sim.report import FORMAT
+    from verl_rlhfless.sim.report import FORMAT, LEGEND
     from verl_rlhfless.sim.workload import load_steps
 
     if show:
@@ -69,37 +76,46 @@ def simulate(
     _check_range("--cost-weight", cost_weight, 1)
     _check_range("--parked-charge", parked_charge, 1)
     _check_range("--seed", seed, 2**63 - 1)
-    names = list(ARMS) if arms == "all" else list(dict.fromkeys(["stock_sync_best_tp", *arms.split(",")]))
+    names = list(ARMS) if arms == "all" else list(dict.fromkeys(["stock_sync_best_tp", *split_names(arms)]))
     for name in names:
         _check_name("--arms", name, ARMS)
     _check_name("--recipe", recipe, RECIPES)
-    _check_output("--json", out)
-    _check_output("--plot", plot, (".png", ".pdf", ".svg"))
+    inputs = [*traces, *map(Path, (*split_names(cluster), *split_names(model)))]
+    inputs += [] if calibration is None else [calibration]
+    if out is not None:
+        check_file("--json", out, inputs)
+        inputs.append(out)
+    if plot is not None:
+        check_file("--plot", plot, inputs)
     draw = None if plot is None else _plotter(plot)
-    shapes = [load_model(name) for name in model.split(",")]
-    clusters = [load_cluster(name) for name in cluster.split(",")]
+    shapes = [load_model(name) for name in split_names(model)]
+    clusters = [load_cluster(name) for name in split_names(cluster)]
     efficiencies = _read_efficiencies(calibration, {one.gpu.name for one in clusters})
     goal, times = Goal(cost_weight=cost_weight), LeaseTimes(wake_s=wake_s, cold_start_s=cold_start_s)
-    runs = []
-    for path in traces:
-        data = load_steps(path)
-        for one, shape in product(clusters, shapes):
-            one = replace(one, has_kv_transfer=one.has_kv_transfer or kv_transfer)
-            cell = Cell(data, one, shape, times, goal, parked_charge, seed, RECIPES[recipe], efficiencies)
-            labels = {"trace": str(path), "cluster": one.name, "model": shape.name, "seed": seed, "recipe": recipe}
-            labels |= {"calibration": None if calibration is None else str(calibration)}
-            runs.append(_run(cell, sorted(names, key=list(ARMS).index), labels))
+    cells = []
+    for (path, data), one, shape in product([(path, load_steps(path)) for path in traces], clusters, shapes):
+        one = replace(one, has_kv_transfer=one.has_kv_transfer or kv_transfer)
+        cell = Cell(data, one, shape, times, goal, parked_charge, seed, RECIPES[recipe], efficiencies)
+        labels = {"trace": str(path), "cluster": one.name, "model": shape.name, "seed": seed, "recipe": recipe}
+        labels |= {"calibration": None if calibration is None else str(calibration)}
+        cell.check()
+        cells.append((cell, labels))
+    runs = [_run(cell, sorted(names, key=list(ARMS).index), labels) for cell, labels in cells]
+    typer.echo(LEGEND)
     if out is not None:
-        out.write_text(json.dumps({"format": FORMAT, "runs": runs}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        text = json.dumps({"format": FORMAT, "runs": runs}, indent=1, sort_keys=True, allow_nan=False)
+        with writing("--json", out):
+            out.write_text(text + "\n", encoding="utf-8")
     if plot is not None and draw is not None:
-        draw(runs, plot)
+        with writing("--plot", plot):
+            draw(runs, plot)
 
 
 def _run(cell: Cell, names: list[str], labels: dict[str, Any]) -> dict[str, Any]:
     """Run one cell, print its table and return its record."""
-    from verl_rlhfless.sim.report import cell_record, table
+    from verl_rlhfless.sim.report import cell_record, settings, table
 
-    run = cell_record(cell, {name: cell.run(cell.arm(name)) for name in names}, labels)
+    run = cell_record(cell, {name: cell.run(cell.arm(name)) for name in names}, {**labels, **settings(cell)})
     typer.echo(table(run) + "\n")
     return run
 
@@ -108,17 +124,17 @@ def _known() -> str:
     from verl_rlhfless.policy.gpus import GPUS
     from verl_rlhfless.policy.shapes import MODELS
     from verl_rlhfless.policy.transitions import RECIPES
-    from verl_rlhfless.sim.cell import ARMS
+    from verl_rlhfless.sim.cell import DESCRIPTIONS
     from verl_rlhfless.sim.cluster import CLUSTERS
 
     rows: list[tuple[str, Iterable[str]]] = [
         ("clusters", CLUSTERS),
         ("models", MODELS),
         ("recipes", RECIPES),
-        ("arms", ARMS),
         ("GPU types", GPUS),
     ]
-    return "\n".join(f"{name}: {', '.join(values)}" for name, values in rows)
+    names = [f"{name}: {', '.join(values)}" for name, values in rows]
+    return "\n".join([*names, "arms:", *(f"  {name:<20}{text}" for name, text in DESCRIPTIONS.items())])
 
 
 def _read_efficiencies(path: Path | None, gpus: set[str]) -> Efficiencies:
@@ -149,21 +165,9 @@ def _check_name(key: str, name: str, known: Iterable[str]) -> None:
         raise ConfigError(key, name, f"must be among {', '.join(known)}", "Choose from these.")
 
 
-def _check_output(key: str, path: Path | None, endings: tuple[str, ...] = ()) -> None:
-    """Refuse a path that cannot be written, before anything is computed."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise ConfigError(key, str(path), "is a folder", "Give the name of a file.")
-    if not path.resolve().parent.is_dir():
-        raise ConfigError(key, str(path), "its folder does not exist", "Create it, or write elsewhere.")
-    if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
-        raise ConfigError(key, str(path), "cannot be written", "Write elsewhere.")
-    if endings and path.suffix not in endings:
-        raise ConfigError(key, str(path), f"must end in {', '.join(endings)}", "Rename it.")
-
-
 def _plotter(path: Path) -> Callable[[list[dict[str, Any]], Path], None]:
+    if path.suffix not in _PICTURES:
+        raise ConfigError("--plot", str(path), f"must end in {', '.join(_PICTURES)}", "Rename it.")
     try:
         from verl_rlhfless.sim.plots import plot_cells
     except ImportError as error:
@@ -189,7 +193,7 @@ def generate(
     """Write a synthetic trace."""
     from verl_rlhfless.sim.generate import TraceSpec, write_trace
 
-    _check_output("PATH", path)
+    check_file("PATH", path)
     spec = TraceSpec(
         steps_per_epoch=steps_per_epoch,
         epochs=epochs,
@@ -203,7 +207,12 @@ def generate(
         prompt_tokens=prompt_tokens,
         seed=seed,
     )
-    write_trace(spec, path)
+    with writing("PATH", path):
+        mean_tokens = write_trace(spec, path)
+    typer.echo(
+        f"wrote {path}: {spec.num_steps} steps, {spec.num_samples} samples, mean length {mean_tokens:.0f} tokens after "
+        f"the cap of {spec.max_response_tokens}"
+    )
 
 
 @trace_app.command("stats")

@@ -22,7 +22,7 @@ PATCHES = PACKAGE.parent / "patches" / "verl_rlhfless_patches"
 # A module may import modules of its own layer and of those before it.
 LAYERS = (
     ("types", "errors", "versions"),
-    ("schema", "config", "trace", "processes", "shared_memory"),
+    ("schema", "config", "trace", "outputs", "processes", "shared_memory"),
     ("policy",),
     ("ports",),
     ("ledger",),

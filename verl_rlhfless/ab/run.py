@@ -20,11 +20,12 @@ from verl_rlhfless.ab.probe import RecipeFacts, probe
 from verl_rlhfless.ab.training import ArmOutcome, Say, Training, train
 from verl_rlhfless.doctor import count_gpus
 from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.outputs import check_folder
 from verl_rlhfless.report.environment import versions
 from verl_rlhfless.report.folder import write_report
 from verl_rlhfless.report.guards import MAX_PROBS_DIFF, GuardLimits
 from verl_rlhfless.report.observed import ROLLOUT_FOLDER
-from verl_rlhfless.trace import read_header
+from verl_rlhfless.trace import read_trace
 
 _ADDRESS = "RAY_ADDRESS"
 
@@ -56,10 +57,9 @@ class AbOptions:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError("--steps", self.steps, "must be >= 1", "Use 3 or more: the first step is a warm-up.")
-        if self.timeout_h <= 0:
+        if not self.timeout_h > 0:
             raise ConfigError("--arm-timeout-h", self.timeout_h, "must be > 0", "Use 24, for instance.")
-        if self.out.exists() and not self.out.is_dir():
-            raise ConfigError("--out", str(self.out), "is a file", "Name a folder.")
+        check_folder("--out", self.out)
         for override in self.plugin_overrides:
             if "=" not in override and not override.startswith("~"):
                 rule = "must be a Hydra override"
@@ -97,7 +97,8 @@ def prepare(options: AbOptions, environ: Mapping[str, str] = os.environ) -> Plan
     names = parse_names(options.arms)
     recipe = parse_recipe(options.command, Path.cwd())
     if options.trace is not None:
-        read_header(options.trace)
+        for _ in read_trace(options.trace):  # every line, before an arm runs for hours
+            pass
     address = environ.get(_ADDRESS) or None
     if address is not None:
         check_address(address)

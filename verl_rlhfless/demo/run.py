@@ -18,6 +18,7 @@ from verl_rlhfless.demo.assets import Assets, Problem, build_assets, read_proble
 from verl_rlhfless.demo.columns import COLUMNS, Column, render_columns, summarise
 from verl_rlhfless.demo.workload import Workload
 from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.outputs import check_folder
 from verl_rlhfless.report.folder import write_report
 from verl_rlhfless.report.guards import GuardLimits
 from verl_rlhfless.report.requests import render_requests
@@ -59,8 +60,7 @@ class DemoOptions:
             raise ConfigError(
                 "--columns", ",".join(self.columns), "must name each column once", "Use --columns parked."
             )
-        if self.out.exists() and not self.out.is_dir():
-            raise ConfigError("--out", str(self.out), "is a file", "Name a folder.")
+        check_folder("--out", self.out)
         if self.data is not None and (self.trace is not None or self.ablate):
             raise ConfigError("--data", str(self.data), "does not go with a replayed trace", "Give one of the two.")
 

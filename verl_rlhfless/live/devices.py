@@ -51,14 +51,15 @@ def declared_pool(fleet: Fleet, pace: PaceModel) -> PoolSnapshot:
     """Return a pool of replicas whose iterations take exactly what ``pace`` declares."""
     perf = {tp: _declared_perf(fleet, pace, tp) for tp in fleet.tps}
     any_perf = next(iter(perf.values()))
-    trainer = TrainerPerf(any_perf.shape, any_perf.gpu, fleet.num_gpus)
+    trainer = TrainerPerf(any_perf.shape, any_perf.gpu, fleet.num_gpus, fleet.gpus_per_node)
     return PoolSnapshot(fleet.num_gpus, fleet.gpus_per_node, perf, trainer)
 
 
 def gpu_pool(fleet: Fleet, shape: ModelShape, gpu: GpuType) -> PoolSnapshot:
     """Return a pool of replicas of a model on one type of GPU."""
     perf = {tp: EnginePerf(shape, gpu, tp, limits=fleet.limits) for tp in fleet.tps}
-    return PoolSnapshot(fleet.num_gpus, fleet.gpus_per_node, perf, TrainerPerf(shape, gpu, fleet.num_gpus))
+    trainer = TrainerPerf(shape, gpu, fleet.num_gpus, fleet.gpus_per_node)
+    return PoolSnapshot(fleet.num_gpus, fleet.gpus_per_node, perf, trainer)
 
 
 def find_gpu(resources: Iterable[str], device_bytes: int = 0) -> GpuType | None:

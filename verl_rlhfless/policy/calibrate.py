@@ -98,8 +98,9 @@ def parse_calibration(values: object, name: str) -> MeasuredEfficiencies:
     if not isinstance(values, Mapping) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, Mapping) else type(values).__name__
         raise ConfigError(f"{name}: format", found, f"must be {FORMAT!r}", "Write one: python -m benchmarks.gpu.")
-    if values.get("gpu") not in GPUS:
-        raise ConfigError(f"{name}: gpu", values.get("gpu"), f"must be one of {', '.join(GPUS)}", "Measure on a GPU.")
+    gpu = values.get("gpu")
+    if not isinstance(gpu, str) or gpu not in GPUS:
+        raise ConfigError(f"{name}: gpu", gpu, f"must be one of {', '.join(GPUS)}", "Measure on a GPU.")
     read = values.get("efficiencies")
     if not isinstance(read, Mapping) or not set(read) <= set(_READ):
         raise ConfigError(f"{name}: efficiencies", read, f"must hold some of {', '.join(_READ)}", "Correct it.")
@@ -107,7 +108,7 @@ def parse_calibration(values: object, name: str) -> MeasuredEfficiencies:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _READ[key]:
             rule = f"must be a number above 0, at most {_READ[key]:g}"
             raise ConfigError(f"{name}: efficiencies.{key}", value, rule, "Correct it.")
-    return MeasuredEfficiencies(values["gpu"], replace(Efficiencies(), **read))
+    return MeasuredEfficiencies(gpu, replace(Efficiencies(), **read))
 
 
 def _with(perf: EnginePerf, values: FloatArray) -> EnginePerf:

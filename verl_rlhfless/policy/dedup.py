@@ -1,6 +1,4 @@
-"""Distinct prefixes of a batch of prompts as a radix tree over token ids.
-
-So that every shared prefix is prefilled once.
+"""Distinct prefixes of a batch of prompts as a radix tree over token ids: each has to be prefilled only once.
 
 Levels may nest: a system prompt shared by all, a few-shot block shared by some, a prompt shared by the samples of a
 group.

@@ -1,6 +1,4 @@
-"""Response lengths.
-
-Quantiles for every sample from history, from siblings while they run, and from the running distribution.
+"""Predicted response lengths: quantiles for every sample from history, siblings and the running distribution.
 
 The logarithm of a length is ``level + slope * log(prompt) + prompt effect + noise``. ``level`` follows the drift of
 the whole distribution (an EWMA over steps, corrected inside a step by finished and censored samples), a prompt effect

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.errors import ConfigError, DataError
 
 BYTES_PER_PARAM = 2
 """bfloat16 weights and KV cache."""
@@ -90,7 +90,8 @@ def parse_model_config(values: Mapping[str, Any], name: str) -> ModelShape:
         name: What to call the model, and the prefix of keys in errors (the file's path).
 
     Raises:
-        ConfigError: A key is missing or not a positive integer, or the model is not a dense decoder.
+        ConfigError: A key is not a positive integer, or the model is not a dense decoder.
+        DataError: A key is missing.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(name, type(values).__name__, "must be a JSON object", "Give the model's config.json.")
@@ -129,7 +130,7 @@ def parse_model_config(values: Mapping[str, Any], name: str) -> ModelShape:
 
 def _positive(values: Mapping[str, Any], key: str, name: str) -> int:
     if key not in values:
-        raise ConfigError(f"{name}: {key}", None, "is missing", "Give a Hugging Face config.json of a dense decoder.")
+        raise DataError(f"{name}: {key}: is missing. Give a Hugging Face config.json of a dense decoder.")
     value = values[key]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name}: {key}", value, "must be an integer >= 1", "Correct the model config.")

@@ -86,7 +86,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class TrainerPerf:
-    """Seconds of the trainer's phases on ``num_gpus`` GPUs (FSDP over all of them).
+    """Seconds of the trainer's phases on ``num_gpus`` GPUs (FSDP over all of them), ``gpus_per_node`` in each node.
 
     ``slowness`` is the factor by which measured phases took longer than modelled.
     """
@@ -94,6 +94,7 @@ class TrainerPerf:
     shape: ModelShape
     gpu: GpuType
     num_gpus: int
+    gpus_per_node: int
     recipe: Recipe = field(default_factory=Recipe)
     times: LeaseTimes = field(default_factory=LeaseTimes)
     efficiencies: Efficiencies = field(default_factory=Efficiencies)
@@ -103,9 +104,20 @@ class TrainerPerf:
         attention = 4 * self.shape.layers * self.shape.heads * self.shape.head_dim * mean_context / 2
         return tokens * (2 * self.shape.matmul_params + attention)
 
+    @property
+    def _link_bytes_per_s(self) -> float:
+        """Slowest link of NCCL's all-gather rings: between peers, or into a node over all of its network cards.
+
+        What comes from another node enters once and is passed on among peers, so the GPUs' shares of the network add
+        up.
+        """
+        if self.num_gpus <= self.gpus_per_node:
+            return self.gpu.peer_bytes_per_s
+        return min(self.gpu.peer_bytes_per_s, self.gpus_per_node * self.gpu.network_bytes_per_s)
+
     def _gather_s(self, passes: float) -> float:
         sent = self.shape.weight_bytes * (self.num_gpus - 1) / self.num_gpus
-        return passes * sent / (min(self.gpu.peer_bytes_per_s, 25e9 * 2) * self.efficiencies.peer)
+        return passes * sent / (self._link_bytes_per_s * self.efficiencies.peer)
 
     def _pass_s(self, tokens: float, mean_context: float, factor: tuple[float, float, float]) -> float:
         flops_factor, gathers, mfu = factor

@@ -44,6 +44,8 @@ def load_model(name_or_path: str) -> ModelShape:
         return MODELS[name_or_path]
     path = Path(name_or_path)
     if not path.is_file():
+        if path.suffix == ".json":
+            raise ConfigError("--model", name_or_path, "no such file", f"Or choose one of {', '.join(MODELS)}.")
         raise ConfigError(
             "--model", name_or_path, f"must be one of {', '.join(MODELS)}, or a config.json", "Choose one."
         )
@@ -73,7 +75,9 @@ def make_pool(
         else:
             perf[tp] = one
     if not perf:
-        raise refused or ConfigError("--model", shape.name, "no tensor-parallel size is legal", "Use another model.")
+        rule = "no tensor-parallel size is legal" if refused is None else refused.rule
+        action = "Use GPUs with more memory, a smaller model, or a trace with shorter contexts."
+        raise ConfigError("--model", shape.name, rule, action) from refused
     need, have = optimizer_state_bytes(shape, recipe), 0.9 * cluster.trainer_gpus * cluster.gpu.memory_bytes
     if need > have:
         raise ConfigError(
@@ -82,7 +86,7 @@ def make_pool(
             f"training {shape.name} needs {need / 1e9:.0f} GB, its {cluster.trainer_gpus} GPUs have {have / 1e9:.0f}",
             "Use a larger cluster or a smaller model.",
         )
-    trainer = TrainerPerf(shape, cluster.gpu, cluster.trainer_gpus, recipe, times)
+    trainer = TrainerPerf(shape, cluster.gpu, cluster.trainer_gpus, cluster.gpus_per_node, recipe, times)
     return PoolSnapshot(cluster.num_gpus, cluster.gpus_per_node, perf, trainer, has_kv_transfer=cluster.has_kv_transfer)
 
 
@@ -110,6 +114,14 @@ class Cell:
         pool = make_pool(self.cluster, self.shape, self.times, self.recipe, longest)
         perf = {tp: replace(one, efficiencies=self.efficiencies) for tp, one in pool.perf.items()}
         return replace(pool, perf=perf, trainer=replace(pool.trainer, efficiencies=self.efficiencies))
+
+    def check(self) -> None:
+        """Refuse a model or a trace that the cluster cannot hold.
+
+        Raises:
+            ConfigError: See ``make_pool``.
+        """
+        _ = self.pool
 
     def run(self, arm: Arm) -> RunRecord:
         """Return the record of one arm over all steps."""
@@ -202,3 +214,21 @@ ARMS: dict[str, Callable[[Cell], Arm]] = {
     "dispatch_random": lambda cell: _dispatch(cell, "dispatch_random", dispatcher="random", seed=cell.seed),
 }
 """Every arm by name."""
+
+DESCRIPTIONS = {
+    "stock_sync": "stock verl, synchronous; every engine of the smallest tensor-parallel size that fits",
+    "stock_sync_best_tp": "stock verl with the fastest tensor-parallel size on this trace's first steps; always runs",
+    "rlhfuse": "RLHFuse: stock's engines, one tuned cut of the tail, inference on the GPUs that this frees",
+    "rlhfless_paper": "RLHFless as published: a tuned number of equal leased actors, a local cut",
+    "seer": "Seer: stock's engines, probes of each group, divided rollout over a global pool of keys and values",
+    "ours": "this package: each step's fleet planned from predicted lengths, cut, migration and fusion where they pay",
+    "ours_notslower": "ours for the least cost of a step that takes no longer than the best static fleet's",
+    "ours_nofuse": "ours without inference on freed GPUs",
+    "oracle": "ours, knowing every length in advance",
+    "oracle_prompts": "ours, knowing each prompt's lengths but not which of its samples is long",
+    "oracle_notslower": "ours_notslower, knowing every length in advance",
+    "dispatch": "the best static fleet with our placement by predicted length, and cut and migration",
+    "dispatch_equal": "dispatch without learning lengths and without migration",
+    "dispatch_random": "the best static fleet with every request on a random engine",
+}
+"""What each arm is, in one line."""

@@ -83,6 +83,8 @@ def load_cluster(name_or_path: str) -> Cluster:
         return CLUSTERS[name_or_path]
     path = Path(name_or_path)
     if not path.is_file():
+        if path.suffix == ".json":
+            raise ConfigError("--cluster", name_or_path, "no such file", f"Or choose one of {', '.join(CLUSTERS)}.")
         raise ConfigError(
             "--cluster", name_or_path, f"must be one of {', '.join(CLUSTERS)}, or a JSON file", "Choose one of them."
         )
@@ -109,7 +111,7 @@ def parse_cluster(values: object, name: str) -> Cluster:
     if values.get("format") != FORMAT:
         raise ConfigError(f"{name}: format", values.get("format"), f"must be {FORMAT!r}", "Correct it.")
     gpu = values.get("gpu")
-    if gpu not in GPUS:
+    if not isinstance(gpu, str) or gpu not in GPUS:
         raise ConfigError(f"{name}: gpu", gpu, f"must be one of {', '.join(GPUS)}", "Choose one of them.")
     nodes = int(_number(values, "num_nodes", name, (1, 100_000), is_int=True))
     cluster = Cluster(
@@ -117,7 +119,7 @@ def parse_cluster(values: object, name: str) -> Cluster:
         gpu=GPUS[gpu],
         num_nodes=nodes,
         gpus_per_node=int(_number(values, "gpus_per_node", name, (1, 1024), is_int=True)),
-        usd_per_gpu_h=_number({"usd_per_gpu_h": GPUS[gpu].usd_per_h} | values, "usd_per_gpu_h", name, (0, 1e6)),
+        usd_per_gpu_h=_number({"usd_per_gpu_h": GPUS[gpu].usd_per_h} | values, "usd_per_gpu_h", name, (1e-6, 1e6)),
         min_billing_s=_number({"min_billing_s": 60.0} | values, "min_billing_s", name, (0, 1e6)),
         outages=_outages(values, name),
         period_s=_number({"period_s": 7200.0} | values, "period_s", name, (1, 1e9)),
@@ -148,7 +150,7 @@ def _outages(values: Mapping[str, Any], name: str) -> tuple[tuple[tuple[float, f
     raw = values.get("outages", [])
     try:
         nodes = tuple(tuple((float(down), float(up)) for down, up in node) for node in raw)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{name}: outages", raw, rule, "Correct it.") from None
     for node in nodes:
         flat = [moment for pair in node for moment in pair]

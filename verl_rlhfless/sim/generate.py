@@ -7,11 +7,15 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from verl_rlhfless.errors import ConfigError
-from verl_rlhfless.trace import FORMAT
+from verl_rlhfless.trace import FORMAT, read_trace
+
+_MOST_TOKENS = 10**9
+"""Of a mean or a cap, so that every count drawn from it stays one that the format allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +49,14 @@ class TraceSpec:
             ("epochs", self.epochs >= 1, "must be >= 1"),
             ("groups", self.groups >= 1, "must be >= 1"),
             ("n", 1 <= self.n <= 4096, "must be from 1 to 4096"),
-            ("mean", self.mean >= 1, "must be >= 1"),
+            ("mean", 1 <= self.mean <= _MOST_TOKENS, f"must be from 1 to {_MOST_TOKENS}"),
             ("tail", 0 < self.tail <= 3, "must be above 0 and at most 3"),
             ("icc", 0 <= self.icc <= 1, "must be from 0 to 1"),
             ("drift", 0.1 <= self.drift <= 10, "must be from 0.1 to 10"),
             ("memory", 0 <= self.memory <= 1, "must be from 0 to 1"),
-            ("max-response-tokens", self.max_response_tokens >= 1, "must be >= 1"),
-            ("prompt-tokens", self.prompt_tokens >= 1, "must be >= 1"),
+            ("max-response-tokens", 1 <= self.max_response_tokens <= _MOST_TOKENS, f"must be from 1 to {_MOST_TOKENS}"),
+            ("prompt-tokens", 1 <= self.prompt_tokens <= _MOST_TOKENS, f"must be from 1 to {_MOST_TOKENS}"),
+            ("seed", self.seed >= 0, "must be >= 0"),
         )
         for key, is_right, rule in rules:
             if not is_right:
@@ -59,9 +64,19 @@ class TraceSpec:
                     f"--{key.replace('_', '-')}", getattr(self, key.replace("-", "_")), rule, "Correct it."
                 )
 
+    @property
+    def num_steps(self) -> int:
+        """Steps over all epochs."""
+        return self.steps_per_epoch * self.epochs
 
-def write_trace(spec: TraceSpec, path: Path) -> None:
-    """Write the trace that ``spec`` describes to ``path`` (gzipped when it ends in ``.gz``).
+    @property
+    def num_samples(self) -> int:
+        """Responses over all steps."""
+        return self.num_steps * self.groups * self.n
+
+
+def write_trace(spec: TraceSpec, path: Path) -> float:
+    """Write a trace to ``path`` (gzipped when it ends in ``.gz``) and return its mean response tokens.
 
     The same seed gives the same bytes.
     """
@@ -72,12 +87,13 @@ def write_trace(spec: TraceSpec, path: Path) -> None:
         1, np.rint(spec.prompt_tokens * np.exp(0.4 * rng.standard_normal(prompts) - 0.08))
     ).astype(int)
     lines = [json.dumps(_header(spec, path))]
+    tokens = 0
     for epoch in range(spec.epochs):
         order = rng.permutation(prompts)
         for k in range(spec.steps_per_epoch):
             index = epoch * spec.steps_per_epoch + k
             level = math.log(spec.mean) - spec.tail**2 / 2 + index * math.log(spec.drift)
-            groups = [
+            groups: list[dict[str, Any]] = [
                 {
                     "prompt_id": f"s{p}",
                     "prompt_tokens": int(prompt_tokens[p]),
@@ -85,10 +101,12 @@ def write_trace(spec: TraceSpec, path: Path) -> None:
                 }
                 for p in order[k * spec.groups : (k + 1) * spec.groups].tolist()
             ]
+            tokens += sum(sum(group["response_tokens"]) for group in groups)
             lines.append(json.dumps({"step": index + 1, "epoch": epoch + 1, "groups": groups}))
         effect = spec.memory * effect + math.sqrt(1 - spec.memory**2) * rng.standard_normal(prompts)
     data = ("\n".join(lines) + "\n").encode()
     path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+    return tokens / spec.num_samples
 
 
 def _lengths(spec: TraceSpec, rng: np.random.Generator, level: float, effect: float) -> list[int]:
@@ -113,20 +131,19 @@ def _header(spec: TraceSpec, path: Path) -> dict[str, object]:
 
 
 def trace_stats(path: Path) -> list[dict[str, float]]:
-    """Return for each step.
+    """Return groups, samples, mean, p50, p90, p99, max, within-group CV and intra-class correlation of each step.
 
-    Groups, samples, mean, p50, p90, p99, max, within-group CV, intra-class correlation of log lengths.
+    The correlation is that of the logarithms of the lengths, where a response of 0 tokens counts as 1.
 
     Raises:
         DataError: The trace breaks a rule of its format.
     """
-    from verl_rlhfless.sim.workload import load_steps
-
     rows = []
-    for step in load_steps(path):
-        lengths, group_of = step.lengths, step.batch.group_of
-        size = np.bincount(group_of)
-        log = np.log(lengths)
+    for step in read_trace(path):
+        lengths = np.array([tokens for group in step.groups for tokens in group.response_tokens])
+        size = np.array([len(group.response_tokens) for group in step.groups])
+        group_of = np.repeat(np.arange(len(size)), size)
+        log = np.log(np.maximum(lengths, 1))
         mean_log = np.bincount(group_of, weights=log) / size
         within = float(np.mean((log - mean_log[group_of]) ** 2 * (size / np.maximum(size - 1, 1))[group_of]))
         between = max(0.0, float(np.var(mean_log)) - within * float(np.mean(1 / size)))
@@ -135,7 +152,7 @@ def trace_stats(path: Path) -> list[dict[str, float]]:
         quantiles = np.quantile(lengths, (0.5, 0.9, 0.99))
         rows.append(
             {
-                "step": step.batch.step,
+                "step": step.step,
                 "groups": len(size),
                 "samples": len(lengths),
                 "mean": float(lengths.mean()),
@@ -143,7 +160,7 @@ def trace_stats(path: Path) -> list[dict[str, float]]:
                 "p90": float(quantiles[1]),
                 "p99": float(quantiles[2]),
                 "max": float(lengths.max()),
-                "cv_within": float(np.mean(spread / mean)),
+                "cv_within": float(np.mean(spread / np.maximum(mean, 1e-9))),
                 "icc": between / (between + within) if between + within > 0 else 0.0,
             }
         )

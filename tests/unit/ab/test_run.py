@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -124,11 +125,18 @@ def test_another_recipe_in_the_same_folder_is_refused_with_2_before_anything_run
         (["--trace", "missing.jsonl"], COMMAND, "missing.jsonl"),
         (["--plugin-override", "word"], COMMAND, "must be a Hydra override"),
         (["--arm-timeout-h", "0"], COMMAND, "--arm-timeout-h=0.0: must be > 0"),
+        (["--arm-timeout-h", "nan"], COMMAND, "--arm-timeout-h=nan: must be > 0"),
+        (["--out", "recipe.sh/out"], COMMAND, "is a file"),
+        (["--trace", "negative.jsonl"], COMMAND, "negative.jsonl, line 2"),
         ([], "missing.sh", "no such script"),
         ([], "python train.py", "is not a verl training"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(fake: Fake, arguments: list[str], command: str, says: str) -> None:
+    Path("recipe.sh").write_text("")
+    header = {"format": "rlhfless-trace/1", "name": "t", "unit": "tokens", "max_response_tokens": 10, "n": 1}
+    header |= {"kind": "composed", "source": "s", "licence": "l", "note": ""}
+    Path("negative.jsonl").write_text(json.dumps(header) + '\n{"step": -1, "epoch": 1, "groups": []}\n')
     code, _, errors = ab(*arguments, command=command)
     assert code == 2 and not fake.trained
     (line,) = errors.splitlines()

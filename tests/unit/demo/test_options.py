@@ -42,8 +42,29 @@ def test_ablation_runs_every_part_on_and_off(tmp_path: Path) -> None:
 
 def test_output_must_be_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="is a file"):
-        DemoOptions(out=tmp_path / "file")
+    for out in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(ConfigError, match=r"--out=.* is a file"):
+            DemoOptions(out=out)
+
+
+def test_a_file_that_fails_while_the_command_runs_is_one_line_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> int:
+        raise OSError(28, "No space left on device", str(tmp_path / "log"))
+
+    monkeypatch.setattr("verl_rlhfless.demo.run.run_demo", fail)
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 2 and line.startswith("rlhfless: error: ") and "No space left on device" in line
+
+
+def test_names_may_stand_after_a_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[DemoOptions] = []
+    monkeypatch.setattr("verl_rlhfless.demo.run.run_demo", lambda options: chosen.append(options) or 0)
+    names = ["--arms", "stock, elastic", "--columns", "parked, cold"]
+    assert CliRunner().invoke(app, ["demo", "--out", str(tmp_path), *names]).exit_code == 0
+    assert (chosen[0].arms, chosen[0].columns) == (("stock", "elastic"), ("parked", "cold"))
 
 
 def test_data_smaller_than_a_step(tmp_path: Path) -> None:
@@ -65,7 +86,7 @@ def test_command_line_prints_one_line_and_fails(
     monkeypatch.setattr("sys.argv", ["rlhfless", "demo", "--out", str(tmp_path), "--arms", "stok"])
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("rlhfless: error: --arms='stok'")
 

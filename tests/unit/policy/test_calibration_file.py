@@ -26,6 +26,7 @@ def test_what_a_file_does_not_mention_keeps_its_shipped_value() -> None:
         ({}, "format"),
         (GOOD | {"format": "rlhfless-calibration/2"}, "format"),
         (GOOD | {"gpu": "CPU"}, "gpu"),
+        (GOOD | {"gpu": ["H100"]}, "gpu"),
         (GOOD | {"efficiencies": None}, "efficiencies"),
         (GOOD | {"efficiencies": {"peer": 0.5}}, "efficiencies"),
         (GOOD | {"efficiencies": {"hbm": 1.2}}, "efficiencies.hbm"),

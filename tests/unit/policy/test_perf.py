@@ -85,11 +85,37 @@ def test_calibration_refuses_impossible_samples(seconds: float) -> None:
 
 
 def test_ppo_takes_longer_than_grpo_and_the_critic_has_its_own_state() -> None:
-    grpo = TrainerPerf(MODELS["qwen2.5-7b"], GPUS["H100"], 16)
+    grpo = TrainerPerf(MODELS["qwen2.5-7b"], GPUS["H100"], 16, 8)
     ppo = replace(grpo, recipe=Recipe(has_critic=True))
     assert ppo.update_s(1e6, 2000) == pytest.approx(2 * grpo.update_s(1e6, 2000))
     assert ppo.inference_s(1e6, 2000) == pytest.approx(1.5 * grpo.inference_s(1e6, 2000))
     assert ppo.state_copy_s > grpo.state_copy_s
+
+
+@pytest.mark.parametrize(
+    ("gpu", "num_gpus", "link"),
+    [
+        ("L40S", 8, 32e9),  # PCIe between peers
+        ("L40S", 16, 32e9),  # slower than the node's 400 Gbit/s
+        ("A100-80G", 8, 300e9),  # NVLink
+        ("A100-80G", 16, 50e9),  # 400 Gbit/s into a node, however fast its NVLink
+        ("H100", 8, 450e9),
+        ("H100", 16, 400e9),
+    ],
+)
+def test_the_trainer_gathers_over_the_slowest_link_between_its_gpus(gpu: str, num_gpus: int, link: float) -> None:
+    trainer = TrainerPerf(MODELS["qwen2.5-7b"], GPUS[gpu], num_gpus, 8)
+    received = trainer.shape.weight_bytes * (num_gpus - 1) / num_gpus
+    assert trainer.reshard_s == pytest.approx(received / (link * trainer.efficiencies.peer))
+
+
+def test_a_slower_network_makes_only_a_trainer_of_several_nodes_slower() -> None:
+    fast = TrainerPerf(MODELS["qwen2.5-7b"], GPUS["H100"], 16, 8)
+    slow = replace(fast, gpu=replace(fast.gpu, network_bytes_per_s=1e9))
+    assert slow.reshard_s > 10 * fast.reshard_s
+    assert slow.update_s(1e6, 2000) > fast.update_s(1e6, 2000)
+    assert slow.fuse_load_s == fast.fuse_load_s  # a freed GPU loads whole models and gathers nothing
+    assert replace(slow, num_gpus=8).reshard_s == replace(fast, num_gpus=8).reshard_s
 
 
 def test_a_moved_sample_is_recomputed_unless_the_pool_can_transfer_and_transfer_is_faster() -> None:
@@ -107,7 +133,7 @@ def test_a_transfer_is_bound_by_the_slower_of_peer_link_and_network() -> None:
 
 
 def test_a_model_reward_is_one_more_forward_phase_with_its_own_weights() -> None:
-    rule = TrainerPerf(MODELS["qwen2.5-7b"], GPUS["H100"], 16, RECIPES["ppo"])
+    rule = TrainerPerf(MODELS["qwen2.5-7b"], GPUS["H100"], 16, 8, RECIPES["ppo"])
     model = replace(rule, recipe=RECIPES["ppo-rm"])
     assert model.inference_s(1e6, 2000) == pytest.approx(4 / 3 * rule.inference_s(1e6, 2000))
     assert model.update_s(1e6, 2000) == rule.update_s(1e6, 2000)

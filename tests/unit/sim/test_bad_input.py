@@ -29,14 +29,18 @@ MODEL = {
     ("change", "key"),
     [
         ({"gpu": "H101"}, "gpu"),
+        ({"gpu": []}, "gpu"),
+        ({"gpu": ["L40S"]}, "gpu"),
         ({"num_nodes": 0}, "num_nodes"),
         ({"num_nodes": True}, "num_nodes"),
         ({"gpus_per_node": 2.5}, "gpus_per_node"),
         ({"usd_per_gpu_h": -1}, "usd_per_gpu_h"),
+        ({"usd_per_gpu_h": 0}, "usd_per_gpu_h"),  # prices are compared as ratios
         ({"usd_per_gpu_h": float("nan")}, "usd_per_gpu_h"),
         ({"outages": [[[5, 1]]]}, "outages"),
         ({"outages": [[[1, 2]], [[1, 2]]]}, "outages"),
         ({"outages": 3}, "outages"),
+        ({"outages": [[[10, 10**400]]]}, "outages"),
         ({"nodes": 2}, "nodes"),
         ({"format": "x"}, "format"),
         ({"kv_transfer": "yes"}, "kv_transfer"),
@@ -83,7 +87,7 @@ def test_a_bad_model_config_names_the_key(change: dict[str, object], key: str) -
 
 
 def test_a_missing_model_key_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"intermediate_size.*missing"):
+    with pytest.raises(DataError, match=r"^config\.json: intermediate_size: is missing"):
         parse_model_config({k: v for k, v in MODEL.items() if k != "intermediate_size"}, "config.json")
 
 
@@ -91,6 +95,8 @@ def test_a_missing_model_key_is_named() -> None:
 def test_an_unknown_name_lists_the_known_ones(load) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ConfigError, match="must be one of"):
         load("nowhere")
+    with pytest.raises(ConfigError, match=r"'nowhere\.json': no such file"):
+        load("nowhere.json")
 
 
 def test_a_model_whose_training_state_does_not_fit_is_refused_with_the_figures() -> None:
@@ -103,7 +109,7 @@ def test_a_model_whose_training_state_does_not_fit_is_refused_with_the_figures()
 def test_a_sample_that_no_engine_can_ever_hold_is_refused_before_anything_runs() -> None:
     pool = make_pool(CLUSTERS["l40s-16"], MODELS["qwen2.5-32b"], LeaseTimes(), context_tokens=50_000)
     assert min(pool.perf) == 4  # two GPUs hold the weights but not 50,000 tokens beside them
-    with pytest.raises(ConfigError, match=r"up to 9000000 tokens exceed the \d+"):
+    with pytest.raises(ConfigError, match=r"up to 9000000 tokens exceed the \d+.*Use GPUs with more memory"):
         make_pool(CLUSTERS["l40s-16"], MODELS["qwen2.5-7b"], LeaseTimes(), context_tokens=9_000_000)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
+
+import numpy as np
 
 from tests.unit.sim.cases import cell, steps
 from verl_rlhfless.policy.baselines.stock import StockSync
@@ -33,3 +36,19 @@ def test_no_elastic_fleet_costs_less_than_the_bound_for_its_own_time() -> None:
     for name in ("ours", "oracle", "oracle_prompts", "rlhfless_paper"):
         step = one.run(one.arm(name)).steps[0]
         assert step.gpu_s_allocated >= step_bound(one.pool, LONG[0], step.step_s).gpu_s
+
+
+def test_turns_whose_first_token_a_prefill_yields_lower_the_bound() -> None:
+    one, step = cell(LONG), LONG[0]
+    ends = {sample: (*range(4, length, 4), length) for sample, length in enumerate(step.lengths.tolist())}
+    turns = replace(step, turn_ends=ends)
+    plain, cut = (step_bound(one.pool, each) for each in (step, turns))
+    assert cut.step_s < plain.step_s and cut.gpu_s < plain.gpu_s
+
+
+def test_prompts_without_tokens_have_a_bound() -> None:
+    step = replace(LONG[0], batch=replace(LONG[0].batch, prompt_tokens=np.zeros_like(LONG[0].lengths)))
+    one = cell((step,))
+    for limit_s in (math.inf, 100.0):
+        bound = step_bound(one.pool, step, limit_s)
+        assert 0 < bound.gpu_s < step_bound(one.pool, LONG[0], limit_s).gpu_s

@@ -15,7 +15,7 @@ from verl_rlhfless.policy.ours import Ours
 from verl_rlhfless.sim.cell import ARMS
 from verl_rlhfless.sim.cluster import CLUSTERS
 from verl_rlhfless.sim.records import RunRecord
-from verl_rlhfless.sim.report import cell_record, table
+from verl_rlhfless.sim.report import cell_record, settings, table
 from verl_rlhfless.sim.run import ArmRun
 
 DATA = steps(2, 32, 4, mean=900.0)
@@ -143,7 +143,9 @@ def test_ours_stays_resident_and_says_so_when_elasticity_cannot_pay() -> None:
 def test_the_record_has_every_documented_field_and_no_arm_beats_the_bound() -> None:
     one = cell(DATA)
     arms = {name: one.run(one.arm(name)) for name in ("stock_sync", "stock_sync_best_tp", "ours", "oracle")}
-    run = cell_record(one, arms, {"trace": "t", "cluster": "l40s-16", "model": "qwen2.5-3b", "seed": 0})
+    labels = {"trace": "t", "cluster": "l40s-16", "model": "qwen2.5-3b", "seed": 0}
+    labels |= {"recipe": "grpo", "calibration": None, **settings(one)}
+    run = cell_record(one, arms, labels)
     step = run["arms"]["ours"]["steps"][0]
     wanted = {"step", "step_s", "gen_s", "gpu_s_allocated", "gpu_s_busy", "gpu_s_idle", "gpu_s_startup"}
     assert wanted | {"gpu_lease_usd", "node_usd", "num_migrations", "prefill_tokens", "objective"} <= step.keys()

@@ -11,7 +11,9 @@ import typer
 from typer.testing import CliRunner
 
 from verl_rlhfless.errors import RlhflessError
+from verl_rlhfless.sim.cell import ARMS, DESCRIPTIONS
 from verl_rlhfless.sim_cli import register
+from verl_rlhfless.trace import read_trace
 
 app = typer.Typer()
 register(app)
@@ -35,6 +37,8 @@ def test_list_names_what_can_be_chosen() -> None:
     text = run("simulate", "--list")
     for name in ("l40s-16", "h100-16-spot", "llama2-70b", "rlhfless_paper", "ours_notslower", "B200"):
         assert name in text
+    assert list(DESCRIPTIONS) == list(ARMS)
+    assert DESCRIPTIONS["seer"] in text
 
 
 def test_a_generated_trace_is_simulated_to_the_documented_json_and_a_picture(tmp_path: Path) -> None:
@@ -45,7 +49,7 @@ def test_a_generated_trace_is_simulated_to_the_documented_json_and_a_picture(tmp
     assert record["format"] == "rlhfless-sim/1"
     assert {"trace", "cluster", "model", "seed", "arms", "bound"} <= record["runs"][0].keys()
     assert [step["step"] for step in record["runs"][0]["arms"]["ours"]["steps"]] == [1, 2, 3, 4]
-    assert "simulated" in text
+    assert "simulated" in text and "objective  " in text
     assert picture.read_bytes().startswith(b"\x89PNG")
     first = out.read_bytes()
     run(*args)
@@ -136,9 +140,82 @@ def test_drift_makes_later_steps_longer(tmp_path: Path) -> None:
         (["simulate", "x", "--plot", "o.txt"], r"must end in \.png"),
         (["trace", "generate", "/nowhere/t.gz"], "folder does not exist"),
         (["trace", "generate", "t.gz", "--icc", "2"], "--icc"),
+        (["trace", "generate", "t.gz", "--seed", "-1"], "--seed=-1: must be >= 0"),
+        (["trace", "generate", "t.gz", "--prompt-tokens", "10000000000000000"], "--prompt-tokens"),
+        (["trace", "generate", "t.gz", "--max-response-tokens", "10000000000000000"], "--max-response-tokens"),
+        (["trace", "generate", "/proc/t.gz"], "PATH='/proc/t.gz': cannot be written"),
+        (["simulate", "x", "--json", "/proc/o.json"], "--json='/proc/o.json': cannot be written"),
+        (["simulate", "x", "--plot", "/proc/o.png"], "--plot='/proc/o.png': cannot be written"),
+        (["simulate", "x", "--json", "./x"], "--json='x': is another file of the same command"),
+        (["simulate", "x", "--cluster", "c.json", "--json", "c.json"], "another file of the same command"),
+        (["simulate", "x", "--model", "m.json", "--json", "m.json"], "another file of the same command"),
+        (["simulate", "x", "--calibration", "y", "--json", "y"], "another file of the same command"),
+        (["simulate", "x", "--json", "y.png", "--plot", "y.png"], "--plot='y.png': is another file"),
         (["trace", "stats", "missing.jsonl"], r"missing\.jsonl"),
     ],
 )
 def test_bad_input_is_one_clear_error(args: list[str], message: str) -> None:
     with pytest.raises(RlhflessError, match=message):
         run(*args)
+
+
+def write(path: Path, lengths: list[int]) -> Path:
+    """Write a trace of one prompt with these lengths."""
+    header = {"format": "rlhfless-trace/1", "name": "t", "unit": "tokens", "max_response_tokens": 10, "n": 1}
+    header |= {"kind": "composed", "source": "s", "licence": "l", "note": ""}
+    group = {"prompt_id": "a", "prompt_tokens": 0, "response_tokens": lengths}
+    path.write_text(json.dumps(header) + "\n" + json.dumps({"step": 1, "epoch": 1, "groups": [group]}) + "\n")
+    return path
+
+
+def test_every_input_is_read_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("something was computed")
+
+    good, bad = write(tmp_path / "good.jsonl", [3]), write(tmp_path / "bad.jsonl", [-3])
+    monkeypatch.setattr("verl_rlhfless.sim_cli._run", fail)
+    with pytest.raises(RlhflessError, match=r"bad\.jsonl, line 2"):
+        run("simulate", str(good), str(bad))
+    with pytest.raises(RlhflessError, match=r"training llama2-70b needs \d+ GB"):
+        run("simulate", str(good), "--model", "qwen2.5-3b,llama2-70b")
+
+
+def test_a_disk_that_fills_up_is_named_with_its_option(tmp_path: Path) -> None:
+    with pytest.raises(RlhflessError, match=r"--json='/dev/full': cannot be written: No space left"):
+        run("simulate", str(write(tmp_path / "t.jsonl", [3])), "--arms", "stock_sync", "--json", "/dev/full")
+
+
+def test_prompts_and_responses_without_tokens_give_a_record_of_numbers(tmp_path: Path) -> None:
+    path, out = write(tmp_path / "t.jsonl", [3, 0]), tmp_path / "o.json"
+    run("simulate", str(path), "--model", "qwen2.5-3b", "--arms", "stock_sync", "--json", str(out))
+    bound = json.loads(out.read_text(), parse_constant=pytest.fail)["runs"][0]["bound"]
+    assert all(value > 0 for value in bound.values())
+    rows = [line.split() for line in run("trace", "stats", str(path)).splitlines()]
+    assert dict(zip(rows[0], rows[1], strict=True))["p50"] == "2"  # of 0 and 3
+    write(path, [0, 0])
+    assert dict(zip(rows[0], run("trace", "stats", str(path)).splitlines()[1].split(), strict=True))["max"] == "0"
+
+
+def test_the_largest_trace_that_may_be_asked_for_can_be_read(tmp_path: Path) -> None:
+    path = trace(tmp_path, "--prompt-tokens", "1000000000", "--mean", "1000000000", "--drift", "10")
+    assert len(list(read_trace(path))) == 4
+
+
+def test_generation_says_what_it_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    args = ["--groups", "16", "--n", "4", "--steps-per-epoch", "2", "--mean", "900", "--max-response-tokens", "1000"]
+    text = run("trace", "generate", str(path), *args)
+    steps = list(read_trace(path))
+    lengths = [tokens for step in steps for group in step.groups for tokens in group.response_tokens]
+    mean = f"{sum(lengths) / len(lengths):.0f}"
+    assert text == f"wrote {path}: 4 steps, 256 samples, mean length {mean} tokens after the cap of 1000\n"
+
+
+def test_the_header_names_what_is_not_as_usual_and_names_may_stand_after_a_space(tmp_path: Path) -> None:
+    args = ["simulate", str(write(tmp_path / "t.jsonl", [3])), "--model", "qwen2.5-3b", "--arms"]
+    plain, *_ = run(*args, "stock_sync").splitlines()
+    assert "recipe" not in plain and "wake" not in plain
+    lines = run(*args, "ours, stock_sync", "--recipe", "ppo", "--kv-transfer", "--wake-s", "3").splitlines()
+    for setting in ("recipe ppo", "keys and values are transferred", "wake 3 s"):
+        assert setting in lines[0]
+    assert [line.split()[0] for line in lines[2:5]] == ["stock_sync", "stock_sync_best_tp", "ours"]
