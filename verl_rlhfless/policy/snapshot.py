@@ -154,6 +154,7 @@ class RolloutView:
         free_gpus: GPUs of the budget that nobody leases (resident mode: that have no work and no fused inference).
         fuse_tokens: Tokens of finished samples that no inference phase has taken yet.
         fusing_gpus: GPUs that run fused inference.
+        fusible_gpus: Of the free ones, GPUs that fused inference gets at once; never those of preemptible nodes.
     """
 
     now_s: float
@@ -166,6 +167,7 @@ class RolloutView:
     free_gpus: int
     fuse_tokens: int
     fusing_gpus: int
+    fusible_gpus: int = 0
 
     @property
     def alive(self) -> IntArray:
