@@ -22,7 +22,7 @@ CHUNK_TOKENS = 4096
 
 
 def fuse_gpus(view: RolloutView, remaining_s: float, price: float, is_leased: bool) -> int:
-    """Return how many free GPUs should begin inference now; 0 = they are worth more given back.
+    """Return how many fusible GPUs should begin inference now; 0 = they are worth more given back.
 
     Args:
         view: The rollout.
@@ -31,17 +31,17 @@ def fuse_gpus(view: RolloutView, remaining_s: float, price: float, is_leased: bo
         is_leased: Whether the GPUs are paid for anyway: all of them begin while the models can still be loaded.
     """
     pool = view.pool
-    if view.free_gpus < 1 or view.fuse_tokens < 1 or not fits(pool):
+    if view.fusible_gpus < 1 or view.fuse_tokens < 1 or not fits(pool):
         return 0
     rate = pool.trainer.fuse_tokens_per_s(view.fuse_tokens / view.fuse_samples)
     load_s, times = pool.trainer.fuse_load_s, pool.trainer.times
     if is_leased:
-        return view.free_gpus if remaining_s > load_s + times.hybrid_sleep_s else 0
+        return view.fusible_gpus if remaining_s > load_s + times.hybrid_sleep_s else 0
     start_s = load_s + times.wake_s + times.grant_s
     untaken = view.fuse_tokens - rate * view.fusing_gpus * max(0.0, remaining_s)
     best, best_gain = 0, 0.0
-    for count in sorted({1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, view.free_gpus}):
-        if count > view.free_gpus:
+    for count in sorted({1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, view.fusible_gpus}):
+        if count > view.fusible_gpus:
             break
         tokens = min(max(0.0, untaken), rate * count * max(0.0, remaining_s - start_s))
         saved_s = tokens / (rate * pool.trainer.num_gpus)

@@ -155,6 +155,7 @@ class RolloutView:
         fuse_tokens: Tokens of finished samples that no inference phase has taken yet.
         fuse_samples: How many those samples are.
         fusing_gpus: GPUs that run fused inference.
+        fusible_gpus: Of the free ones, GPUs that fused inference gets at once; never those of preemptible nodes.
     """
 
     now_s: float
@@ -168,6 +169,7 @@ class RolloutView:
     fuse_tokens: int
     fuse_samples: int
     fusing_gpus: int
+    fusible_gpus: int = 0
 
     @property
     def alive(self) -> IntArray:

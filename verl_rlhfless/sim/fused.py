@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from verl_rlhfless.policy.fuse import CHUNK_TOKENS
 from verl_rlhfless.policy.transitions import TrainerPerf
-from verl_rlhfless.sim.leases import Lease, LeaseBook
+from verl_rlhfless.sim.leases import Ask, Lease, LeaseBook
 from verl_rlhfless.types import BusySpan
 
 
@@ -18,6 +18,7 @@ class _Crew:
     """Freed GPUs that work together, on a lease of their own or on the trainer's."""
 
     num_gpus: int
+    ask: Ask | None = None
     lease: Lease | None = None
     is_running: bool = True
     is_waiting: bool = False
@@ -63,12 +64,9 @@ class FusedInference:
 
         def granted(lease: Lease) -> None:
             crew.lease = lease
-            if crew.is_running:
-                self._book.after(times.wake_s + self._trainer.fuse_load_s, lambda: self._usable(crew))
-            else:
-                self._book.release(lease)
+            self._book.after(times.wake_s + self._trainer.fuse_load_s, lambda: self._usable(crew))
 
-        self._book.request_gpus("fuse", num_gpus, granted, times.grant_s)
+        crew.ask = self._book.request_gpus("fuse", num_gpus, granted, times.grant_s)
 
     def end(self) -> None:
         """The rollout is over: the trainer takes what is left."""
@@ -111,3 +109,5 @@ class FusedInference:
             crew.is_running = False
             if crew.lease is not None:
                 self._book.release(crew.lease)
+            elif crew.ask is not None:
+                self._book.withdraw(crew.ask)

@@ -6,15 +6,16 @@ the run's end.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import simpy
 
+from verl_rlhfless.errors import LeaseImpossibleError
+from verl_rlhfless.sim.billing import NodeBill
 from verl_rlhfless.sim.cluster import Cluster
-from verl_rlhfless.types import BusySpan, LeaseSpan
+from verl_rlhfless.types import BusySpan, LeaseSpan, Window
 
 Gpu = tuple[int, int]
 """Node and index on the node."""
@@ -36,6 +37,14 @@ class Lease:
         return LeaseSpan(self.lease_id, self.role, len(self.gpus), self.granted_s, self.usable_s, self.released_s)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Ask:
+    """A request for GPUs; ``attempt`` grants it and returns ``True``, if it can."""
+
+    num_gpus: int
+    attempt: Callable[[], bool]
+
+
 @dataclass
 class LeaseBook:
     """Grants in the order of requests; a request that does not fit waits until GPUs come back."""
@@ -48,16 +57,25 @@ class LeaseBook:
     def __post_init__(self) -> None:
         self._free = [set(range(self.cluster.gpus_per_node)) for _ in range(self.cluster.num_nodes)]
         self._up = [True] * self.cluster.num_nodes
-        self._queue: deque[Callable[[], bool]] = deque()
+        self._bills = [NodeBill(self.cluster.min_billing_s) for _ in range(self.cluster.num_nodes)]
+        self._queue: deque[Ask] = deque()
+        self._asked: set[Ask] = set()
         self._parked: set[tuple[int, int, int]] = set()
         self._free_since: dict[Gpu, float] = {}
         self._parked_gpu_s = 0.0
+        self._held: list[Lease] = []
+        self._num_settled = (0, 0)
         self._is_serving = False
 
     @property
     def num_free(self) -> int:
         """GPUs on nodes that are up and that nobody leases."""
         return sum(len(free) for free, up in zip(self._free, self._up, strict=True) if up)
+
+    @property
+    def num_fusible(self) -> int:
+        """GPUs outside preemptible nodes that nobody leases, less those that were asked for and not granted yet."""
+        return max(0, len(self._stable_free()) - sum(ask.num_gpus for ask in self._asked))
 
     @property
     def num_up(self) -> int:
@@ -72,7 +90,7 @@ class LeaseBook:
                 warm[tp] = warm.get(tp, 0) + tp
         return warm
 
-    def request(self, role: str, tp: int, granted: Callable[[Lease, bool], None], delay_s: float) -> None:
+    def request(self, role: str, tp: int, granted: Callable[[Lease, bool], None], delay_s: float) -> Ask:
         """Ask for one replica's GPUs.
 
         ``granted(lease, is_warm)`` is called at the grant, ``delay_s`` from now or later.
@@ -87,33 +105,47 @@ class LeaseBook:
             granted(lease, self._unpark(node, first, tp))
             return True
 
-        self.after(delay_s, lambda: self._enqueue(attempt))
+        return self._ask(tp, attempt, delay_s)
 
-    def request_gpus(self, role: str, count: int, granted: Callable[[Lease], None], delay_s: float) -> None:
-        """Ask for ``count`` GPUs anywhere outside preemptible nodes (the trainer, fused inference)."""
+    def request_gpus(self, role: str, count: int, granted: Callable[[Lease], None], delay_s: float) -> Ask:
+        """Ask for ``count`` GPUs anywhere outside preemptible nodes (the trainer, fused inference).
+
+        Raises:
+            LeaseImpossibleError: There are fewer.
+        """
+        if count > self.cluster.trainer_gpus:
+            raise LeaseImpossibleError(
+                f"{role} asks for {count} GPUs outside preemptible nodes, {self.cluster.name} has"
+                f" {self.cluster.trainer_gpus}. Ask for fewer."
+            )
 
         def attempt() -> bool:
-            stable = self.cluster.trainer_gpus // self.cluster.gpus_per_node
-            free = [(node, gpu) for node in range(stable) for gpu in sorted(self._free[node])]
+            free = self._stable_free()
             if len(free) < count:
                 return False
             granted(self._grant(role, tuple(free[:count])))
             return True
 
-        self.after(delay_s, lambda: self._enqueue(attempt))
+        return self._ask(count, attempt, delay_s)
+
+    def withdraw(self, ask: Ask) -> None:
+        """Drop a request that was not granted yet, so that others need not wait for it."""
+        self._asked.discard(ask)
+        self._serve()
 
     def release(self, lease: Lease, parked_tp: int | None = None) -> None:
-        """End a lease now; with ``parked_tp`` its engine stays behind, asleep."""
+        """End a lease now; with ``parked_tp`` its engine stays behind, asleep, unless its node is gone."""
         if lease.released_s is not None:
             return
         lease.released_s = self.env.now
         if lease.usable_s is None:
             lease.usable_s = self.env.now
-        if parked_tp is not None:
+        if parked_tp is not None and self._up[lease.gpus[0][0]]:
             self.park(lease.gpus[0], parked_tp)
         for node, gpu in lease.gpus:
             self._free[node].add(gpu)
             self._free_since[(node, gpu)] = self.env.now
+            self._bills[node].free(self.env.now)
         self._serve()
 
     def park(self, first: Gpu, tp: int) -> None:
@@ -129,31 +161,21 @@ class LeaseBook:
             for key in [key for key in self._parked if key[0] == node]:
                 self._unpark(*key)
 
-    def node_seconds(self, start_s: float, end_s: float) -> float:
-        """Return billed node-seconds of a window.
+    def node_seconds(self, window: Window | None = None) -> float:
+        """Return the billed node-seconds of a window that has passed, or of the whole run.
 
-        A node is billed while any of its GPUs is leased, at least its minimum time.
+        A node is billed while any of its GPUs is leased, at least its minimum time. The whole run's bill holds what
+        that minimum adds after its end.
         """
-        total = 0.0
-        for node in range(self.cluster.num_nodes):
-            holds = sorted(
-                (max(lease.granted_s, start_s), min(math.inf if lease.released_s is None else lease.released_s, end_s))
-                for lease in self.leases
-                if any(n == node for n, _ in lease.gpus)
-            )
-            covered = start_s
-            for begin, end in holds:
-                if end <= max(begin, covered):
-                    continue
-                fresh = begin > covered  # a gap came before, so that a new billing period begins
-                billed = (
-                    max(end - begin, min(self.cluster.min_billing_s, end_s - begin))
-                    if fresh
-                    else end - max(begin, covered)
-                )
-                total += billed
-                covered = max(covered, begin + billed if fresh else end)
-        return total
+        return sum(bill.total_s(self.env.now) if window is None else bill.seconds(window) for bill in self._bills)
+
+    def settle(self) -> tuple[list[LeaseSpan], list[BusySpan]]:
+        """Return the leases that were held, and the work that ended, since the last call."""
+        num_leases, num_busy = self._num_settled
+        touched = [*self._held, *self.leases[num_leases:]]
+        self._held = [lease for lease in touched if lease.released_s is None]
+        self._num_settled = (len(self.leases), len(self.busy))
+        return [lease.span() for lease in touched], self.busy[num_busy:]
 
     def settle_parked(self) -> float:
         """Return the GPU-seconds that parked engines sat on GPUs which nobody leased, and begin a new count."""
@@ -173,27 +195,38 @@ class LeaseBook:
         assert callbacks is not None
         callbacks.append(lambda _event: action())
 
-    def _enqueue(self, attempt: Callable[[], bool]) -> None:
-        self._queue.append(attempt)
+    def _ask(self, num_gpus: int, attempt: Callable[[], bool], delay_s: float) -> Ask:
+        ask = Ask(num_gpus, attempt)
+        self._asked.add(ask)
+        self.after(delay_s, lambda: self._enqueue(ask))
+        return ask
+
+    def _enqueue(self, ask: Ask) -> None:
+        self._queue.append(ask)
         self._serve()
 
     def _serve(self) -> None:
         if self._is_serving:
             return
         self._is_serving = True
-        while self._queue and self._queue[0]():
-            self._queue.popleft()
+        while self._queue and (self._queue[0] not in self._asked or self._queue[0].attempt()):
+            self._asked.discard(self._queue.popleft())
         self._is_serving = False
 
     def _grant(self, role: str, gpus: tuple[Gpu, ...]) -> Lease:
         for node, gpu in gpus:
             self._free[node].remove(gpu)
+            self._bills[node].hold(self.env.now)
             if (node, gpu) in self._free_since:
                 self._count_parked((node, gpu))
                 del self._free_since[(node, gpu)]
         lease = Lease(f"{role}-{len(self.leases)}", role, gpus, self.env.now)
         self.leases.append(lease)
         return lease
+
+    def _stable_free(self) -> list[Gpu]:
+        stable = self.cluster.trainer_gpus // self.cluster.gpus_per_node
+        return [(node, gpu) for node in range(stable) for gpu in sorted(self._free[node])]
 
     def _unpark(self, node: int, first: int, tp: int) -> bool:
         is_parked = (node, first, tp) in self._parked

@@ -39,7 +39,11 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """All steps and the whole run, initial start included."""
+    """All steps and the whole run, initial start included.
+
+    ``node_usd`` also holds what the nodes' minimum billing time adds after the last step; a step's holds what is billed
+    while it runs.
+    """
 
     steps: tuple[StepRecord, ...]
     init_s: float

@@ -41,7 +41,7 @@ class Replica:
     def view(self) -> ReplicaView:
         """Return what a policy sees of it."""
         engine = self.engine
-        waiting, running = len(engine.waiting), len(engine.decoding)
+        waiting, running = len(engine.waiting), len(engine.decoding) + len(engine.prefilling)
         return ReplicaView(self.index, self.tp, self.state, waiting, running, engine.context_tokens)
 
 

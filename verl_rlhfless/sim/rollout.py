@@ -150,7 +150,9 @@ class SimRollout:
             if replica.state == READY:
                 samples, generated = replica.engine.progress()
                 self._generated[samples], self._state[samples] = generated, RUNNING
-        unused = self.pool.trainer.num_gpus - self.replicas.num_working_gpus - self.inference.num_gpus
+                self._state[[request.sample for request in replica.engine.prefilling]] = RUNNING
+        is_resident, unused = self.plan.is_resident, self._num_unused
+        assert unused >= 0 or not is_resident, "replicas decode on GPUs that run inference"
         return RolloutView(
             now_s=self.now_s(),
             batch=self.batch,
@@ -159,11 +161,17 @@ class SimRollout:
             state=self._state.copy(),
             replica_of=self._bound.copy(),
             replicas=tuple(replica.view() for replica in self.replicas.all),
-            free_gpus=unused if self.plan.is_resident else self.book.num_free,
+            free_gpus=unused if is_resident else self.book.num_free,
             fuse_tokens=self.inference.pending_tokens,
             fuse_samples=self.inference.num_pending,
             fusing_gpus=self.inference.num_gpus,
+            fusible_gpus=unused if is_resident else self.book.num_fusible,
         )
+
+    @property
+    def _num_unused(self) -> int:
+        """GPUs of the trainer's lease that neither decode nor infer."""
+        return self.pool.trainer.num_gpus - self.replicas.num_working_gpus - self.inference.num_gpus
 
     # ---- the way of a sample ----
 
@@ -242,8 +250,13 @@ class SimRollout:
         """Return the replica of a session's next turn."""
         if not self.plan.rebinds_turns:
             return source
-        usable = [r.view() for r in self.replicas.all if r.state == READY and not r.is_draining]
+        ready = [r for r in self.replicas.all if r.state == READY and not r.is_draining]
+        usable = [r.view() for r in ready if r is source or self._has_gpus(r)]
         return self.replicas.all[rebind(self.pool, usable, source.index, request.context_tokens)]
+
+    def _has_gpus(self, replica: Replica) -> bool:
+        """Return whether a replica can decode: where it shares the trainer's lease, inference may have its GPUs."""
+        return not self.plan.is_resident or not replica.is_empty or replica.tp <= self._num_unused
 
     def _finish(self, request: Request, source: Replica) -> None:
         sample = request.sample

@@ -82,28 +82,42 @@ class ArmRun:
     def _start_engines(self, layout: Mapping[int, int]) -> Generator[simpy.Event, Any, None]:
         """Start the first engines: on the trainer's lease, or on their own when they need fewer GPUs than it holds.
 
-        A trainer that keeps its lease has none of them on it.
+        Those that the trainer's lease has no room for get leases of their own. A trainer that keeps its lease has none
+        on it.
         """
         env, pool, times = self._env, self.pool, self.pool.trainer.times
         num_gpus = sum(tp * count for tp, count in layout.items())
         if num_gpus >= pool.trainer.num_gpus and not pool.keeps_trainer:
-            for tp, count in sorted(layout.items()):
+            room = {tp: min(count, pool.trainer.num_gpus // tp) for tp, count in layout.items()}
+            beyond = {tp: count - room[tp] for tp, count in layout.items() if count > room[tp]}
+            leased = env.process(self._start_leased(beyond)) if beyond else None
+            for tp, count in sorted(room.items()):
                 yield env.timeout(times.cold_start_s)
                 self._park(tp, count)
+            if leased is not None:
+                yield leased
             return
         if not pool.keeps_trainer:
             yield env.timeout(pool.trainer.state_copy_s)
             self._book.release(self._trainer)
-        leases: list[tuple[Lease, int]] = []
-        for tp, count in sorted(layout.items(), reverse=True):
-            granted = partial(_note, leases, tp)
-            for _ in range(count):
-                self._book.request("replica", tp, granted, times.grant_s)
-        yield env.timeout(times.grant_s + times.cold_start_s)
-        for lease, tp in leases:
-            self._book.release(lease, tp)
+        yield from self._start_leased(layout)
         if not pool.keeps_trainer:
             yield from self._lease_trainer(times.resume_s + pool.trainer.state_copy_s)
+
+    def _start_leased(self, layout: Mapping[int, int]) -> Generator[simpy.Event, Any, None]:
+        """Start engines on leases of their own; those that are not granted meanwhile are not started."""
+        times = self.pool.trainer.times
+        leases: list[tuple[Lease, int]] = []
+        asks = [
+            self._book.request("replica", tp, partial(_note, leases, tp), times.grant_s)
+            for tp, count in sorted(layout.items(), reverse=True)
+            for _ in range(count)
+        ]
+        yield self._env.timeout(times.grant_s + times.cold_start_s)
+        for lease, tp in leases:
+            self._book.release(lease, tp)
+        for ask in asks:
+            self._book.withdraw(ask)
 
     def _lease_trainer(self, start_s: float) -> Generator[simpy.Event, Any, None]:
         env = self._env
@@ -189,16 +203,17 @@ class ArmRun:
         times: tuple[float, float, float],
     ) -> None:
         (rollout, record), (began, gen_s, waited_s) = done, times
-        now = self._env.now
-        used = account([lease.span() for lease in self._book.leases], self._book.busy, Window(began, now))
+        window = Window(began, self._env.now)
+        leases, busy = self._book.settle()
+        used = account(leases, busy, window)
         parked = self._book.settle_parked()
         cost = used.allocated + self.parked_charge * parked
-        self._took_s = now - began
+        self._took_s = window.end_s - began
         price = self.cluster.usd_per_gpu_h
         self._steps.append(
             StepRecord(
                 step=step.batch.step,
-                step_s=now - began,
+                step_s=self._took_s,
                 gen_s=gen_s,
                 gpu_s_allocated=used.allocated,
                 gpu_s_busy=used.busy,
@@ -206,7 +221,7 @@ class ArmRun:
                 gpu_s_startup=used.startup,
                 gpu_s_parked=parked,
                 gpu_lease_usd=usd(cost, price),
-                node_usd=usd(self._book.node_seconds(began, now) * self.cluster.gpus_per_node, price),
+                node_usd=usd(self._book.node_seconds(window) * self.cluster.gpus_per_node, price),
                 num_migrations=record.num_migrations,
                 num_lost_replicas=rollout.replicas.num_lost,
                 num_preemptions=rollout.replicas.num_preemptions,
@@ -227,7 +242,6 @@ class ArmRun:
         used = account(spans, self._book.busy, window)
         parked = sum(step.gpu_s_parked for step in self._steps)
         price = self.cluster.usd_per_gpu_h
-        node_s = self._book.node_seconds(window.start_s, window.end_s)
         return RunRecord(
             steps=tuple(self._steps),
             init_s=self._init_s,
@@ -238,7 +252,7 @@ class ArmRun:
             gpu_s_startup=used.startup,
             gpu_s_parked=parked,
             gpu_lease_usd=usd(used.allocated + self.parked_charge * parked, price),
-            node_usd=usd(node_s * self.cluster.gpus_per_node, price),
+            node_usd=usd(self._book.node_seconds() * self.cluster.gpus_per_node, price),
             max_gpus=used.max_gpus,
         )
 

@@ -63,7 +63,9 @@ def views(draw: st.DrawFn) -> RolloutView:
     done = int((batch.prompt_tokens + generated)[state == FINISHED].sum())
     num_done = int((state == FINISHED).sum())
     used = sum(r.tp for r in replicas if r.state == READY)
-    return RolloutView(10.0, batch, POOL, generated, state, replica_of, replicas, 16 - used, done, num_done, 0)
+    return RolloutView(
+        10.0, batch, POOL, generated, state, replica_of, replicas, 16 - used, done, num_done, 0, 16 - used
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -261,7 +263,7 @@ def test_migration_moves_only_unfinished_samples_each_at_most_once(view: Rollout
 def test_fusion_never_takes_more_than_what_is_free(
     view: RolloutView, remaining: float, price: float, is_leased: bool
 ) -> None:
-    assert 0 <= fuse_gpus(view, remaining, price, is_leased) <= max(0, view.free_gpus)
+    assert 0 <= fuse_gpus(view, remaining, price, is_leased) <= max(0, view.fusible_gpus)
     assert fuse_gpus(view, 0.0, price, False) == 0
 
 

@@ -26,7 +26,7 @@ def view(recipe: str = "grpo", free: int = 12) -> RolloutView:
     done = int((batch.prompt_tokens + DATA[0].lengths)[state == FINISHED].sum())
     one = ReplicaView(0, 4, READY, 0, 64, 64 * 2000)
     count = int((state == FINISHED).sum())
-    return RolloutView(30.0, batch, pool, DATA[0].lengths, state, replica_of, (one,), free, done, count, 0)
+    return RolloutView(30.0, batch, pool, DATA[0].lengths, state, replica_of, (one,), free, done, count, 0, free)
 
 
 def test_gpus_are_given_back_when_a_second_is_worth_little_and_fuse_when_it_is_worth_much() -> None:
@@ -37,6 +37,12 @@ def test_gpus_are_given_back_when_a_second_is_worth_little_and_fuse_when_it_is_w
 def test_gpus_that_are_paid_for_anyway_all_fuse_at_any_price() -> None:
     assert fuse_gpus(view(), remaining_s=40.0, price=0.01, is_leased=True) == 12
     assert fuse_gpus(view(), remaining_s=0.1, price=0.01, is_leased=True) == 0
+
+
+def test_inference_takes_no_free_gpu_that_it_would_not_get() -> None:
+    some = replace(view(), fusible_gpus=2)
+    assert fuse_gpus(some, remaining_s=40.0, price=100.0, is_leased=False) == 2
+    assert fuse_gpus(replace(some, fusible_gpus=0), remaining_s=40.0, price=100.0, is_leased=False) == 0
 
 
 def test_rlhfuse_infers_on_every_gpu_that_its_cut_frees() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 import pytest
 
 from tests.unit.sim.cases import cell, steps
-from verl_rlhfless.policy.baselines.rlhfless_paper import RlhflessPaper
+from verl_rlhfless.ledger import account, usd
+from verl_rlhfless.policy.baselines.rlhfless_paper import History, RlhflessPaper
 from verl_rlhfless.policy.baselines.stock import StockSync
 from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.ours import Ours
@@ -17,6 +19,7 @@ from verl_rlhfless.sim.cluster import CLUSTERS
 from verl_rlhfless.sim.records import RunRecord
 from verl_rlhfless.sim.report import cell_record, settings, table
 from verl_rlhfless.sim.run import ArmRun
+from verl_rlhfless.types import BusySpan, GpuSeconds, LeaseSpan, Window
 
 DATA = steps(2, 32, 4, mean=900.0)
 
@@ -45,6 +48,57 @@ def test_engines_that_need_fewer_gpus_than_the_trainer_start_on_their_own_leases
 
     assert start_gpu_s(full) == pytest.approx(16 * 2 * one.times.cold_start_s)
     assert start_gpu_s(half) < 0.8 * start_gpu_s(full)
+
+
+def test_engines_beyond_the_trainers_gpus_start_on_leases_of_their_own() -> None:
+    one = cell(DATA, "h100-16-spot")
+    record = one.run(RlhflessPaper(num_actors=16, tp=1))
+    started = record.gpu_s_allocated - sum(step.gpu_s_allocated for step in record.steps)
+    times = one.times
+    assert started == pytest.approx(8 * (2 * times.cold_start_s + times.grant_s) + 8 * times.cold_start_s)
+    assert record.steps[0].gpu_s_startup < 16 * times.cold_start_s  # all of them wake
+
+
+def test_engines_on_a_node_that_is_down_are_not_waited_for() -> None:
+    down = replace(CLUSTERS["h100-16-spot"], outages=(((0.0, 5000.0),),))
+    one = cell(DATA, down)
+    record = one.run(RlhflessPaper(num_actors=16, tp=1))
+    assert record.init_s == pytest.approx(2 * (one.times.cold_start_s + one.times.grant_s))
+    assert record.max_gpus == 8
+
+
+def test_a_fixed_fleet_shrinks_to_what_an_outage_leaves_and_grows_again() -> None:
+    outage = (((130.0, 200.0),),)
+    one = cell(steps(5, 32, 4, mean=900.0), replace(CLUSTERS["h100-16-spot"], outages=outage))
+    fleets = [step.fleet for step in one.run(RlhflessPaper(num_actors=16, tp=1)).steps]
+    assert fleets[0] == fleets[-1] == "16xTP1"
+    assert "8xTP1" in fleets
+    assert RlhflessPaper(4, 8).plan(History(), replace(one.pool, num_gpus=4), DATA[0].batch).fleet == (8,)
+
+
+def test_the_whole_runs_bill_holds_the_minimum_that_ends_after_it_and_steps_bill_what_they_are_billed() -> None:
+    one = cell(DATA, replace(CLUSTERS["h100-16"], min_billing_s=3600.0))
+    record = one.run(RlhflessPaper(num_actors=2, tp=4))
+    assert record.wall_s < 3600
+    assert record.node_usd == pytest.approx(16 * one.cluster.usd_per_gpu_h)
+    for step in record.steps:
+        assert step.node_usd == pytest.approx(usd(16 * step.step_s, one.cluster.usd_per_gpu_h))
+
+
+def test_a_step_is_accounted_for_without_the_leases_of_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def counted(leases: Sequence[LeaseSpan], busy: Sequence[BusySpan], window: Window) -> GpuSeconds:
+        seen.append(len(leases) + len(busy))
+        return account(leases, busy, window)
+
+    monkeypatch.setattr("verl_rlhfless.sim.run.account", counted)
+    data = steps(1, 32, 4, mean=900.0)[0]
+    same = tuple(replace(data, batch=replace(data.batch, step=number)) for number in range(1, 7))
+    cell(same).run(RlhflessPaper(num_actors=8, tp=2))
+    *by_step, whole = seen
+    assert max(by_step[1:]) <= by_step[0]
+    assert whole > 4 * by_step[0]
 
 
 def test_stock_holds_the_whole_cluster_through_the_whole_step() -> None:

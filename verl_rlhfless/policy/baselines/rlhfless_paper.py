@@ -24,7 +24,7 @@ _EWMA = 0.5
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """Mean response of each prompt (EWMA over visits) and of all; engines that were started first."""
+    """Mean response of each prompt (EWMA over visits) and of all."""
 
     mean: Mapping[str, float] = field(default_factory=dict)
     overall: float = 1.0
@@ -44,7 +44,7 @@ class LocalCut:
 
 @dataclass(frozen=True)
 class RlhflessPaper:
-    """``num_actors`` uniform actors of ``tp`` GPUs in every step."""
+    """``num_actors`` uniform actors of ``tp`` GPUs in every step; while nodes are down, as many as still fit."""
 
     num_actors: int = 1
     tp: int = 1
@@ -63,14 +63,15 @@ class RlhflessPaper:
         """Return blocks of similar predicted length and equal size, one an actor."""
         mean = [memory.mean.get(p, memory.overall) for p in batch.prompt_ids]
         predicted = np.array(mean)[batch.group_of]
+        count = max(1, min(self.num_actors, pool.num_gpus // self.tp))
         return RolloutPlan(
-            fleet=(self.tp,) * self.num_actors,
-            replica_of=equal_length_blocks(batch, predicted, self.num_actors),
+            fleet=(self.tp,) * count,
+            replica_of=equal_length_blocks(batch, predicted, count),
             order=longest_first(np.arange(batch.num_samples), predicted),
             is_resident=False,
             is_static=False,
             first_look_s=LOOK_S,
-            reason=f"{self.num_actors} uniform actors of TP{self.tp}",
+            reason=f"{count} uniform actors of TP{self.tp}",
         )
 
     def policy(self, memory: History) -> LocalCut:

@@ -30,7 +30,7 @@ class RlhfuseCut:
     def react(self, view: RolloutView, plan: RolloutPlan) -> Reaction:
         """Return the cut and the GPUs that fuse."""
         moves = global_cut(view, int(self.share * view.batch.num_samples), self.num_targets)
-        fused = view.free_gpus if view.fuse_tokens and fits(view.pool) else 0
+        fused = view.fusible_gpus if view.fuse_tokens and fits(view.pool) else 0
         return Reaction(view.now_s + LOOK_S, (), moves, fused, "R_t reached" if moves else "")
 
 
