@@ -53,7 +53,9 @@ class PoolConfig(Section):
     when that pays, or when the replicas need them; with ``share_trainer=auto`` a planned step whose replicas had better
     not be leased runs them on its GPUs.
     ``park`` says whether the engine of a replica that leaves the rollout sleeps until the next one, and
-    ``park_residual_bytes`` is the most memory that may then be in use on its device; above it the engine is ended.
+    ``park_residual_bytes`` is the most memory that may then be in use on its device, by whatever process; ``None`` =
+    what ``gpu_memory_utilization`` leaves, since the next engine starts only beside so much. Above it the engine is
+    ended.
     ``same_device_wait_s`` bounds the wait for the devices of a suspended trainer or a parked engine.
     ``warm_servers`` is how many server processes do their imports in advance; ``None`` = as many as the largest fleet.
     """
@@ -71,7 +73,7 @@ class PoolConfig(Section):
     suspend_trainer: str = one_of("auto", "never")
     share_trainer: str = one_of("auto", "never")
     park: str = one_of("auto", "always", "never")
-    park_residual_bytes: int = within(0, default=4 << 30)
+    park_residual_bytes: int | None = within(0, default=None)
 
 
 @dataclass(frozen=True, slots=True)

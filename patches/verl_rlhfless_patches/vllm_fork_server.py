@@ -78,10 +78,13 @@ def helper_pids() -> frozenset[int]:
     return frozenset((server._forkserver._forkserver_pid, tracker._resource_tracker._pid))
 
 
-def withdraw() -> None:
-    """Let vLLM start engines its own way again."""
+def withdraw() -> bool:
+    """Let vLLM start engines its own way again; return whether it did not already."""
     module: Any = sys.modules[_MODULE]
-    setattr(module, _FUNCTION, getattr(module, _FUNCTION).__wrapped__)
+    original = getattr(getattr(module, _FUNCTION), "__wrapped__", None)
+    if original is not None:
+        setattr(module, _FUNCTION, original)
+    return original is not None
 
 
 def _initialise_cuda() -> None:

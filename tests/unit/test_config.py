@@ -31,7 +31,7 @@ BAD = [
     ({"pool": {"drain_timeout_s": math.nan}}, "rlhfless.pool.drain_timeout_s", "finite", "=60"),
     ({"pool": {"resume_timeout_s": -1}}, "rlhfless.pool.resume_timeout_s", ">= 0.1", "=600"),
     ({"pool": {"park": "sometimes"}}, "rlhfless.pool.park", "one of auto, always, never", "rlhfless.pool.park"),
-    ({"pool": {"park_residual_bytes": -1}}, "rlhfless.pool.park_residual_bytes", ">= 0", "=4.29497e+09"),
+    ({"pool": {"park_residual_bytes": -1}}, "rlhfless.pool.park_residual_bytes", ">= 0", "=0"),
     ({"weights": {"name": "nccl"}}, "rlhfless.weights.name", "one of off, store", "rlhfless.weights.name"),
     ({"weights": {"bucket_mib": 2048}}, "rlhfless.weights.bucket_mib", "1 .. 1024", "=256"),
     ({"weights": {"max_versions": 3}}, "rlhfless.weights.max_versions", "1 .. 2", "=2"),

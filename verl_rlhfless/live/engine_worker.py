@@ -73,12 +73,15 @@ class ElasticWorkerExtension(vLLMColocateWorkerExtension):
         if hasattr(self, "_rlhfless_probe"):
             self._rlhfless_probe.change_lease()
 
-    def device_bytes_in_use(self) -> int:
-        """Return the memory in use on this worker's device, by whatever process; 0 where the device is the host."""
+    def device_memory(self) -> tuple[int, int]:
+        """Return the memory [bytes] in use on this worker's device, by whatever process, and all that it has.
+
+        Zeros where the device is the host.
+        """
         if current_platform.is_cpu():
-            return 0
+            return 0, 0
         free_bytes, total_bytes = torch.accelerator.get_memory_info()
-        return int(total_bytes - free_bytes)
+        return total_bytes - free_bytes, total_bytes
 
     def weights_checksum(self) -> dict[str, Any]:
         """Return the fields of :class:`EngineChecksum` for the weights that were loaded last."""

@@ -194,7 +194,7 @@ class ElasticReplica(vLLMReplica):
         """Drain, put the engine to sleep, give the lease back, and return how long each took and what is still held.
 
         Raises:
-            ReplicaError: The engine did not sleep, or holds more device memory than ``park_residual_bytes``. The lease
+            ReplicaError: The engine did not sleep, or more device memory is in use than may be. The lease
                 is kept: release the replica.
             LeaseReleaseError: Ray did not confirm the release in time.
         """
@@ -214,10 +214,13 @@ class ElasticReplica(vLLMReplica):
         except (ray.exceptions.RayError, asyncio.TimeoutError) as error:
             raise ReplicaError(f"replica {self.name}: the engine did not sleep: {error!r}. It is ended.") from error
         is_given_away = not isinstance(self.lease, SharedLease)  # beside the trainer, its own state is in use there
-        if is_given_away and memory.device_bytes > self._pool.park_residual_bytes:
+        limit = self._pool.park_residual_bytes
+        if limit is None:
+            limit = int((1 - self.config.gpu_memory_utilization) * memory.device_total_bytes)
+        if is_given_away and memory.device_bytes > limit:
             raise ReplicaError(
                 f"replica {self.name}: {memory.device_bytes} bytes in use on a device of the sleeping engine, limit "
-                f"rlhfless.pool.park_residual_bytes={self._pool.park_residual_bytes}. It is ended."
+                f"{limit}. It is ended. Lower gpu_memory_utilization, or raise rlhfless.pool.park_residual_bytes."
             )
         return memory
 

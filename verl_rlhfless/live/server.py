@@ -52,8 +52,8 @@ class ElasticServer(RequestServer):
         await self.end_requests()
         await self.abort_all_requests(reject_request=True)
         await self.engine.sleep(level=self._resolve_sleep_level())  # verl's: what is dropped, the store can restore
-        device_bytes = await self.engine.collective_rpc("device_bytes_in_use")
-        return measure_parked(device_bytes, await self.engine_processes())
+        devices = await self.engine.collective_rpc("device_memory")
+        return measure_parked(devices, await self.engine_processes())
 
     @ends_with_engine
     async def wake(self, lease: str) -> None:

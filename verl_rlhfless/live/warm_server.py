@@ -34,9 +34,9 @@ class WarmServer(ElasticServer):
         vllm_fork_server.start(_PRELOAD, _sockets_of_session())
 
     async def wait_until_warm(self) -> None:
-        """Return when the fork server has done its imports: it answers nothing before."""
-        if not await asyncio.to_thread(vllm_fork_server.can_start_engines):
-            vllm_fork_server.withdraw()
+        """Return when the fork server has done its imports, and is given up if they spoilt it."""
+        can_start = await asyncio.to_thread(vllm_fork_server.can_start_engines)
+        if not can_start and vllm_fork_server.withdraw():
             logger.warning("rlhfless: an import of vLLM initialises CUDA here: engines spawn and import it themselves")
 
     async def engine_processes(self) -> tuple[ProcessKey, ...]:
@@ -51,6 +51,7 @@ class WarmServer(ElasticServer):
             environment: Variables of this process and of the engine's processes.
             arguments: What verl's server class takes.
         """
+        await self.wait_until_warm()  # the fork server starts no engine before, either
         os.environ.update(environment)
         super().__init__(**arguments)
 

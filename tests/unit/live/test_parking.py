@@ -97,7 +97,7 @@ class Replica:
             raise ReplicaError("holds too much")
         self.lease.release()
         self.state = ReplicaState.PARKED
-        return ParkReport(True, 0.0, 0.1, 0.0, ParkedMemory(5 * MIB, 7 * MIB, self.host_bytes))
+        return ParkReport(True, 0.0, 0.1, 0.0, ParkedMemory(5 * MIB, 40 * MIB, 7 * MIB, self.host_bytes))
 
     async def release(self) -> ReleaseReport:
         await self.stop()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -34,7 +36,7 @@ class Server:
         self.calls: list[str] = []
         self.answers: dict[str, Callable[[], Any]] = {
             "num_running": lambda: 0,
-            "park": lambda: ParkedMemory(1000, 5, 9),
+            "park": lambda: ParkedMemory(1000, 8000, 5, 9),
             "stop_engine": lambda: (),
             "is_alive": lambda: True,
             "host_available_bytes": lambda: 9,
@@ -159,16 +161,28 @@ def test_an_engine_that_does_not_sleep_keeps_its_lease_until_it_is_released(
 
 
 def test_more_device_memory_than_allowed_is_refused_by_its_key(replica: Any) -> None:
-    replica._server_handle.answers["park"] = lambda: ParkedMemory(1001, 5, 9)
-    with pytest.raises(ReplicaError, match=r"1001 bytes.*rlhfless.pool.park_residual_bytes=1000"):
+    replica._server_handle.answers["park"] = lambda: ParkedMemory(1001, 8000, 5, 9)
+    with pytest.raises(ReplicaError, match=r"1001 bytes.*limit 1000.*rlhfless.pool.park_residual_bytes"):
         asyncio.run(replica.park())
     assert replica.lease.is_held
+
+
+@pytest.mark.parametrize(("in_use", "is_parked"), [(2000, True), (2001, False)])
+def test_without_a_limit_of_its_own_the_next_engine_must_be_able_to_start(
+    replica: Any, in_use: int, is_parked: bool
+) -> None:
+    replica._pool = dataclasses.replace(POOL, park_residual_bytes=None)
+    replica.config = RolloutConfig(name="vllm", tensor_model_parallel_size=1, gpu_memory_utilization=0.75)
+    replica._server_handle.answers["park"] = lambda: ParkedMemory(in_use, 8000, 5, 9)
+    with contextlib.nullcontext() if is_parked else pytest.raises(ReplicaError, match="limit 2000"):
+        asyncio.run(replica.park())
+    assert (replica.state is ReplicaState.PARKED) == is_parked
 
 
 def test_beside_the_trainer_what_is_in_use_is_the_trainers_and_no_reason_to_end_the_engine(replica: Any) -> None:
     node = LeasedNode(node_id="node", ip="10.0.0.1", device_ids=("0",))
     replica.lease = TrainerDevices("trainer", [node]).take("r3", 1)
-    replica._server_handle.answers["park"] = lambda: ParkedMemory(1 << 34, 5, 9)
+    replica._server_handle.answers["park"] = lambda: ParkedMemory(1 << 34, 1 << 35, 5, 9)
     asyncio.run(replica.park())
     assert replica.state is ReplicaState.PARKED and "stop_engine" not in replica._server_handle.calls
 
