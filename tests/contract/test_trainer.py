@@ -122,3 +122,21 @@ def test_engines_may_join_the_trainer_where_the_memory_that_their_recipe_gives_t
     asked.clear()
     sleeping.parked_on = lambda devices: Counter()
     assert trainer._standby() == Standby({1: 3}) and not asked, "no device is asked where nothing can wake"
+
+
+@pytest.mark.parametrize(
+    ("plans", "asleep", "sizes"), [(True, [1] * 8, [1] * 8), (True, [], [2] * 4), (False, [1] * 8, [2] * 3)]
+)
+def test_a_validation_wakes_what_the_plans_left_asleep(plans: bool, asleep: list[int], sizes: list[int]) -> None:
+    trainer: Any = ElasticTrainerSync.__new__(ElasticTrainerSync)
+    trainer._settings = SimpleNamespace(plans=plans, planner=SimpleNamespace(schedule=(1, 3), max_replicas=None))
+    trainer._routing, trainer.global_steps = SimpleNamespace(replica_gpus=8), 5
+    trainer.config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 2}}})
+    started: list[Any] = []
+    trainer._fleet = SimpleNamespace(
+        expect=started.append, wait_started=lambda: None, parking=SimpleNamespace(sizes_together=asleep)
+    )
+    trainer._start_fleet = lambda decision, is_validation: started.append(decision)
+    trainer.on_validate_begin()
+    announced, decision = started
+    assert announced is decision and [replica.tp for replica in decision.replicas] == sizes

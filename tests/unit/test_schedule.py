@@ -1,8 +1,10 @@
-"""The fixed planner repeats its schedule."""
+"""The fixed planner repeats its schedule; a validation wakes what sleeps."""
 
 from __future__ import annotations
 
-from verl_rlhfless.policy.schedule import largest_fleet, scheduled_fleet
+import pytest
+
+from verl_rlhfless.policy.schedule import largest_fleet, scheduled_fleet, validation_fleet
 
 
 def test_schedule_repeats_and_says_why() -> None:
@@ -14,3 +16,28 @@ def test_schedule_repeats_and_says_why() -> None:
 
 def test_validation_gets_the_largest_fleet() -> None:
     assert len(largest_fleet(1, (1, 4, 2), tp=1).replicas) == 4
+
+
+@pytest.mark.parametrize(
+    ("asleep", "num_gpus", "max_replicas", "sizes"),
+    [
+        ([1] * 8, 8, None, [1] * 8),
+        ([2, 1, 1], 8, None, [2, 1, 1, 1, 1, 1, 1]),
+        ([4, 4], 10, None, [4, 4]),
+        ([1, 4, 2], 4, None, [1, 2, 1]),
+        ([], 8, None, [2] * 4),
+        ([], 1, None, [2]),
+        ([1] * 8, 8, 3, [1] * 3),
+        ([1], 8, 3, [1] * 3),
+    ],
+)
+def test_a_validation_between_plans_wakes_what_sleeps_and_fills_the_budget_with_the_narrowest(
+    asleep: list[int], num_gpus: int, max_replicas: int | None, sizes: list[int]
+) -> None:
+    decision = validation_fleet(3, asleep, tp=2, num_gpus=num_gpus, max_replicas=max_replicas)
+    assert [replica.tp for replica in decision.replicas] == sizes
+
+
+def test_a_validation_says_what_it_wakes_and_starts() -> None:
+    assert "wakes 2 replicas that sleep and starts 4 x TP1" in validation_fleet(3, [2, 1], 2, 7, None).reason
+    assert "wakes 0 replicas that sleep and starts 4 x TP2" in validation_fleet(3, [], 2, 8, None).reason

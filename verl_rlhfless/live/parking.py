@@ -67,6 +67,18 @@ class ParkingLot:
         return Counter({tp: devices.num_together(keys) for tp, keys in slept_on.items()})
 
     @property
+    def sizes_together(self) -> list[int]:
+        """Tensor-parallel sizes of engines that can wake together, the one that sleeps shortest first."""
+        sizes, taken = [], set[tuple[str, str]]()
+        for replica in reversed(self._parked):
+            assert replica.lease is not None
+            devices = {(node_id, one) for node_id, ids in replica.lease.device_key() for one in ids}
+            if taken.isdisjoint(devices):
+                taken |= devices
+                sizes.append(replica.world_size)
+        return sizes
+
+    @property
     def num_woken(self) -> int:
         """Wakes so far."""
         return sum(map(len, self._wakes_s.values()))

@@ -38,7 +38,7 @@ from verl_rlhfless.live.warm_pool import WarmPool
 from verl_rlhfless.live.weights import create_store
 from verl_rlhfless.live.worker_group import ElasticWorkerGroup
 from verl_rlhfless.policy.learnt import Standby, StepTimes
-from verl_rlhfless.policy.schedule import largest_fleet, scheduled_fleet
+from verl_rlhfless.policy.schedule import largest_fleet, scheduled_fleet, validation_fleet
 from verl_rlhfless.types import FleetDecision
 from verl_rlhfless_patches import verl_worker_group
 
@@ -302,11 +302,17 @@ class ElasticTrainerSync(FusionTrainer):
         return {f"rlhfless/{name}": float(value) for name, value in (measured | predicted | planned).items()}
 
     def on_validate_begin(self) -> None:
-        schedule = (self._largest_fleet(self._tp()),) if self._settings.plans else self._settings.planner.schedule
-        decision = largest_fleet(self.global_steps, schedule, self._tp())
+        decision = self._decide_validation_fleet()
         self._fleet.expect(decision)
         self._start_fleet(decision, is_validation=True)
         self._fleet.wait_started()
+
+    def _decide_validation_fleet(self) -> FleetDecision:
+        planner = self._settings.planner
+        if not self._settings.plans:
+            return largest_fleet(self.global_steps, planner.schedule, self._tp())
+        asleep, num_gpus = self._fleet.parking.sizes_together, self._routing.replica_gpus
+        return validation_fleet(self.global_steps, asleep, self._tp(), num_gpus, planner.max_replicas)
 
     def on_validate_end(self) -> None:
         self._fleet.parking.is_last = self._is_last_rollout(validates=False)

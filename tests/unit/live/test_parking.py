@@ -335,6 +335,22 @@ def test_what_can_wake_beside_the_trainer_is_counted_by_size_and_place(run: Run)
     assert on == [{1: 2}, {1: 1}, {1: 0}]
 
 
+def test_what_can_wake_together_is_counted_from_the_engine_that_sleeps_shortest(run: Run) -> None:
+    run.retire(run.start(1, 1, 1))
+    run.retire(run.start(2))
+    assert run.lot.parked == {1: 2, 2: 1}
+    assert run.lot.sizes_together == [2, 1], "the wide one sleeps on the devices of a narrow one"
+
+
+def test_what_woke_together_for_a_validation_serves_the_next_step(run: Run) -> None:
+    engines = run.start(1, 2, 1)
+    run.retire(engines)
+    validating = run.start(*run.lot.sizes_together)
+    run.retire(validating)
+    assert set(run.start(1, 2, 1)) == set(validating) == set(engines)
+    assert run.lot.num_woken == 6 and run.events("parked_ended") == []
+
+
 def test_one_that_does_not_wake_beside_the_trainer_gives_its_devices_to_a_start(run: Run) -> None:
     (first,) = run.start(1)
     run.retire([first])
