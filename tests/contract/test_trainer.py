@@ -20,6 +20,7 @@ from verl_rlhfless.config import PoolConfig, parse_config
 from verl_rlhfless.live import request_trainer
 from verl_rlhfless.live.fusion_trainer import FusionTrainer
 from verl_rlhfless.live.request_trainer import RequestTrainer
+from verl_rlhfless.live.residency import expand_segments
 from verl_rlhfless.live.trainer import ElasticTrainerSync
 from verl_rlhfless.policy.learnt import Standby
 
@@ -75,6 +76,17 @@ def test_failed_groups_are_refilled_one_by_one_where_that_is_asked(trainer: Any)
 def test_filtering_without_a_metric_is_refused(trainer: Any) -> None:
     with pytest.raises(ValueError, match="metric must be set"):
         sampler(trainer, algorithm__filter_groups__enable=True, algorithm__filter_groups__metric=None)
+
+
+def test_every_rank_trains_with_the_allocator_that_stocks_weight_sync_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    trainer: Any = ElasticTrainerSync.__new__(ElasticTrainerSync)
+    rank = SimpleNamespace(__ray_call__=SimpleNamespace(remote=calls.append))
+    trainer.actor_rollout_wg = SimpleNamespace(workers=[rank, rank])
+    trainer._publish = partial(calls.append, "published")
+    monkeypatch.setattr("ray.get", lambda refs: refs)
+    trainer.on_init_end()
+    assert calls == ["published", expand_segments, expand_segments]
 
 
 def test_a_step_waits_for_no_gpus_once_its_samples_are_there(monkeypatch: pytest.MonkeyPatch) -> None:

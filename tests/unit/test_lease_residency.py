@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from verl_rlhfless.errors import UnsupportedError
 from verl_rlhfless.live import residency
-from verl_rlhfless.live.residency import RankMemory, VerlResidency, device_bytes
+from verl_rlhfless.live.residency import RankMemory, VerlResidency, device_bytes, expand_segments
 
 
 class Engine:
     """Records its moves; offloads by itself what verl was configured to offload."""
+
+    module: Any = None
 
     def __init__(self, journal: list[Any], name: str = "actor", param: bool = False, optimizer: bool = False) -> None:
         self.name, self.journal = name, journal
@@ -151,3 +156,49 @@ def test_memory_is_free_that_a_replica_could_have_once_the_cache_was_given_back(
     assert VerlResidency().free_share(object()) == 0.75
     monkeypatch.setattr(residency, "_device_name", lambda: "cpu")
     assert VerlResidency().free_share(object()) == 1.0, "an engine's memory on the host is no share of a device"
+
+
+def test_a_ranks_allocator_grows_its_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = []
+    platform = SimpleNamespace(set_allocator_settings=chosen.append)
+    monkeypatch.setattr("verl.utils.device.get_platform", lambda: platform)
+    expand_segments(object())
+    assert chosen == ["expandable_segments:True"]
+
+
+def _leave_after_a_forward_pass(url: str, rank: int, strategy: str) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    torch.distributed.init_process_group("gloo", init_method=url, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    kinds: Any = {"sharding_strategy": ShardingStrategy[strategy], "device_id": torch.device("cpu")}
+    inner = FullyShardedDataParallel(torch.nn.Linear(8, 8), **kinds)
+    model = FullyShardedDataParallel(torch.nn.Sequential(torch.nn.Linear(8, 8), inner), **kinds).eval()
+    engine = Engine([])
+    engine.module = model
+    residency._device_name = lambda: "cpu"
+
+    def gathered_bytes() -> int:
+        handles = [module._handle for module in FullyShardedDataParallel.fsdp_modules(model)]
+        sharded = [handle.flat_param for handle in handles if handle is not None and handle.uses_sharded_strategy]
+        return sum(int(weights._full_param_padded.untyped_storage().nbytes()) for weights in sharded)
+
+    VerlResidency().offload(training_worker(engine))  # before it ever ran
+    with torch.no_grad():
+        output = model(torch.ones(2, 8))
+        assert (gathered_bytes() > 0) == (strategy != "NO_SHARD")
+        for _ in range(2):
+            VerlResidency().offload(training_worker(engine))
+            assert gathered_bytes() == 0
+        assert torch.equal(model(torch.ones(2, 8)), output)
+
+
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"])
+def test_no_gathered_weights_stay_behind_when_fsdp1_inferred_last(tmp_path: Path, strategy: str) -> None:
+    context, url = multiprocessing.get_context("fork"), f"file://{tmp_path}/meeting"
+    ranks = [context.Process(target=_leave_after_a_forward_pass, args=(url, rank, strategy)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0]

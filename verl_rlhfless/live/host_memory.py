@@ -15,6 +15,8 @@ from verl_rlhfless.errors import HostMemoryError, WeightStoreError
 from verl_rlhfless.live.available_memory import available_bytes
 from verl_rlhfless.live.budget import gpu_budget
 from verl_rlhfless.policy.host_memory import (
+    PINNED_COPIES,
+    TRAINED_COPIES,
     HostMemory,
     NodeAccount,
     ReplicaMemory,
@@ -97,12 +99,13 @@ def memory_of_run(
     actor, rollout = run.actor_rollout_ref.actor, run.actor_rollout_ref.rollout
     is_host_device = str(get_device_name()) == "cpu"
     weights = params * _bytes_of(_weight_dtype(actor))
-    roles = [RoleMemory("actor", weights, is_trained=True)]
+    roles = [RoleMemory("actor", weights, TRAINED_COPIES)]
     if need_reference_policy(run):
-        reference = params * _bytes_of(_weight_dtype(run.actor_rollout_ref.ref))
-        roles.append(RoleMemory("reference", reference, is_trained=False))
+        ref = run.actor_rollout_ref.ref
+        copies = PINNED_COPIES if ref.strategy == "fsdp" else 1
+        roles.append(RoleMemory("reference", params * _bytes_of(_weight_dtype(ref)), copies))
     if need_critic(run):
-        roles.append(RoleMemory("critic", weights, is_trained=True))  # verl starts it from a model of its own size
+        roles.append(RoleMemory("critic", weights, TRAINED_COPIES))  # verl starts it from a model of its own size
     tp = rollout.tensor_model_parallel_size
     fleet = _most_replicas(run, settings, num_gpus, can_suspend)
     warm = settings.pool.warm_servers

@@ -57,6 +57,7 @@ class VerlResidency:
             UnsupportedError: The worker has no training engine that this class knows.
         """
         for engine in _engines(worker):
+            _free_unsharded(engine.module)
             engine.to("cpu", model=True, optimizer=True, grad=True)
         _synchronize()  # verl copies to pinned memory without waiting; the device may be someone else's in a moment
 
@@ -113,6 +114,28 @@ class VerlResidency:
 def device_bytes(worker: Any) -> int:
     """Return the memory of a rank's device; 0 where the device is the host."""
     return 0 if _device_name() == "cpu" else int(_device().mem_get_info()[1])
+
+
+def expand_segments(worker: Any) -> None:
+    """Let the allocator of a rank's device grow its segments, which fragment less; nothing where it is the host."""
+    from verl.utils.device import set_expandable_segments
+
+    set_expandable_segments(True)
+
+
+def _free_unsharded(module: Any) -> None:
+    """Free the gathered weights that FSDP1 keeps between two phases, even those of a model that only infers.
+
+    The root's are kept after every forward pass without a backward pass, and all where nothing is resharded after
+    forward passes. verl frees the root's alone, and only with ``fsdp_size`` > 1. FSDP2 reshards what is moved.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if not isinstance(module, FullyShardedDataParallel) or module._is_root is None:  # None: it never ran
+        return
+    for handle in module._all_handles:
+        if handle.uses_sharded_strategy:
+            handle.reshard(free_unsharded_flat_param=True)
 
 
 def _engines(worker: Any) -> list[Any]:

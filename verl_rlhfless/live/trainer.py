@@ -31,6 +31,7 @@ from verl_rlhfless.live.host_memory import check_nodes, count_parameters, measur
 from verl_rlhfless.live.pool import TRAINER_POOL, ElasticResourcePoolManager
 from verl_rlhfless.live.replica import WeightSource
 from verl_rlhfless.live.request_trainer import RequestTrainer
+from verl_rlhfless.live.residency import expand_segments
 from verl_rlhfless.live.suspendable import why_lease_is_kept
 from verl_rlhfless.live.suspended_checkpoint import save_suspended
 from verl_rlhfless.live.trainer_lease import Gpus, TrainerLease
@@ -162,6 +163,8 @@ class ElasticTrainerSync(FusionTrainer):
 
     def on_init_end(self) -> None:
         self._publish()
+        # Stock's weight sync ends with this. The ranks share no CUDA memory, which such segments would not allow.
+        ray.get([rank.__ray_call__.remote(expand_segments) for rank in self.actor_rollout_wg.workers])
 
     def on_step_end(self) -> None:
         with marked_timer("update_weights", self.timing_raw, color="red"):

@@ -21,6 +21,9 @@ IN_FLIGHT = 2
 TRAINED_COPIES = 4
 """A trained model in units of its weights: weights, gradients, and Adam's two moments."""
 
+PINNED_COPIES = 2
+"""A model that FSDP1 offloads in units of its weights: it pins room for gradients too, also where none are computed."""
+
 _MIB, _GIB = 2**20, 2**30
 DRIVER_BYTES = 2950 * _MIB
 """The launching process, the trainer's own, router, data queue, weight store, and Ray with its waiting workers."""
@@ -45,17 +48,17 @@ class RoleMemory:
     Attributes:
         name: Actor, reference or critic.
         model_bytes: One copy of its weights, as the trainer keeps them.
-        is_trained: Whether gradients and optimizer state come with it.
+        num_copies: All of its state, in units of its weights.
     """
 
     name: str
     model_bytes: int
-    is_trained: bool
+    num_copies: int
 
     @property
     def num_bytes(self) -> int:
         """All of its state, over all ranks."""
-        return self.model_bytes * (TRAINED_COPIES if self.is_trained else 1)
+        return self.model_bytes * self.num_copies
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ COUNTS = st.integers(1, 64)
 @st.composite
 def runs(draw: st.DrawFn) -> RunMemory:
     per_node = draw(COUNTS)
-    roles = draw(st.lists(st.builds(RoleMemory, st.just("role"), BYTES, st.booleans()), min_size=1, max_size=3))
+    roles = draw(st.lists(st.builds(RoleMemory, st.just("role"), BYTES, st.integers(1, 4)), min_size=1, max_size=3))
     return RunMemory(
         TrainerMemory(tuple(roles), per_node * draw(st.integers(1, 4)), per_node, draw(st.booleans()), draw(COUNTS)),
         StoreMemory(draw(BYTES), draw(st.integers(1, 2)), draw(BYTES)),

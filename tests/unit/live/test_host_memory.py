@@ -45,11 +45,18 @@ def test_the_trainers_roles_follow_from_the_recipe() -> None:
     grpo = memory("algorithm.adv_estimator=grpo")
     assert [role.name for role in grpo.trainer.roles] == ["actor"]
     full = memory("algorithm.adv_estimator=gae", "actor_rollout_ref.actor.use_kl_loss=True", "critic.enable=True")
-    assert [(role.name, role.is_trained) for role in full.trainer.roles] == [
-        ("actor", True),
-        ("reference", False),
-        ("critic", True),
-    ]
+    assert [role.name for role in full.trainer.roles] == ["actor", "reference", "critic"]
+
+
+@pytest.mark.parametrize(("engine", "strategy", "copies"), [("dp", "fsdp", 2), ("dp", "fsdp2", 1), ("megatron", "", 1)])
+def test_a_reference_has_no_moments_and_room_for_gradients_only_where_fsdp1_pins_it(
+    engine: str, strategy: str, copies: int
+) -> None:
+    overrides = [f"model_engine={engine}", "actor_rollout_ref.actor.use_kl_loss=True", "algorithm.adv_estimator=gae"]
+    chosen = [f"actor_rollout_ref.ref.strategy={strategy}"] if strategy else []
+    actor, reference, critic = memory(*overrides, *chosen).trainer.roles
+    assert reference.num_bytes == copies * reference.model_bytes
+    assert [role.num_bytes for role in (actor, critic)] == [4 * actor.model_bytes] * 2
 
 
 def test_weights_count_in_the_type_that_the_trainer_keeps_them_in() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
 from verl_rlhfless.policy.host_memory import (
     RANK_BYTES,
     SERVER_BYTES,
@@ -30,7 +28,7 @@ def run(**changes: object) -> RunMemory:
     """A 7B actor with a frozen reference on two nodes of eight GPUs, and four replicas of two GPUs."""
     made = RunMemory(
         trainer=TrainerMemory(
-            roles=(RoleMemory("actor", 28 * GIB, True), RoleMemory("reference", 14 * GIB, False)),
+            roles=(RoleMemory("actor", 28 * GIB, 4), RoleMemory("reference", 14 * GIB, 1)),
             num_ranks=16,
             ranks_per_node=8,
             is_on_host=True,
@@ -142,8 +140,3 @@ def test_a_full_host_is_refused_with_every_holder_and_the_shortage() -> None:
     assert "only 6.00 GiB is free on node 01234567: 5.00 GiB short" in text
     for key in ("max_versions", "warm_servers", "suspend_trainer=never"):
         assert key in text
-
-
-@pytest.mark.parametrize("is_trained", [True, False])
-def test_only_a_trained_role_has_gradients_and_moments(is_trained: bool) -> None:
-    assert RoleMemory("role", GIB, is_trained).num_bytes == (4 if is_trained else 1) * GIB
