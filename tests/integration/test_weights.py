@@ -151,6 +151,17 @@ def test_an_engine_in_another_element_type_is_compared_after_the_conversion(run:
         run.pull(2)
 
 
+def test_large_matrices_travel_in_the_engines_element_type(run: Run) -> None:
+    ray.get(run.server.start.remote(dtype=torch.bfloat16), timeout=WAIT_S)
+    ray.get(run.trainer.join.remote(run.name, rollout_dtype="bfloat16"), timeout=WAIT_S)
+    embedding = torch.randn(600, 600)
+    published = ray.get(run.trainer.publish_this.remote(1, {"embed": embedding, "norm": torch.ones(5)}), timeout=WAIT_S)
+    assert published["num_bytes"] == 2 * embedding.numel() + 4 * 5
+    received = ray.get(run.trainer.receive.remote(1), timeout=WAIT_S)
+    assert torch.equal(received["embed"], embedding.to(torch.bfloat16))
+    assert received["norm"].dtype == torch.float32
+
+
 def test_every_worker_of_a_sharded_engine_gets_all_weights(run: Run) -> None:
     ray.get(run.server.start.remote(tp=2), timeout=WAIT_S)
     published = run.publish(1)

@@ -66,7 +66,7 @@ def engine_config(tp: int, dtype: torch.dtype) -> Any:
 class Trainer:
     """One rank of a trainer, with verl's checkpoint engine."""
 
-    async def join(self, store_name: str, is_master: bool = True) -> None:
+    async def join(self, store_name: str, is_master: bool = True, rollout_dtype: str = "auto") -> None:
         """Construct the engine as verl's worker does."""
         from verl.checkpoint_engine.base import CheckpointEngineRegistry
 
@@ -79,6 +79,7 @@ class Trainer:
             store_name=store_name,
             bucket_mib=1,
             timeout_s=WAIT_S,
+            rollout_dtype=rollout_dtype,
         )
 
     async def split_above(self, num_bytes: int) -> None:
@@ -97,6 +98,11 @@ class Trainer:
                 yield item
 
         report: dict[str, Any] = await self.engine.send_weights(walk(), global_steps=version)
+        return report
+
+    async def publish_this(self, version: int, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Publish other weights."""
+        report: dict[str, Any] = await self.engine.send_weights(iter(weights.items()), global_steps=version)
         return report
 
     async def own_something(self) -> list[Any]:

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from verl_rlhfless.errors import WeightStoreError
+from verl_rlhfless.live import checksum
 from verl_rlhfless.live.checksum import EngineChecksum, TensorSum, as_unsigned, bit_sum, stream_digest, verify
 from verl_rlhfless.live.weight_manifest import Manifest
 
@@ -41,6 +43,27 @@ def test_zero_padding_adds_nothing() -> None:
 def test_a_transposed_weight_has_the_same_sum() -> None:
     weight = torch.randn(5, 8)
     assert bit_sum(weight.t()) == bit_sum(weight)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["own type", "converted"])
+def test_a_gpu_copies_no_more_than_a_piece(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None) -> None:
+    sizes = []
+
+    def on_device(bits: torch.Tensor) -> torch.Tensor:
+        sizes.append(bits.numel())
+        return checksum._sum_by_torch(bits)
+
+    monkeypatch.setattr(checksum, "_PIECE_ELEMENTS", 7)
+    monkeypatch.setattr(checksum, "_sum_by_numpy", on_device)
+    weight = torch.randn(5, 8).t()
+    bits = weight.numpy().view(np.int32) if dtype is None else weight.to(dtype).view(torch.int16).numpy()
+    assert as_unsigned(bit_sum(weight, dtype)) == int(bits.sum(dtype=np.int64)) % 2**64
+    assert sizes == [7, 7, 7, 7, 7, 5]
+
+
+def test_a_host_sums_pieces_modulo_2_to_the_64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checksum, "_PIECE_ELEMENTS", 2)
+    assert as_unsigned(bit_sum(torch.tensor([2**63 - 1] * 5))) == (5 * (2**63 - 1)) % 2**64
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from verl_rlhfless.errors import WeightStoreError
 from verl_rlhfless.live.weight_manifest import Manifest
 
 _MODULUS = 2**64
+_PIECE_ELEMENTS = 2**24  # summed at a time: torch makes an int64 copy of what it sums
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -67,16 +68,28 @@ class EngineChecksum:
     incomparable: str
 
 
-def bit_sum(tensor: torch.Tensor) -> torch.Tensor:
+def bit_sum(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Return the sum of the elements' bits, read as signed integers, modulo 2**64.
+
+    Args:
+        tensor: What to sum.
+        dtype: Element type that the elements are converted to first; their own by default.
 
     Returns:
         A 0-d ``int64`` tensor on the same device; on a GPU nothing waits for it. On a CPU numpy sums, because torch
         takes seven times as long.
     """
-    bits = tensor.detach().view(_INTEGER_OF_SIZE[tensor.element_size()])
-    if bits.device.type == "cpu":
-        return torch.tensor(bits.numpy().sum(dtype=np.int64))
+    bits_type = _INTEGER_OF_SIZE[(dtype or tensor.dtype).itemsize]
+    sum_bits = _sum_by_numpy if tensor.device.type == "cpu" else _sum_by_torch
+    pieces = tensor.detach().flatten().split(_PIECE_ELEMENTS)
+    return torch.stack([sum_bits(piece.to(dtype or tensor.dtype).view(bits_type)) for piece in pieces]).sum()
+
+
+def _sum_by_numpy(bits: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(bits.numpy().sum(dtype=np.int64))
+
+
+def _sum_by_torch(bits: torch.Tensor) -> torch.Tensor:
     return bits.sum(dtype=torch.int64)
 
 

@@ -39,7 +39,7 @@ class ReceivedWeights:
             return
         self.num_elements += tensor.numel()
         is_cast = tensor.is_floating_point() and tensor.dtype != self._dtype
-        self._converted.append(bit_sum(tensor.to(self._dtype)) if is_cast else arrived)
+        self._converted.append(bit_sum(tensor, self._dtype) if is_cast else arrived)
 
     def digest(self) -> str:
         """Return the stream digest of what arrived."""

@@ -120,7 +120,12 @@ def memory_of_run(
             # With tied embeddings every rank of FSDP loads the whole model; Megatron's read one parameter at a time.
             copies_at_load=ranks_per_node if is_tied and actor.strategy != "megatron" else 1,
         ),
-        store=StoreMemory(weights, settings.weights.max_versions, settings.weights.bucket_mib << 20),
+        # What few weights stay wider is not counted.
+        store=StoreMemory(
+            min(weights, params * _bytes_of(rollout.dtype)),
+            settings.weights.max_versions,
+            settings.weights.bucket_mib << 20,
+        ),
         replicas=ReplicaMemory(
             num_replicas=fleet,
             tp=tp,

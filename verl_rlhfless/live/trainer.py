@@ -379,5 +379,6 @@ def _adapt_to_verl(config: DictConfig, settings: RlhflessConfig, store_name: str
                 "store_name": store_name,
                 "bucket_mib": settings.weights.bucket_mib,
                 "timeout_s": settings.weights.pull_timeout_s,
+                "rollout_dtype": rollout.dtype,
             }
         }

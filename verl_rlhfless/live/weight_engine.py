@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -29,6 +30,38 @@ BACKEND = "rlhfless_store"
 
 _ALIGNMENT = 64  # of a tensor in its bucket: any element type, and a cache line
 _LARGEST_BUCKET_BYTES = 2**30  # a tensor above it is split; one above the configured size has a bucket of its own
+_WIDEST_ROUTER = 512  # experts; vLLM keeps some models' routers in fp32
+
+
+def narrowed(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Return a large matrix in the engine's element type, on its own device, if that takes fewer bytes.
+
+    It is rounded as by an engine that loads it. All else stays as it is, because an engine may hold it in fp32: routers
+    of experts, convolutions, norms, biases. None of them has more than 512 times the elements of its longest side.
+
+    Args:
+        tensor: A weight.
+        dtype: What the engine computes in; None if that is not known.
+    """
+    is_large = tensor.numel() > _WIDEST_ROUTER * max(tensor.shape, default=1)
+    if dtype is None or not tensor.is_floating_point() or not is_large or tensor.element_size() <= dtype.itemsize:
+        return tensor
+    return tensor.to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """A tensor whose bytes are on their way into the store; its sum is on the tensor's device, where nothing waits."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    total: torch.Tensor
+    parts: tuple[Part, ...]
+
+    def stored(self) -> StoredTensor:
+        """Return the entry of the manifest, when the sum is there."""
+        return StoredTensor(self.name, self.dtype, self.shape, as_unsigned(self.total), self.parts)
 
 
 class Publication:
@@ -39,7 +72,7 @@ class Publication:
         self._staging = staging
         self._used = 0
         self._num_buckets = 0
-        self._tensors: list[StoredTensor] = []
+        self._staged: list[_Staged] = []
         self._in_flight: deque[tuple[Any, Any]] = deque()  # a bucket's reference, and the store's answer
 
     async def begin(self) -> None:
@@ -49,47 +82,45 @@ class Publication:
     async def add(self, name: str, tensor: torch.Tensor) -> None:
         """Put a tensor (on any device) into the staging buffer; a larger one gets a bucket of its own."""
         data = tensor.detach().contiguous().view(-1)
-        if data.nbytes > self._staging.numel():
-            parts, total = await self._add_large(data)
-        else:
-            parts, total = await self._add_small(data)
-        shape = tuple(tensor.shape)
-        self._tensors.append(StoredTensor(name, dtype_name(tensor.dtype), shape, as_unsigned(total), parts))
+        total = bit_sum(data)
+        parts = await (self._add_large(data) if data.nbytes > self._staging.numel() else self._add_small(data))
+        self._staged.append(_Staged(name, dtype_name(tensor.dtype), tuple(tensor.shape), total, parts))
 
-    async def _add_small(self, data: torch.Tensor) -> tuple[tuple[Part, ...], int]:
+    async def _add_small(self, data: torch.Tensor) -> tuple[Part, ...]:
         if self._used + data.nbytes > self._staging.numel():
             await self._flush()
         if data.nbytes == 0:
-            return (), 0
-        staged = self._staging[self._used : self._used + data.nbytes].view(data.dtype)
-        staged.copy_(data)
+            return ()
+        self._staging[self._used : self._used + data.nbytes].view(data.dtype).copy_(
+            data
+        )  # on return the bytes are there
         part = Part(self._num_buckets, self._used, data.nbytes)
         self._used = min(-(-(self._used + data.nbytes) // _ALIGNMENT) * _ALIGNMENT, self._staging.numel())
-        return (part,), int(bit_sum(staged))
+        return (part,)
 
-    async def _add_large(self, data: torch.Tensor) -> tuple[tuple[Part, ...], int]:
+    async def _add_large(self, data: torch.Tensor) -> tuple[Part, ...]:
         await self._flush()
-        parts, total = [], 0
+        parts = []
         for piece in data.split(_LARGEST_BUCKET_BYTES // data.element_size()):
             on_host = piece.cpu()
-            total += int(bit_sum(on_host))
             parts.append(Part(self._num_buckets, 0, on_host.nbytes))
             await self._give(on_host.view(torch.uint8))
-        return tuple(parts), total
+        return tuple(parts)
 
     async def commit(self) -> str:
         """Hand over the rest, make the version visible, and return its checksum."""
         await self._flush()
         while self._in_flight:
             await self._oldest_copied()
-        checksum = stream_digest(self._tensors)
-        await self._ask(self._store.commit.remote(self._version, tuple(self._tensors), checksum))
+        tensors = tuple(staged.stored() for staged in self._staged)
+        checksum = stream_digest(tensors)
+        await self._ask(self._store.commit.remote(self._version, tensors, checksum))
         return checksum
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensors so far."""
-        return sum(stored.num_bytes for stored in self._tensors)
+        return sum(part.num_bytes for staged in self._staged for part in staged.parts)
 
     async def _flush(self) -> None:
         if self._used:
@@ -120,7 +151,14 @@ class StoreCheckpointEngine(CheckpointEngine):
     """Publishes into and pulls from the run's weight store. There is no process group, so replicas come and go."""
 
     def __init__(
-        self, bucket_size: int, is_master: bool = False, *, store_name: str, bucket_mib: int, timeout_s: float = 300.0
+        self,
+        bucket_size: int,
+        is_master: bool = False,
+        *,
+        store_name: str,
+        bucket_mib: int,
+        timeout_s: float = 300.0,
+        rollout_dtype: str = "auto",
     ) -> None:
         """Find the store.
 
@@ -130,6 +168,7 @@ class StoreCheckpointEngine(CheckpointEngine):
             store_name: Ray name of the run's store.
             bucket_mib: Size of a bucket in the store [MiB].
             timeout_s: How long a bucket, or a reader that has to let an old version go, may take [s].
+            rollout_dtype: verl's ``rollout.dtype``, in which large matrices travel; ``auto``: in the trainer's.
 
         Raises:
             WeightStoreError: There is no such store.
@@ -137,8 +176,11 @@ class StoreCheckpointEngine(CheckpointEngine):
         self._is_master = is_master
         self._store = connect(store_name)
         self._timeout_s = timeout_s
-        # Kept between versions, because the page faults of a fresh one can cost more than all copies.
-        self._staging = torch.empty(bucket_mib << 20, dtype=torch.uint8)
+        self._dtype: torch.dtype | None = None if rollout_dtype == "auto" else getattr(torch, rollout_dtype)
+        # Kept between versions, because the page faults of a fresh one can cost more than all copies. Pinned memory
+        # is taken at once, so only the publisher does that.
+        is_pinned = is_master and torch.accelerator.is_available()
+        self._staging = torch.empty(bucket_mib << 20, dtype=torch.uint8, pin_memory=is_pinned)
 
     @classmethod
     def build_topology(
@@ -181,7 +223,7 @@ class StoreCheckpointEngine(CheckpointEngine):
         publication = Publication(self._store, _required(global_steps), self._staging, self._timeout_s)
         await publication.begin()
         async for name, tensor in ensure_async_iterator(weights):
-            await publication.add(name, tensor)
+            await publication.add(name, narrowed(tensor, self._dtype))
         checksum = await publication.commit()
         return {"num_bytes": publication.num_bytes, "seconds": time.monotonic() - started, "checksum": checksum}
 

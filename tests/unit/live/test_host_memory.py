@@ -59,9 +59,22 @@ def test_a_reference_has_no_moments_and_room_for_gradients_only_where_fsdp1_pins
     assert [role.num_bytes for role in (actor, critic)] == [4 * actor.model_bytes] * 2
 
 
-def test_weights_count_in_the_type_that_the_trainer_keeps_them_in() -> None:
-    assert memory().store.model_bytes == 4 * PARAMS
-    assert memory("actor_rollout_ref.actor.fsdp_config.model_dtype=bf16").store.model_bytes == 2 * PARAMS
+def test_the_trainers_weights_count_in_the_type_that_it_keeps_them_in() -> None:
+    bf16 = memory("actor_rollout_ref.actor.fsdp_config.model_dtype=bf16")
+    assert [run.trainer.roles[0].model_bytes for run in (memory(), bf16)] == [4 * PARAMS, 2 * PARAMS]
+
+
+@pytest.mark.parametrize(("trained", "served", "num_bytes"), [
+    ("fp32", "bfloat16", 2), ("fp32", "float32", 4), ("fp32", "auto", 4), ("bf16", "float32", 2),
+])  # fmt: skip
+def test_the_store_holds_weights_in_the_narrower_of_the_trainers_type_and_the_engines(
+    trained: str, served: str, num_bytes: int
+) -> None:
+    dtypes = (
+        f"actor_rollout_ref.actor.fsdp_config.model_dtype={trained}",
+        f"actor_rollout_ref.rollout.dtype={served}",
+    )
+    assert memory(*dtypes).store.model_bytes == num_bytes * PARAMS
 
 
 def test_megatron_keeps_and_publishes_what_it_computes_in() -> None:
