@@ -91,9 +91,7 @@ class Publication:
             await self._flush()
         if data.nbytes == 0:
             return ()
-        self._staging[self._used : self._used + data.nbytes].view(data.dtype).copy_(
-            data
-        )  # on return the bytes are there
+        self._staging[self._used : self._used + data.nbytes].view(data.dtype).copy_(data)  # returns when it is done
         part = Part(self._num_buckets, self._used, data.nbytes)
         self._used = min(-(-(self._used + data.nbytes) // _ALIGNMENT) * _ALIGNMENT, self._staging.numel())
         return (part,)
