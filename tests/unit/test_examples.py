@@ -93,9 +93,9 @@ def test_the_host_memory_of_the_elastic_command_is_known(
     settings, params = parse_config(OmegaConf.to_container(elastic.rlhfless)), 7 * 10**9
     can_suspend = not why_lease_is_kept(elastic, settings.pool.suspend_trainer)
     run = memory_of_run(elastic, settings, params, is_tied=False, can_suspend=can_suspend, num_gpus=8)
-    is_megatron = script == MEGATRON
-    assert run.store.model_bytes == params * (2 if is_megatron else 4)
-    assert run.trainer.is_on_host is not is_megatron
+    assert run.store.model_bytes == params * 2  # in the rollout's element type
+    assert run.trainer.roles[0].model_bytes == params * (2 if script == MEGATRON else 4)
+    assert run.trainer.is_on_host is not (script == MEGATRON)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)

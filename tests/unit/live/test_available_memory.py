@@ -114,7 +114,7 @@ def test_the_start_up_check_and_parking_keep_within_the_limit(cgroups: Path, mon
     monkeypatch.setattr("ray.nodes", lambda: [node])
     monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node-0"))
     assert measure_host_memory().available_bytes == 7 * GIB
-    assert measure_parked([0], []).host_available_bytes == 7 * GIB
+    assert measure_parked([(0, 0)], []).host_available_bytes == 7 * GIB
     assert asyncio.run(ElasticServer.host_available_bytes(None)) == 7 * GIB  # type: ignore[arg-type]  # asks nothing of it
 
 
