@@ -31,7 +31,7 @@ from verl_rlhfless.live.routing import RoutingSettings
 from verl_rlhfless.live.samples import Rollout
 from verl_rlhfless.live.tickets import Delta, RouterSettings
 from verl_rlhfless.policy.arm import Policy
-from verl_rlhfless.policy.balance import remaining_s
+from verl_rlhfless.policy.balance import Foresight
 from verl_rlhfless.policy.baselines.stock import NoReaction
 from verl_rlhfless.policy.learnt import CostModel, Standby, StepTimes
 from verl_rlhfless.policy.predict import LengthModel, Prediction, learn
@@ -158,12 +158,12 @@ class RolloutRouter(Router):
         batch = announced.batch()
         arm = self._routing.arm(announced, fleet)
         planned, pool = self._planner.next or (None, self._routing.pool(fleet))
-        policy = arm.policy(self._lengths)
+        policy: Policy = arm.policy(self._lengths)
         if planned is None or planned.is_resident:
             plan = arm.plan(self._lengths, pool, batch)
         else:
             plan = arm.plan_leased(planned, self._lengths, pool, batch)
-            policy = self._routing.resizing(arm, policy, self._lengths)
+            policy = self._routing.resizing(arm, self._lengths)
         self._planner.next = None
         predicted = arm.predict(self._lengths, batch).mean()
         rank = np.empty_like(plan.order)
@@ -191,8 +191,7 @@ class RolloutRouter(Router):
         """Return the predicted seconds until the last sample of the announced rollout is complete; 0 = none runs."""
         if self._live is None or self._refine is None or self._live.is_done():
             return 0.0
-        view = self._live.observe()
-        return remaining_s(view, self._refine(view))
+        return Foresight(self._live.observe(), self._refine).remaining_s()
 
     async def lengths(self) -> str:
         """Return the length history as JSON text, for the checkpoint."""

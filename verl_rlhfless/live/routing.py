@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from verl_rlhfless.live.pacing import PACE_ENV, PaceModel
 from verl_rlhfless.live.replay import plan_of
 from verl_rlhfless.live.sizes import legal_sizes
 from verl_rlhfless.live.suspendable import why_lease_is_kept
-from verl_rlhfless.policy.arm import Policy
 from verl_rlhfless.policy.elastic import Resizing
 from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.perf import EngineLimits
@@ -124,10 +122,10 @@ class RoutingSettings:
             truth=self._truth(announced) if config.predictor.name == "oracle" else None,
         )
 
-    def resizing(self, arm: Routing, routing: Policy, lengths: LengthModel) -> Resizing:
-        """Return the policy of a rollout whose fleet was planned, around the one that routes."""
+    def resizing(self, arm: Routing, lengths: LengthModel) -> Resizing:
+        """Return the policy of a rollout whose fleet was planned."""
         consolidates = self.config.migration.name == "cut_and_migrate"
-        return Resizing(routing, partial(arm.refine, lengths), self.goal(), consolidates)
+        return Resizing(arm.policy(lengths), self.goal(), consolidates)
 
     def goal(self) -> Goal:
         """Return what a plan is to achieve."""

@@ -6,15 +6,13 @@ work and releases of one look never name the same replica.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from verl_rlhfless.policy.arm import Policy
 from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.migrate import Change, consolidate
-from verl_rlhfless.policy.predict import Prediction
+from verl_rlhfless.policy.routing import RoutingPolicy
 from verl_rlhfless.policy.snapshot import (
     FINISHED,
     GONE,
@@ -34,24 +32,23 @@ class Resizing:
 
     Attributes:
         routing: Moves what waits, and evens out what runs.
-        refine: Lengths given what has been generated.
         goal: Hysteresis of a change.
         consolidates: Whether running samples may be cut so that replicas end early; else only empty ones end.
     """
 
-    routing: Policy
-    refine: Callable[[RolloutView], Prediction]
+    routing: RoutingPolicy
     goal: Goal
     consolidates: bool = True
 
     def react(self, view: RolloutView, plan: RolloutPlan) -> Reaction:
         """Return moves of what waits; when there are none, the change of the fleet that pays, and what is empty."""
         has_waiting = bool((view.state == WAITING).any())
-        routed = self.routing.react(view if has_waiting else _without(view, empty_replicas(view)), plan)
+        foresight = self.routing.foresee(view)
+        routed = self.routing.route(view if has_waiting else _without(view, empty_replicas(view)), foresight)
         change = Change(0.0)
         if not routed.moves and self.consolidates and _is_settled(view):
             limits = (self.goal.hysteresis, len(plan.fleet))
-            change = consolidate(view, self.refine(view), plan.price, limits)
+            change = consolidate(view, foresight.prediction, plan.price, limits)
         moves = routed.moves or change.moves
         ended = () if routed.moves or change.starts else empty_replicas(view, moves)
         return replace(

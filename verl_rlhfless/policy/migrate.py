@@ -132,7 +132,7 @@ def lane_of(view: RolloutView, prediction: Prediction, samples: IntArray) -> Lan
     reached = view.generated[samples].astype(float)
     edges = depth_edges(max(1, int(prediction.cap - reached.min())))
     middle = (edges[:-1] + edges[1:]) / 2
-    part = replace(prediction, mu=prediction.mu[samples], sigma=prediction.sigma[samples])
+    part = prediction.of(samples)
     now = np.maximum(part.alive_at(np.minimum(reached, prediction.cap - 1)[:, None]), 1e-12)
     alive = (part.alive_at(reached[:, None] + middle) / now).sum(axis=0)
     context = float((reached + view.batch.prompt_tokens[samples]).mean())
@@ -239,7 +239,7 @@ def moves_onto(
 ) -> tuple[Move, ...]:
     """Return the moves that spread ``samples`` over ``targets`` by what each and they have left."""
     ids, left = view.alive, np.zeros(view.batch.num_samples)
-    part = replace(prediction, mu=prediction.mu[ids], sigma=prediction.sigma[ids])
+    part = prediction.of(ids)
     left[ids] = np.maximum(part.mean(view.generated[ids]) - view.generated[ids], 1.0)
     load = [float(left[ids[view.replica_of[ids] == target]].sum()) for target in targets]
     return spread(samples, targets, load, left)
@@ -291,6 +291,6 @@ def global_cut(view: RolloutView, threshold: int, num_targets: int) -> tuple[Mov
     order = sorted(range(len(view.replicas)), key=lambda r: (-left[r], r))
     targets = [r for r in order if view.replicas[r].state == READY][:num_targets]
     samples = alive[~np.isin(view.replica_of[alive], targets)]
-    if not len(samples):
+    if not targets or not len(samples):
         return ()
     return spread(samples, targets, [float(left[t]) for t in targets], np.ones(view.batch.num_samples))

@@ -107,6 +107,10 @@ class Prediction:
     cap: int
     errors: Residuals = _NORMAL
 
+    def of(self, samples: IntArray) -> Prediction:
+        """Return the prediction of some samples."""
+        return replace(self, mu=self.mu[samples], sigma=self.sigma[samples])
+
     def quantiles(self) -> FloatArray:
         """Return [B, 3] float64: p10, p50, p90 tokens."""
         z = np.array([self.errors.quantile(share) for share in (0.1, 0.5, 0.9)])

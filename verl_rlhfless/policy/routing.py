@@ -8,24 +8,26 @@ prompt once more costs; nothing moves for less than a least gain.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from verl_rlhfless.policy.affinity import PrefixBook
-from verl_rlhfless.policy.arm import Outcome, Policy
-from verl_rlhfless.policy.balance import Outlook, Unit, Workload, assign, best_move
+from verl_rlhfless.policy.arm import Outcome
+from verl_rlhfless.policy.balance import Foresight, Outlook, Units, Workload, assign, best_move, bounds
 from verl_rlhfless.policy.dispatch import least_requests, longest_first
 from verl_rlhfless.policy.migrate import RULES, cut_by_rule
+from verl_rlhfless.policy.perf import EnginePerf
 from verl_rlhfless.policy.predict import LengthModel, Prediction, learn, predict, refine
 from verl_rlhfless.policy.snapshot import (
     FINISHED,
-    GONE,
     READY,
     RUNNING,
     WAITING,
     Batch,
+    FloatArray,
     IntArray,
     Move,
     PoolSnapshot,
@@ -99,12 +101,15 @@ class Routing:
     def plan(self, memory: LengthModel, pool: PoolSnapshot, batch: Batch) -> RolloutPlan:
         """Return the fleet with a placement of every sample."""
         prediction = self.predict(memory, batch)
+        return self._planned(batch, prediction, self._place(pool, batch, prediction))
+
+    def _planned(self, batch: Batch, prediction: Prediction, replica_of: IntArray) -> RolloutPlan:
         order = np.arange(batch.num_samples)
         if self.dispatcher == "length_bucket":
             order = longest_first(order, prediction.mu)
         return RolloutPlan(
             fleet=self.fleet,
-            replica_of=self._place(pool, batch, prediction),
+            replica_of=replica_of,
             order=order,
             is_resident=self.is_resident,
             is_static=self.is_resident,
@@ -119,28 +124,27 @@ class Routing:
         nor a random dispatcher knows them, and samples that are placed one by one are in none. Replicas may come in
         another order than planned.
         """
-        placed = self.plan(memory, pool, batch)
         is_whole = sorted(planned.fleet) == sorted(self.fleet)
         if self.dispatcher == "length_bucket" and self.keeps_groups and is_whole:
             came_as = np.empty(len(self.fleet), dtype=np.int64)
             came_as[np.argsort(planned.fleet, kind="stable")] = np.argsort(self.fleet, kind="stable")
-            placed = replace(placed, replica_of=came_as[planned.replica_of])
+            placed = self._planned(batch, self.predict(memory, batch), came_as[planned.replica_of])
+        else:
+            placed = self.plan(memory, pool, batch)
         expected_s, reason = planned.predicted_step_s, planned.reason
         return replace(placed, price=planned.price, predicted_step_s=expected_s, reason=reason)
 
     def _place(self, pool: PoolSnapshot, batch: Batch, prediction: Prediction) -> IntArray:
         count = len(self.fleet)
         if self.dispatcher == "length_bucket":
-            every = np.arange(batch.num_samples)
-            outlook = Outlook.build(prediction, np.zeros_like(every), batch.prompt_tokens)
-            idle = Workload([pool.perf[tp] for tp in self.fleet], outlook)
-            return place(batch, every, (idle, outlook), self.keeps_groups)
+            perf = [pool.perf[tp] for tp in self.fleet]
+            return place(batch, prediction, perf, self.keeps_groups)
         if self.dispatcher == "random":
             draws = np.random.default_rng((self.seed, batch.step)).integers(count, size=batch.num_samples)
             return draws[batch.group_of] if self.keeps_groups else draws
         return batch.group_of % count if self.keeps_groups else least_requests(batch, count)
 
-    def policy(self, memory: LengthModel) -> Policy:
+    def policy(self, memory: LengthModel) -> RoutingPolicy:
         """Return the decisions during the rollout."""
         return RoutingPolicy(self, memory)
 
@@ -158,117 +162,147 @@ class RoutingPolicy:
 
     def react(self, view: RolloutView, plan: RolloutPlan) -> Reaction:
         """Return new places for what waits, or the migration that was chosen."""
+        return self.route(view, self.foresee(view))
+
+    def foresee(self, view: RolloutView) -> Foresight:
+        """Return what is expected of the rollout from now on."""
+        return Foresight(view, partial(self.arm.refine, self.memory))
+
+    def route(self, view: RolloutView, foresight: Foresight) -> Reaction:
+        """Return what ``react`` does, of a foresight on the same samples."""
         moves: tuple[Move, ...] = ()
         reason = "waiting samples follow free replicas"
         if self.arm.dispatcher == "length_bucket":
-            moves = self._even_out(view, WAITING)
+            moves = self._even_out(view, foresight, WAITING)
         if not moves:
-            moves, reason = self._migrate(view), self.arm.migration
+            moves, reason = self._migrate(view, foresight), self.arm.migration
         pause_s = _LOOK_S * max(1.0, view.batch.num_samples / _SAMPLES_PER_LOOK)
         return Reaction(view.now_s + pause_s, moves=moves, reason=reason if moves else "")
 
-    def _migrate(self, view: RolloutView) -> tuple[Move, ...]:
+    def _migrate(self, view: RolloutView, foresight: Foresight) -> tuple[Move, ...]:
         if self.arm.migration in RULES:
             return cut_by_rule(view, self.arm.migration, self.arm.tau)
-        return self._even_out(view, RUNNING) if self.arm.migration == "cut_and_migrate" else ()
+        return self._even_out(view, foresight, RUNNING) if self.arm.migration == "cut_and_migrate" else ()
 
-    def _even_out(self, view: RolloutView, state: int) -> tuple[Move, ...]:
+    def _even_out(self, view: RolloutView, foresight: Foresight, state: int) -> tuple[Move, ...]:
         """Return the moves of what is in one state, one by one the best, when they save enough together."""
-        open_to = [r.replica for r in view.replicas if r.state != GONE]
-        ready = [at for at, replica in enumerate(open_to) if view.replicas[replica].state == READY]
+        ready = [replica.replica for replica in view.replicas if replica.state == READY]
         if not ready or not (view.state == state).any():
             return ()
-        refined = self.arm.refine(self.memory, view)
-        outlook = Outlook.build(refined, view.generated, view.batch.prompt_tokens)
-        work = Workload([view.pool.perf[view.replicas[r].tp] for r in open_to], outlook)
-        prefill = _Prefill(view, open_to)
-        held = []
-        for at, replica in enumerate(open_to):
-            here = (view.replica_of == replica) & (view.state != FINISHED)
-            work.add(at, outlook.unit(np.flatnonzero(here & (view.state != state)), 0.0))
-            in_state = np.flatnonzero(here & (view.state == state))
-            keeps = state == WAITING and self.arm.keeps_groups
-            sets = _by_group(view.batch, in_state) if keeps else np.split(in_state, np.arange(1, len(in_state)))
-            held.append([outlook.unit(part, prefill.at_home(part, at)) for part in sets if len(part)])
-            for unit in held[at]:
-                work.add(at, unit)
+        movable = _Movable(foresight, state, state == WAITING and self.arm.keeps_groups)
         moved: dict[int, int] = {}
-        before_s = work.end_s().max(initial=0.0)
+        before_s = movable.work.end_s().max()
         while len(moved) < _MOST_MOVES[state]:
-            found = best_move(work, held, ready, prefill)
+            found = best_move(movable.work, movable.units_of, ready, movable.prefill)
             if found is None or found[3] < _LEAST_STEP[state]:
                 break
-            source, position, target, _ = found
-            unit = held[source].pop(position)
-            work.remove(source, unit)
-            work.add(target, outlook.unit(unit.samples, prefill(unit, target)))
-            moved.update(dict.fromkeys(unit.samples.tolist(), open_to[target]))
-        if work.end_s().max(initial=0.0) > before_s * (1 - _LEAST_GAIN):
+            source, unit, target, _ = found
+            moved.update(dict.fromkeys(movable.move(source, unit, target).tolist(), target))
+        if movable.work.end_s().max() > before_s * (1 - _LEAST_GAIN):
             return ()
         return _moves(np.array(list(moved), dtype=np.int64), np.array(list(moved.values()), dtype=np.int64))
 
 
-class _Prefill:
-    """Tokens that a replica computes before samples decode on it: their prompt, unless it did that for a sibling."""
+class _Movable:
+    """What may move in one look, each unit at most once: what a replica holds in one state, by group or by sample.
 
-    def __init__(self, view: RolloutView, replicas: list[int]) -> None:
-        self._group_of, self._prompt = view.batch.group_of, view.batch.prompt_tokens
-        self._generated = view.generated
-        began = (view.state == RUNNING) | (view.state == FINISHED)
-        self._known = [set(self._group_of[began & (view.replica_of == r)].tolist()) for r in replicas]
+    A replica computes a sample's prompt, unless it did that for a sibling; where a sample moves to, its response so far
+    is computed too.
 
-    def at_home(self, samples: IntArray, replica: int) -> float:
-        """Return what samples still compute where they are."""
-        first = int(samples[0])
-        return 0.0 if self._group_of[first] in self._known[replica] else float(self._prompt[first])
+    Attributes:
+        work: What every replica has to do, after the moves so far.
+    """
 
-    def __call__(self, unit: Unit, replica: int) -> float:
-        """Return what siblings compute on another replica: their responses so far too."""
-        return self.at_home(unit.samples, replica) + float(self._generated[unit.samples].sum())
+    def __init__(self, foresight: Foresight, state: int, keeps_groups: bool) -> None:
+        view, self._outlook, self._keeps_groups = foresight.view, foresight.outlook, keeps_groups
+        self._prompt, self._response = view.batch.prompt_tokens, view.generated.astype(np.float64)
+        self._group_of, num_groups = view.batch.group_of, len(view.batch.prompt_ids)
+        began = ((view.state == RUNNING) | (view.state == FINISHED)) & (view.replica_of >= 0)
+        self._is_known = np.zeros((len(view.replicas), num_groups), dtype=bool)
+        self._is_known[view.replica_of[began], self._group_of[began]] = True
+        self._rows = np.flatnonzero(view.state[self._outlook.samples] == state)
+        samples = self._outlook.samples[self._rows]
+        self._replica_of = view.replica_of[samples]
+        first = self._starts(self._replica_of * num_groups + self._group_of[samples])
+        at = self._replica_of[first]
+        self.work = foresight.workload()
+        self.work.prefill += np.bincount(at, self._prompts(samples[first], at), self.work.num_replicas)
+        self._units: dict[int, Units] = {}
+
+    def units_of(self, replica: int) -> Units:
+        """Return the units that may still leave a replica."""
+        if replica not in self._units:
+            rows = self._rows[self._replica_of == replica]  # in a row, since they are sorted by replica and state
+            samples = self._outlook.samples[rows]
+            first = self._starts(self._group_of[samples])
+            part = slice(rows[0], rows[-1] + 1) if len(rows) else slice(0)
+            self._units[replica] = self._outlook.units(part, first, self._prompts(samples[first], replica))
+        return self._units[replica]
+
+    def prefill(self, units: Units, replica: int) -> FloatArray:
+        """Return [U] tokens that another replica computes for units that move to it."""
+        responses: FloatArray = np.add.reduceat(self._response[units.samples], units.first)
+        return self._prompts(units.leaders, replica) + responses
+
+    def move(self, source: int, unit: int, target: int) -> IntArray:
+        """Move one of a replica's units; return its samples."""
+        units = self._units[source]
+        curves = units.curves[:, unit]
+        self.work.remove(source, curves, float(units.prefill[unit]))
+        self.work.add(target, curves, float(self.prefill(units, target)[unit]))
+        self._units[source] = units.without(unit)
+        return units.members(unit)
+
+    def _starts(self, key: IntArray) -> IntArray:
+        return bounds(key) if self._keeps_groups else np.arange(len(key))
+
+    def _prompts(self, leaders: IntArray, replica: IntArray | int) -> FloatArray:
+        tokens: FloatArray = np.where(self._is_known[replica, self._group_of[leaders]], 0.0, self._prompt[leaders])
+        return tokens
 
 
-def place(batch: Batch, samples: IntArray, onto: tuple[Workload, Outlook], keeps_groups: bool) -> IntArray:
-    """Return the position in the workload for each of ``samples``.
+def place(batch: Batch, prediction: Prediction, perf: Sequence[EnginePerf], keeps_groups: bool) -> IntArray:
+    """Return the replica of each sample, [B], on idle replicas.
 
     Groups are split into ever smaller pieces while that lets the last replica end sooner, the prompts that are then
     computed more than once included.
 
     Args:
         batch: The prompts.
-        samples: What to place.
-        onto: What the replicas have already, and what is expected of every sample.
+        prediction: Their lengths.
+        perf: Performance of each replica.
         keeps_groups: Whether siblings find their prompt computed; without, every sample is placed for itself.
     """
-    work, outlook = onto
+    samples = np.argsort(batch.group_of, kind="stable")
+    outlook = Outlook.build(prediction, batch, np.zeros(batch.num_samples, dtype=np.int64), samples)
     best: tuple[float, IntArray] | None = None
     for pieces in _SPLITS if keeps_groups else _SPLITS[-1:]:
-        units = _units(batch, samples, outlook, pieces)
-        trial = work.copy()
+        first = _pieces(batch.group_of[samples], pieces)
+        units = outlook.units(slice(None), first, batch.prompt_tokens[samples[first]].astype(np.float64))
+        work = Workload(perf, outlook.width)
         book = PrefixBook(batch, work.num_replicas) if batch.prefixes and keeps_groups else None
-        chosen = assign(trial, units, outlook.width, book)
-        end_s = float(trial.end_s().max())
+        chosen = assign(work, units, book)
+        end_s = float(work.end_s().max())
         if best is None or end_s < best[0] * (1 - _LEAST_GAIN):
-            position = np.empty(batch.num_samples, dtype=np.int64)
-            for unit, replica in zip(units, chosen, strict=True):
-                position[unit.samples] = replica
-            best = end_s, position[samples]
-        if len(units) == len(samples) or len(units) >= _UNITS_PER_REPLICA * work.num_replicas:
+            replica_of = np.empty(batch.num_samples, dtype=np.int64)
+            replica_of[samples] = np.repeat(chosen, np.diff(first, append=len(samples)))
+            best = end_s, replica_of
+        if len(first) == len(samples) or len(first) >= _UNITS_PER_REPLICA * work.num_replicas:
             break
     assert best is not None
     return best[1]
 
 
-def _units(batch: Batch, samples: IntArray, outlook: Outlook, pieces: int) -> list[Unit]:
-    return [
-        outlook.unit(piece, float(batch.prompt_tokens[piece[0]]))
-        for group in _by_group(batch, samples)
-        for piece in np.array_split(group, min(pieces, len(group)))
-    ]
-
-
-def _by_group(batch: Batch, samples: IntArray) -> list[IntArray]:
-    order = samples[np.lexsort((samples, batch.group_of[samples]))]
-    return np.split(order, np.flatnonzero(np.diff(batch.group_of[order])) + 1)
+def _pieces(group_of: IntArray, pieces: int) -> IntArray:
+    """Return where each piece begins when every group, samples in a row, is cut into so many of (nearly) equal size."""
+    start = bounds(group_of)
+    size = np.diff(start, append=len(group_of))
+    cuts = np.minimum(pieces, size)
+    group = np.repeat(np.arange(len(start)), cuts)
+    piece = np.arange(len(group)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
+    small, longer = np.divmod(size, cuts)  # the first `longer` pieces have one sample more
+    first: IntArray = start[group] + piece * small[group] + np.minimum(piece, longer[group])
+    return first
 
 
 def _moves(samples: IntArray, targets: IntArray) -> tuple[Move, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -90,7 +89,7 @@ def test_a_look_ends_only_empty_replicas_and_starts_only_what_fits(
     arm = Routing(tuple(r.tp for r in ready), dispatcher, "cut_and_migrate", is_resident=False)
     model = learn(LengthModel(), view.batch, np.maximum(view.generated, 1))
     plan = replace(arm.plan(model, view.pool, view.batch), price=price)
-    policy = Resizing(arm.policy(model), partial(arm.refine, model), Goal(), consolidates)
+    policy = Resizing(arm.policy(model), Goal(), consolidates)
     reaction = policy.react(view, plan)
     assert repr(reaction) == repr(policy.react(view, plan))
     meant = view.replica_of.copy()

@@ -6,22 +6,35 @@ import numpy as np
 import pytest
 
 from tests.unit.policy.paced import POOL
-from verl_rlhfless.policy.balance import Outlook, Workload, assign, best_move, remaining_s
+from verl_rlhfless.policy.balance import Foresight, Outlook, Units, Workload, assign, best_move
 from verl_rlhfless.policy.predict import Prediction, exact
-from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, Batch, ReplicaView, RolloutView
+from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, Batch, FloatArray, ReplicaView, RolloutView
 
 
 def outlook(*left: int, generated: int = 0, prompt: int = 0) -> Outlook:
     """Return the outlook on samples whose remaining tokens are known."""
     total = np.array(left) + generated
     prediction = Prediction(np.log(total), np.full(len(left), 0.001), int(total.max()) + 1)
-    return Outlook.build(prediction, np.full(len(left), generated), np.full(len(left), prompt))
+    return outlook_on(prediction, generated, prompt)
+
+
+def outlook_on(prediction: Prediction, generated: int = 0, prompt: int = 0) -> Outlook:
+    ids = np.arange(len(prediction.mu))
+    batch = Batch(1, tuple(map(str, ids)), ids, np.full(len(ids), prompt), prediction.cap)
+    return Outlook.build(prediction, batch, np.full(len(ids), generated), ids)
+
+
+def singles(view: Outlook, samples: list[int], prefill: float = 0.0) -> Units:
+    units = view.units(slice(None), np.arange(len(view.samples)), np.full(len(view.samples), prefill))
+    for sample in sorted(set(view.samples.tolist()) - set(samples), reverse=True):
+        units = units.without(sample)
+    return units
 
 
 def workload(view: Outlook, *held: list[int]) -> Workload:
-    work = Workload([POOL.perf[1]] * len(held), view)
+    work = Workload([POOL.perf[1]] * len(held), view.width)
     for replica, samples in enumerate(held):
-        work.add(replica, view.unit(np.array(samples, dtype=np.int64), 0.0))
+        work.add(replica, view.curves[:, samples].sum(axis=1), 0.0)
     return work
 
 
@@ -48,22 +61,23 @@ def test_a_unit_that_is_taken_away_leaves_nothing_behind() -> None:
     view = outlook(100, 50)
     work = workload(view, [0], [])
     before = work.end_s().copy()
-    unit = view.unit(np.array([1]), 30.0)
-    work.add(1, unit)
-    work.remove(1, unit)
+    work.add(1, view.curves[:, 1], 30.0)
+    work.remove(1, view.curves[:, 1], 30.0)
     assert work.end_s() == pytest.approx(before)
 
 
 def test_the_long_one_is_left_alone() -> None:
     view = outlook(400, 100, 100, 100, 100)
-    work = Workload([POOL.perf[1]] * 2, view)
-    units = [view.unit(np.array([sample]), 0.0) for sample in range(5)]
-    assert assign(work, units, view.width) == [0, 1, 1, 1, 1]
+    assert assign(workload(view, [], []), singles(view, [0, 1, 2, 3, 4])) == [0, 1, 1, 1, 1]
 
 
 def move(view: Outlook, *held: list[int], again: float = 0.0) -> tuple[int, int, int, float] | None:
-    units = [[view.unit(np.array([sample]), 0.0) for sample in part] for part in held]
-    return best_move(workload(view, *held), units, range(len(held)), lambda unit, replica: again)
+    units = [singles(view, part) for part in held]
+
+    def prefill(units: Units, replica: int) -> FloatArray:
+        return np.full(len(units.first), again)
+
+    return best_move(workload(view, *held), units.__getitem__, range(len(held)), prefill)
 
 
 def test_a_move_to_an_idle_replica_pays_and_is_the_one_that_helps_most() -> None:
@@ -84,8 +98,7 @@ def test_there_is_nothing_to_gain(held: tuple[list[int], ...]) -> None:
 
 def test_of_unknown_lengths_the_larger_batch_is_the_later_one() -> None:
     prediction = Prediction(np.full(12, np.log(50)), np.full(12, 1.0), 400)
-    view = Outlook.build(prediction, np.zeros(12, dtype=np.int64), np.zeros(12, dtype=np.int64))
-    end_s = workload(view, list(range(10)), [10, 11]).end_s()
+    end_s = workload(outlook_on(prediction), list(range(10)), [10, 11]).end_s()
     assert end_s[0] > 1.3 * end_s[1]
 
 
@@ -96,7 +109,7 @@ def test_a_rollout_lasts_as_long_as_its_longest_sample_that_is_not_finished() ->
 
     def left_s(*state: int) -> float:
         view = RolloutView(1.0, batch, POOL, generated, np.array(state, dtype=np.int8), where, replicas, 0, 0, 0, 0)
-        return remaining_s(view, exact(np.array([400, 300, 150])))
+        return Foresight(view, lambda now: exact(np.array([400, 300, 150]))).remaining_s()
 
     assert left_s(FINISHED, RUNNING, RUNNING) == pytest.approx(200 * 0.062, rel=0.05)
     assert left_s(FINISHED, FINISHED, RUNNING) == pytest.approx(50 * 0.062, rel=0.05)

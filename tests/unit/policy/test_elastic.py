@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,9 +44,7 @@ def view(state: Any, replica_of: Any, states: tuple[str, ...] = (READY, READY), 
 def react(now: RolloutView, price: float = 1.0, **parts: Any) -> Any:
     arm = Routing(FLEET, "length_bucket", parts.get("migration", "cut_and_migrate"), is_resident=False)
     plan = replace(arm.plan(LengthModel(), POOL, BATCH), price=price)
-    policy = Resizing(
-        RoutingPolicy(arm, LengthModel()), partial(arm.refine, LengthModel()), Goal(), parts.get("consolidates", True)
-    )
+    policy = Resizing(RoutingPolicy(arm, LengthModel()), Goal(), parts.get("consolidates", True))
     return policy.react(now, plan)
 
 
