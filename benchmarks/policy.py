@@ -9,18 +9,29 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from benchmarks import command
 from benchmarks.record import write_result
 from verl_rlhfless.policy.dedup import dedup
+from verl_rlhfless.policy.elastic import Resizing
 from verl_rlhfless.policy.fusion_cut import cut_for_inference
-from verl_rlhfless.policy.migrate import consolidate
 from verl_rlhfless.policy.plan import Goal, plan_fleet
 from verl_rlhfless.policy.predict import LengthModel, learn, predict, refine
+from verl_rlhfless.policy.routing import Routing
 from verl_rlhfless.policy.shapes import MODELS
-from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, Batch, PoolSnapshot, ReplicaView, RolloutView
+from verl_rlhfless.policy.snapshot import (
+    FINISHED,
+    READY,
+    RUNNING,
+    WAITING,
+    Batch,
+    PoolSnapshot,
+    ReplicaView,
+    RolloutView,
+)
 from verl_rlhfless.policy.transitions import LeaseTimes
 from verl_rlhfless.sim.cell import make_pool
 from verl_rlhfless.sim.cluster import CLUSTERS
@@ -58,30 +69,51 @@ def planning() -> dict[str, float]:
     return median_ms(lambda: plan_fleet(pool, data.batch, predict(model, data.batch), Goal()), 15)
 
 
-def tick(groups: int, n: int, cluster: str, *, is_resident: bool = False) -> dict[str, float]:
-    """One look at half of the rollout: refine, then consolidate, or cut for inference on the trainer's own GPUs."""
+def rollout(groups: int, n: int, cluster: str, goal: Goal, share_waiting: float = 0.0) -> tuple[Any, ...]:
+    """Return plan, memory, prior and view of a rollout: its groups up to the median length, or some still waiting."""
     data, pool = step(groups, n), pool_of(cluster)
     model = learn(LengthModel(), data.batch, data.lengths)
     prior = predict(model, data.batch)
-    plan = plan_fleet(pool, data.batch, prior, Goal(payback=1e9) if is_resident else Goal())
-    assert plan.is_resident is is_resident
+    plan = plan_fleet(pool, data.batch, prior, goal)
     depth = int(np.median(data.lengths))
-    generated = np.minimum(data.lengths, depth)
-    state = np.where(data.lengths <= depth, FINISHED, RUNNING).astype(np.int8)
-    held = np.bincount(plan.replica_of[state == RUNNING], minlength=len(plan.fleet)).tolist()
-    replicas = tuple(ReplicaView(r, tp, READY, 0, held[r], held[r] * depth) for r, tp in enumerate(plan.fleet))
+    waits = data.batch.group_of < groups * share_waiting
+    generated = np.where(waits, 0, np.minimum(data.lengths, depth))
+    state = np.where(waits, WAITING, np.where(data.lengths <= depth, FINISHED, RUNNING)).astype(np.int8)
+    waiting, running = (np.bincount(plan.replica_of[state == s], minlength=len(plan.fleet)) for s in (WAITING, RUNNING))
+    replicas = tuple(
+        ReplicaView(r, tp, READY, int(waiting[r]), int(running[r]), int(running[r]) * depth)
+        for r, tp in enumerate(plan.fleet)
+    )
     free = pool.num_gpus - sum(plan.fleet)
     view = RolloutView(9.0, data.batch, pool, generated, state, plan.replica_of, replicas, free, 10**6, 10**3, 0)
-    finished = (state == FINISHED).astype(float)
+    return plan, model, prior, view
+
+
+def resident_tick(groups: int, n: int, cluster: str) -> dict[str, float]:
+    """One look at a rollout beside the trainer: lengths refined, then every cut for inference on its GPUs priced."""
+    plan, model, prior, view = rollout(groups, n, cluster, Goal(payback=1e9))
+    assert plan.is_resident
+    finished = (view.state == FINISHED).astype(float)
 
     def look() -> None:
-        prediction = refine(model, prior, data.batch, generated, finished)
-        if is_resident:
-            cut_for_inference(view, prediction)
-        else:
-            consolidate(view, prediction, plan.price, (0.02, len(plan.fleet)))
+        cut_for_inference(view, refine(model, prior, view.batch, view.generated, finished))
 
     return median_ms(look, 15)
+
+
+def tick(groups: int, n: int, cluster: str, share_waiting: float) -> dict[str, float]:
+    """One look of a live run at leased replicas: lengths, what waits, what runs, then the fleet itself."""
+    plan, model, _, view = rollout(groups, n, cluster, Goal(), share_waiting)
+    assert not plan.is_resident
+    policy = Resizing(Routing(plan.fleet, migration="cut_and_migrate", is_resident=False).policy(model), Goal())
+    return median_ms(lambda: policy.react(view, plan), 15)
+
+
+def dispatching(groups: int, n: int, cluster: str) -> dict[str, float]:
+    """Place a batch on idle replicas, as is done where no plan of lanes fits the replicas that came."""
+    plan, model, _, view = rollout(groups, n, cluster, Goal())
+    arm = Routing(plan.fleet, is_resident=False)
+    return median_ms(lambda: arm.plan(model, view.pool, view.batch), 15)
 
 
 def deduplicating() -> dict[str, float]:
@@ -96,9 +128,11 @@ def main() -> None:
     """Measure everything once: milliseconds of CPU time of one process."""
     found = {
         "plan_1024x16_on_160": planning() | {"budget_ms": 30},
-        "tick_128x8_on_16": tick(128, 8, "h100-16") | {"budget_ms": 10},
-        "tick_1024x16_on_160": tick(1024, 16, "h100-160") | {"budget_ms": 10},
-        "resident_tick_1024x16_on_160": tick(1024, 16, "h100-160", is_resident=True) | {"budget_ms": 10},
+        "dispatch_1024x16_on_160": dispatching(1024, 16, "h100-160") | {"budget_ms": 30},
+        "tick_128x8_on_16": tick(128, 8, "h100-16", 0.0) | {"budget_ms": 10},
+        "tick_1024x16_on_160": tick(1024, 16, "h100-160", 0.0) | {"budget_ms": 10},
+        "tick_1024x16_on_160_half_waiting": tick(1024, 16, "h100-160", 0.5) | {"budget_ms": 10},
+        "resident_tick_1024x16_on_160": resident_tick(1024, 16, "h100-160") | {"budget_ms": 10},
         "dedup_1024x1024": deduplicating() | {"budget_ms": 50},
     }
     write_result("policy", found, command="python -m benchmarks.policy")

@@ -74,8 +74,8 @@ class Residuals:
         return nodes
 
 
-def _index(z: FloatArray) -> NDArray[np.int32]:
-    return np.clip((z - (_LOW - 0.5 / _PER_UNIT)) * _PER_UNIT, 0, len(_FINE) - 1).astype(np.int32)
+def _index(z: FloatArray) -> NDArray[np.intp]:
+    return np.clip((z - (_LOW - 0.5 / _PER_UNIT)) * _PER_UNIT, 0, len(_FINE) - 1).astype(np.intp)
 
 
 @lru_cache(maxsize=8)
