@@ -64,6 +64,11 @@ def test_a_group_is_split_when_its_decode_costs_more_than_its_prompt() -> None:
     assert np.bincount(plan.replica_of).tolist() == [8, 8]
 
 
+def test_pieces_of_a_group_are_as_equal_as_can_be() -> None:
+    plan = Routing((1,) * 4, "length_bucket").plan(LengthModel(), POOL, batch(groups=1, n=10, prompt=10))
+    assert sorted(np.bincount(plan.replica_of).tolist()) == [2, 2, 3, 3]
+
+
 def planned(fleet: tuple[int, ...] = FLEET, lanes: int = 2) -> RolloutPlan:
     """Return a plan that keeps each of the first groups apart."""
     of = np.minimum(batch().group_of, lanes - 1)
@@ -137,9 +142,11 @@ def with_states(now: RolloutView, *states: str) -> RolloutView:
     return replace(now, replicas=tuple(replace(r, state=s) for r, s in zip(now.replicas, states, strict=True)))
 
 
-def test_nothing_moves_while_no_replica_is_ready() -> None:
-    now = view(batch(), [WAITING] * 16, [0] * 8 + [1] * 8, [0] * 16)
-    assert not react(Routing(FLEET, migration="cut_and_migrate"), with_states(now, STARTING, STARTING)).moves
+@pytest.mark.parametrize("migration", ["cut_and_migrate", "rlhfuse", "rlhfless"])
+@pytest.mark.parametrize("state", [WAITING, RUNNING])
+def test_nothing_moves_while_no_replica_is_ready(migration: str, state: int) -> None:
+    now = view(batch(), [FINISHED] * 6 + [state] * 10, [0] * 12 + [1] * 4, [50] * 6 + [0] * 10)
+    assert not react(Routing(FLEET, migration=migration, tau=0.2), with_states(now, STARTING, STARTING)).moves
 
 
 def test_a_replica_that_ran_dry_takes_what_waits_for_one_that_still_starts() -> None:
