@@ -107,5 +107,5 @@ class _Deciding:
     def react(self, view: RolloutView, plan: RolloutPlan) -> Reaction:
         """Return what the live policy decides; it sees the pool that the planner believes in."""
         routing = self.arm._routing(view.batch, plan.fleet)
-        resizing = self.arm.settings.resizing(routing, routing.policy(self.lengths), self.lengths)
+        resizing = self.arm.settings.resizing(routing, self.lengths)
         return resizing.react(replace(view, pool=self.arm.pool), plan)

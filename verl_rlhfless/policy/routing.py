@@ -277,7 +277,7 @@ def place(batch: Batch, prediction: Prediction, perf: Sequence[EnginePerf], keep
     outlook = Outlook.build(prediction, batch, np.zeros(batch.num_samples, dtype=np.int64), samples)
     best: tuple[float, IntArray] | None = None
     for pieces in _SPLITS if keeps_groups else _SPLITS[-1:]:
-        first = _pieces(batch.group_of[samples], pieces)
+        first = pieces_of(batch.group_of[samples], pieces)
         units = outlook.units(slice(None), first, batch.prompt_tokens[samples[first]].astype(np.float64))
         work = Workload(perf, outlook.width)
         book = PrefixBook(batch, work.num_replicas) if batch.prefixes and keeps_groups else None
@@ -293,8 +293,13 @@ def place(batch: Batch, prediction: Prediction, perf: Sequence[EnginePerf], keep
     return best[1]
 
 
-def _pieces(group_of: IntArray, pieces: int) -> IntArray:
-    """Return where each piece begins when every group, samples in a row, is cut into so many of (nearly) equal size."""
+def pieces_of(group_of: IntArray, pieces: int) -> IntArray:
+    """Return where each piece begins when every group is cut into so many, as equal as can be.
+
+    Args:
+        group_of: [N] increasing.
+        pieces: At least 1; a smaller group is cut into its samples.
+    """
     start = bounds(group_of)
     size = np.diff(start, append=len(group_of))
     cuts = np.minimum(pieces, size)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.policy.paced import POOL
 from verl_rlhfless.policy.predict import LengthModel
-from verl_rlhfless.policy.routing import Routing, RoutingPolicy
+from verl_rlhfless.policy.routing import Routing, RoutingPolicy, pieces_of
 from verl_rlhfless.policy.snapshot import (
     FINISHED,
     READY,
@@ -64,9 +64,12 @@ def test_a_group_is_split_when_its_decode_costs_more_than_its_prompt() -> None:
     assert np.bincount(plan.replica_of).tolist() == [8, 8]
 
 
-def test_pieces_of_a_group_are_as_equal_as_can_be() -> None:
-    plan = Routing((1,) * 4, "length_bucket").plan(LengthModel(), POOL, batch(groups=1, n=10, prompt=10))
-    assert sorted(np.bincount(plan.replica_of).tolist()) == [2, 2, 3, 3]
+@pytest.mark.parametrize("pieces", [1, 2, 3, 16])
+def test_pieces_of_groups_are_as_equal_as_can_be(pieces: int) -> None:
+    groups = np.split(np.arange(23), [1, 4, 14])
+    of = np.repeat(np.arange(4), [len(group) for group in groups])
+    parts = [part for group in groups for part in np.array_split(group, min(pieces, len(group)))]
+    assert pieces_of(of, pieces).tolist() == [int(part[0]) for part in parts]
 
 
 def planned(fleet: tuple[int, ...] = FLEET, lanes: int = 2) -> RolloutPlan:
