@@ -16,12 +16,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import write_result
+from benchmarks.record import Part, digest, keep, parts_of, write_result
 from verl_rlhfless.ab.arms import Arm
 from verl_rlhfless.demo import ablation, recipe
 from verl_rlhfless.demo.assets import Assets, build_assets
 from verl_rlhfless.demo.columns import COLUMNS, WARM_UP, render_columns, summarise
 from verl_rlhfless.demo.run import DemoOptions, run_arm
+from verl_rlhfless.demo.workload import Workload
 from verl_rlhfless.report.ab import build_arm
 from verl_rlhfless.report.folder import RECORD_FILE
 
@@ -60,8 +61,9 @@ def main() -> None:
     assets = build_assets(out / "assets", list(workload.problems), record["seed"])
     options = DemoOptions(out=out / COLUMN.name, steps=len(steps), seed=record["seed"])
     arms = control_arms(schedule)
+    parts = parts_of(record, record["arms"])
     for name in arguments.arms.split(","):
-        record["arms"][name] = _measured(arms[name], tuple(ablation.overrides(workload)), assets, options)
+        record["arms"][name], parts[name] = _measured(arms[name], workload, assets, options)
     summaries = summarise({COLUMN.name: record})
     print(render_columns(summaries))
     objective = {one.arm: one.objective for one in summaries if one.objective is not None}
@@ -73,21 +75,22 @@ def main() -> None:
         "elastic_objective_over": {name: objective["elastic"] / objective[name] for name in arguments.arms.split(",")},
     }
     command = f"python -m benchmarks.control_arms --out OUT --arms {arguments.arms}"
-    write_result("control_arms", results, command=command, num_gpus=recipe.NUM_GPUS)
+    write_result("control_arms", results, command=command, num_gpus=recipe.NUM_GPUS, parts=parts)
 
 
-def _measured(arm: Arm, replay: tuple[str, ...], assets: Assets, options: DemoOptions) -> dict[str, Any]:
+def _measured(arm: Arm, workload: Workload, assets: Assets, options: DemoOptions) -> Part:
     """Return the record of an arm, that of an earlier run if there is one."""
-    kept = options.out / arm.name / "record.json"
-    if not kept.exists():
-        applied = COLUMN.applied_to(arm)
-        replayed = replace(applied, overrides=(*replay, *applied.overrides))
-        ended = run_arm(replayed, assets, options, print, COLUMN.pace.to_json() if COLUMN.pace else None)
+    applied, pace = COLUMN.applied_to(arm), COLUMN.pace.to_json() if COLUMN.pace else None
+
+    def run() -> dict[str, Any]:
+        replayed = replace(applied, overrides=(*ablation.overrides(workload), *applied.overrides))
+        ended = run_arm(replayed, assets, options, print, pace)
         if ended.exit_code:
             raise SystemExit(f"{arm.name}: verl ended with exit code {ended.exit_code}; see {ended.folder}/train.log")
-        kept.write_text(json.dumps(build_arm(ended.folder).as_json(), indent=2) + "\n")
-    measured: dict[str, Any] = json.loads(kept.read_text())
-    return measured
+        return build_arm(ended.folder).as_json()
+
+    settings = {"overrides": applied.overrides, "pace": pace, "steps": options.steps, "lengths": digest(workload.trace)}
+    return keep(options.out / arm.name / "record.json", settings, run)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What fusion alone gains: the same elastic GRPO step with a reference, its inference after the rollout or beside it.
 
 Both arms replay the same lengths on two elastic replicas and two trainer GPUs; iterations and trainer phases are paced.
-One arm is one real verl run on the CPU, about five minutes; finished arms are kept, so a run can be taken up again.
+One arm is one real verl run on the CPU, about eight minutes; finished arms are kept, so a run can be taken up again.
 
 python -m benchmarks.fusion --out OUT [--arms off,on] [--trace FILE]   # writes benchmarks/results/fusion.json
 """
@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import write_result
+from benchmarks.record import Part, digest, keep, trace_option, write_result
 from benchmarks.scheduled import scheduled
 from verl_rlhfless.demo import ablation, recipe
 from verl_rlhfless.demo.assets import build_assets
@@ -23,7 +24,7 @@ from verl_rlhfless.demo.run import DemoOptions, run_arm
 from verl_rlhfless.demo.workload import Size, Workload
 from verl_rlhfless.report.ab import build_arm
 
-STEPS = 4
+STEPS = 7
 WARM_UP = 1  # imports, first calls, and a length model that knows nothing
 SEED = 1
 SIZE = Size(prompts=12, samples=8, max_response_tokens=160)
@@ -59,14 +60,16 @@ def arm_overrides(name: str) -> tuple[str, ...]:
     return (*scheduled(2).overrides, "rlhfless.pool.suspend_trainer=never", *REFERENCE, f"rlhfless/fusion={name}")
 
 
-def measure(name: str, workload: Workload, out: Path) -> dict[str, Any]:
+def settings_of(name: str, workload: Workload) -> dict[str, Any]:
+    """Return what makes an arm."""
+    lengths = digest(workload.trace)
+    return {"overrides": arm_overrides(name), "pace": PACE, "steps": STEPS, **asdict(SIZE), "lengths": lengths}
+
+
+def measure(name: str, workload: Workload, out: Path) -> Part:
     """Run one arm and return its figures, those of an earlier run if there are any."""
-    kept = out / name / "figures.json"
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(_run(name, workload, out / name), indent=2) + "\n")
-    figures: dict[str, Any] = json.loads(kept.read_text())
-    return figures
+    settings = settings_of(name, workload)
+    return keep(out / name / "figures.json", settings, lambda: _run(name, workload, out / name))
 
 
 def _run(name: str, workload: Workload, folder: Path) -> dict[str, Any]:
@@ -133,12 +136,14 @@ def main() -> None:
     out = options.out.resolve()
     workload = ablation.prepare(options.trace, out, SEED, SIZE)
     names = options.arms.split(",")
-    compared = compare({name: measure(name, workload, out) for name in names})
+    measured = {name: measure(name, workload, out) for name in names}
+    compared = compare({name: arm.found for name, arm in measured.items()})
     for name, figures in compared.items():
         print(f"{name:>5}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
-    settings = {"pace": PACE, "steps": STEPS, "prompts": SIZE.prompts, "samples": SIZE.samples, "target": TARGET}
-    command = f"python -m benchmarks.fusion --out OUT --arms {','.join(names)}"
-    write_result("fusion", {**settings, "arms": compared}, command=command)
+    settings = {"pace": PACE, "steps": STEPS, "warm_up_steps": WARM_UP, **asdict(SIZE), "target": TARGET}
+    command = f"python -m benchmarks.fusion --out OUT --arms {','.join(names)}{trace_option(options.trace)}"
+    parts = {name: arm.code for name, arm in measured.items()}
+    write_result("fusion", {**settings, "arms": compared}, command=command, parts=parts)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
@@ -38,10 +38,20 @@ def settings_of(folder: Path, pace: PaceModel) -> RoutingSettings:
         ConfigError: A value of the plugin's configuration breaks a rule.
         FileNotFoundError: The arm left no configuration.
     """
-    run = OmegaConf.load(folder / "hydra" / ".hydra" / "config.yaml")
+    run = _configuration(folder)
     config = parse_config(OmegaConf.to_container(run.rlhfless, resolve=True))
     nodes = Nodes((run.trainer.n_gpus_per_node,) * run.trainer.nnodes, ())
     return replace(RoutingSettings.of_run(run, config, _ANY_MODEL, nodes), pace=pace)
+
+
+def trace_of(folder: Path) -> Path | None:
+    """Return the trace that the arm in ``folder`` replayed; ``None`` = lengths were the model's own."""
+    path = OmegaConf.select(_configuration(folder), "rlhfless.replay.trace")
+    return Path(path) if path else None
+
+
+def _configuration(folder: Path) -> Any:
+    return OmegaConf.load(folder / "hydra" / ".hydra" / "config.yaml")
 
 
 class Memory(NamedTuple):

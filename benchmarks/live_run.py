@@ -5,22 +5,26 @@ Invariant: nothing here is fitted to a prediction; every figure was measured.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from benchmarks.live_arm import settings_of
+from benchmarks.live_arm import settings_of, trace_of
+from benchmarks.record import UNKNOWN, Code
 from verl_rlhfless.demo.columns import MAX_HOST_CPU, WARM_UP
 from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.live.routing import RoutingSettings
 from verl_rlhfless.report.ab import build_arm
+from verl_rlhfless.report.folder import RECORD_FILE
 from verl_rlhfless.report.observed import Observed, read_observed
 from verl_rlhfless.report.record import Figures
 from verl_rlhfless.report.recorded_trace import record_trace
 from verl_rlhfless.report.timeline import StepTime, Timeline, build_timeline
 from verl_rlhfless.sim.workload import StepData, load_steps
+from verl_rlhfless.trace import read_header
 from verl_rlhfless.types import BusySpan
 
 ARMS = ("stock", "elastic")
@@ -101,6 +105,19 @@ class LiveRun:
     def settings(self) -> RoutingSettings:
         """What the live router was told."""
         return settings_of(self.folder / "elastic", self.pace)
+
+    @cached_property
+    def trace(self) -> str | None:
+        """Name of the trace whose lengths were replayed; its file's where the file is gone, ``None`` without one."""
+        path = trace_of(self.folder / "elastic")
+        return None if path is None else read_header(path).source if path.exists() else path.name
+
+    @property
+    def code(self) -> Code:
+        """The code that ran it."""
+        path = self.folder / RECORD_FILE
+        record = json.loads(path.read_text()) if path.exists() else {}
+        return {key: record.get(key) for key in UNKNOWN}
 
     @cached_property
     def arms(self) -> Mapping[str, Mapping[int, LiveStep]]:

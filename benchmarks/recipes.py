@@ -9,7 +9,7 @@ FSDP 1 is not among them: verl synchronises its module states, which torch does 
 
     python -m benchmarks.recipes [--only tool,dapo]     # about 3 minutes each; writes benchmarks/results/recipes.json
 
-Records of recipes that do not run now are kept.
+Records of recipes that do not run now are kept, with their commit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import write_result
+from benchmarks.record import parts_of, write_result
 from benchmarks.reward_model import build_reward_model
 from benchmarks.scheduled import scheduled
 from verl_rlhfless.ab.arms import Arm
@@ -32,6 +32,7 @@ from verl_rlhfless.demo import recipe
 from verl_rlhfless.demo.assets import Assets, arithmetic_problems, build_assets
 from verl_rlhfless.demo.run import DemoOptions, run_arm
 from verl_rlhfless.report.ab import build_arm
+from verl_rlhfless.report.environment import code
 from verl_rlhfless.report.guards import GuardLimits, judge
 
 _PARTS, _TOOL = (Path(__file__).with_name(name) for name in ("recipe_parts.py", "recipe_tool.py"))
@@ -247,9 +248,16 @@ def main() -> None:
         for name in arguments.only.split(","):
             outcomes[name] = run_recipe(name, assets, out)
             print(name, "ok" if not outcomes[name].failed else "; ".join(outcomes[name].failed), flush=True)
-    kept = json.loads(_RECORD.read_text())["results"] if _RECORD.exists() else {}
-    results = kept | {name: asdict(outcome) for name, outcome in outcomes.items()}
-    write_result("recipes", {name: results[name] for name in RECIPES if name in results}, command=_COMMAND)
+    before: dict[str, Any] = json.loads(_RECORD.read_text()) if _RECORD.exists() else {"results": {}}
+    results = before["results"] | {name: asdict(outcome) for name, outcome in outcomes.items()}
+    parts = parts_of(before, before["results"]) | dict.fromkeys(outcomes, code())
+    names = [name for name in RECIPES if name in results]
+    write_result(
+        "recipes",
+        {name: results[name] for name in names},
+        command=_COMMAND,
+        parts={name: parts[name] for name in names},
+    )
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ python -m benchmarks.routing --out OUT [--arms stock,all] [--trace FILE]   # wri
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import write_result
+from benchmarks.record import Part, digest, keep, trace_option, write_result
 from verl_rlhfless.demo import ablation, recipe
 from verl_rlhfless.demo.assets import build_assets
 from verl_rlhfless.demo.columns import MAX_HOST_CPU
@@ -70,15 +69,16 @@ def arm_overrides(name: str) -> tuple[str, ...]:
     return (*recipe.RESIDENT.overrides, *(f"rlhfless/{part}={value}" for part, value in {**_GROUPS, **parts}.items()))
 
 
-def measure(name: str, workload: Workload, out: Path) -> dict[str, Any]:
+def settings_of(name: str, workload: Workload) -> dict[str, Any]:
+    """Return what makes an arm."""
+    made_of = {"overrides": arm_overrides(name), "pace": asdict(DEVICE), "steps": STEPS, "slots": SLOTS}
+    return {**made_of, **asdict(SIZE), "lengths": digest(workload.trace)}
+
+
+def measure(name: str, workload: Workload, out: Path) -> Part:
     """Run one arm and return its figures, those of an earlier run if there are any."""
-    folder = out / name
-    kept = folder / "figures.json"
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(_run(name, workload, folder), indent=2) + "\n")
-    figures: dict[str, Any] = json.loads(kept.read_text())
-    return figures
+    settings = settings_of(name, workload)
+    return keep(out / name / "figures.json", settings, lambda: _run(name, workload, out / name))
 
 
 def _run(name: str, workload: Workload, folder: Path) -> dict[str, Any]:
@@ -148,7 +148,8 @@ def main() -> None:
     out = options.out.resolve()
     workload = ablation.prepare(options.trace, out, SEED, SIZE)
     names = options.arms.split(",")
-    compared = compare({name: measure(name, workload, out) for name in names})
+    measured = {name: measure(name, workload, out) for name in names}
+    compared = compare({name: arm.found for name, arm in measured.items()})
     for name, figures in compared.items():
         print(f"{name:>20}: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
     settings = {
@@ -158,8 +159,9 @@ def main() -> None:
         "prompts": SIZE.prompts,
         "samples": SIZE.samples,
     }
-    command = f"python -m benchmarks.routing --out OUT --arms {','.join(names)}"
-    write_result("routing", {**settings, "arms": compared}, command=command)
+    command = f"python -m benchmarks.routing --out OUT --arms {','.join(names)}{trace_option(options.trace)}"
+    parts = {name: arm.code for name, arm in measured.items()}
+    write_result("routing", {**settings, "arms": compared}, command=command, parts=parts)
 
 
 if __name__ == "__main__":

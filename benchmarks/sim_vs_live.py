@@ -26,6 +26,7 @@ from benchmarks.record import write_result
 from verl_rlhfless.demo.columns import PACE, WARM_UP
 from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.policy.baselines.stock import StockSync
+from verl_rlhfless.report.environment import code
 from verl_rlhfless.sim.cluster import Cluster
 from verl_rlhfless.sim.records import StepRecord
 from verl_rlhfless.sim.run import ArmRun
@@ -188,6 +189,7 @@ def main() -> None:
         "limits": {"median_error": MAX_ERROR, "ratio_points": MAX_RATIO_POINTS},
         "runs": {
             name: {
+                "trace": run.trace,
                 "pace": asdict(run.pace),
                 "counted_steps": run.counted,
                 "left_out": {"warm_up": WARM_UP, "cold_starts": run.cold},
@@ -200,8 +202,10 @@ def main() -> None:
         "not_modelled": NOT_MODELLED,
     }
     paces_told = "".join(f" --pace '{text}'" for text in options.pace)
-    command = f"python -m benchmarks.sim_vs_live {' '.join(f'RUN_{name}' for name in runs)}{paces_told}"
-    write_result("sim_vs_live", results, command=command, kind="measured and simulated", num_gpus=4)
+    plot_told = f" --plot {options.plot.name}" if options.plot else ""
+    command = f"python -m benchmarks.sim_vs_live {' '.join(f'RUN_{name}' for name in runs)}{paces_told}{plot_told}"
+    parts = {"simulation": code()} | {f"run {name}": run.code for name, run in runs.items()}
+    write_result("sim_vs_live", results, command=command, kind="measured and simulated", num_gpus=4, parts=parts)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ import numpy as np
 import typer
 
 from benchmarks import command
-from benchmarks.record import file_names, write_simulated
+from benchmarks.record import file_names, parts_of, write_simulated
 from benchmarks.targets import verdicts
 from verl_rlhfless.policy.shapes import MODELS
 from verl_rlhfless.policy.transitions import LeaseTimes
+from verl_rlhfless.report.environment import code
 from verl_rlhfless.sim.cell import ARMS, Cell
 from verl_rlhfless.sim.cluster import CLUSTERS
 from verl_rlhfless.sim.report import cell_record
@@ -37,11 +38,12 @@ def main(
     arms: str = ",".join(ARMS),
     clusters: str = "l40s-16,h100-16",
     models: str = "qwen2.5-3b,qwen2.5-7b",
-    update: Annotated[bool, typer.Option(help="Keep the figures of arms that are not run now.")] = False,
+    update: Annotated[bool, typer.Option(help="Keep figures and commit of arms that are not run now.")] = False,
 ) -> None:
     """Run the cells, one after another."""
-    kept = json.loads(out.read_text())["results"]["cells"] if update and out.exists() else []
-    old = {row["cell"]: row for row in kept}
+    before = json.loads(out.read_text()) if update and out.exists() else {"results": {"cells": []}}
+    old = {row["cell"]: row for row in before["results"]["cells"]}
+    parts = parts_of(before, [arm for row in old.values() for arm in row["arms"]])
     rows = []
     for path in traces:
         data = load_steps(path)
@@ -51,6 +53,7 @@ def main(
                 cell = Cell(data, CLUSTERS[cluster], MODELS[model], LeaseTimes(wake_s=wake_s))
                 names = dict.fromkeys(["stock_sync", "stock_sync_best_tp", *arms.split(",")])
                 records = {name: cell.run(cell.arm(name)) for name in names}
+                parts |= dict.fromkeys(names, code())
                 label = f"{path.name.split('.')[0]} {cluster} {model}"
                 run = cell_record(cell, records, {"trace": path.name, "cluster": cluster, "model": model, "seed": 0})
                 row = _row(label, run, old.get(label))
@@ -64,7 +67,8 @@ def main(
     )
     told += f"--models {models} --json {out.name}{' --update' if update else ''}"
     results = {"wake_s": wake_s, "headline": _headline(rows), "targets": verdicts(rows), "cells": rows}
-    write_simulated(out, results, told, shown=["headline", "targets"])
+    made = {name: parts[name] for row in rows for name in row["arms"]}
+    write_simulated(out, results, told, shown=["headline", "targets"], parts=made)
 
 
 def _row(label: str, run: dict, old: dict | None) -> dict:  # type: ignore[type-arg]
@@ -85,6 +89,8 @@ def _row(label: str, run: dict, old: dict | None) -> dict:  # type: ignore[type-
             "cost_best": round(cost / best["gpu_lease_usd_per_step"], 3),
             "objective": round(total["objective"], 4),
         }
+    if old and any(arms[name] != old["arms"][name] for name in ("stock_sync", "stock_sync_best_tp")):
+        raise SystemExit(f"{label}: stock's arms are no longer what the kept arms are held against; leave out --update")
     bound = run["bound"]
     return {
         "cell": label,

@@ -29,10 +29,11 @@ def test_what_lies_between_the_two_ends_does_not_count() -> None:
         ([0.5, 0.6, 0.7], [0.8, 0.9, 1.0], 0.1, False),
         ([0.5, 0.5, 0.5], [0.4, 0.4, 0.4], 0.1, False),
         ([0.5, 0.6, 0.7], [0.5, 0.6, 0.7], 0.55, False),
+        ([0.5, 0.5, 0.6], [0.4, 0.9, 1.0], 0.1, False),
     ],
-    ids=["agree", "elastic is elsewhere", "seeds agree, arms don't", "one seed fell"],
+    ids=["agree", "elastic is elsewhere", "seeds agree, arms don't", "one seed fell", "elastic scatters"],
 )
-def test_arms_agree_within_the_spread_of_the_seeds_and_every_run_rises(
+def test_arms_agree_within_the_spread_of_stocks_seeds_and_every_run_rises(
     stock: list[float], elastic: list[float], first: float, is_met: bool
 ) -> None:
     assert compare(arms(stock, elastic, first))["is_met"] is is_met

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from benchmarks.sim_vs_live import POLL_S, compare, draw, predict, told
 from tests.unit.observed_run import RunFolder
 from verl_rlhfless.errors import DataError
 from verl_rlhfless.live.pacing import PaceModel
+from verl_rlhfless.sim.generate import TraceSpec, write_trace
+from verl_rlhfless.trace import read_header
 
 PACE = PaceModel(100.0, per_request_ms=2.0, per_inference_token_us=1000.0, per_update_token_us=3000.0)
 LENGTHS = {row: [12 + 3 * row + session for session in range(4)] for row in range(4)}
@@ -74,6 +77,21 @@ def live_run(path: Path, cold_step: int = 3) -> LiveRun:
     config.parent.mkdir(parents=True)
     config.write_text(yaml.safe_dump(CONFIG))
     return LiveRun(path, PACE)
+
+
+def test_a_run_names_the_trace_that_it_replayed_and_the_code_that_ran_it(tmp_path: Path) -> None:
+    run = live_run(tmp_path)
+    assert run.trace is None and run.code == {"commit": None, "has_uncommitted_changes": None}
+    write_trace(TraceSpec(1, 1, 2, 2, mean=60.0, tail=0.8, max_response_tokens=256), tmp_path / "t.jsonl")
+    config = tmp_path / "elastic" / "hydra" / ".hydra" / "config.yaml"
+    rlhfless = {**CONFIG["rlhfless"], "replay": {"trace": str(tmp_path / "t.jsonl")}}
+    config.write_text(yaml.safe_dump({**CONFIG, "rlhfless": rlhfless}))
+    made_by = {"commit": "5ea5066", "has_uncommitted_changes": False}
+    (tmp_path / "ab.json").write_text(json.dumps({"format": "rlhfless-ab/1", **made_by}))
+    again = LiveRun(tmp_path, PACE)
+    assert again.code == made_by and again.trace == read_header(tmp_path / "t.jsonl").source
+    (tmp_path / "t.jsonl").unlink()
+    assert LiveRun(tmp_path, PACE).trace == "t.jsonl"
 
 
 def test_a_step_with_a_cold_start_and_the_warm_up_do_not_count(tmp_path: Path) -> None:

@@ -27,12 +27,12 @@ class Kept:
     Attributes:
         out: The folder.
         recipe: What all arms have in common, as plain JSON; ``text`` and ``digest`` name it.
-        versions: Of the stack that the arms are run with.
+        versions: Of the stack that the arms are run with, and of a checkout of this package its commit.
     """
 
     out: Path
     recipe: Mapping[str, Any]
-    versions: Mapping[str, str | None]
+    versions: Mapping[str, Any]
 
     def check(self) -> None:
         """Check that the folder is this comparison's, or nobody's.

@@ -21,7 +21,7 @@ from verl_rlhfless.ab.training import ArmOutcome, Say, Training, train
 from verl_rlhfless.doctor import count_gpus
 from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.outputs import check_folder
-from verl_rlhfless.report.environment import versions
+from verl_rlhfless.report.environment import code, versions
 from verl_rlhfless.report.folder import write_report
 from verl_rlhfless.report.guards import MAX_PROBS_DIFF, GuardLimits
 from verl_rlhfless.report.observed import ROLLOUT_FOLDER
@@ -104,7 +104,7 @@ def prepare(options: AbOptions, environ: Mapping[str, str] = os.environ) -> Plan
         check_address(address)
     out = options.out.resolve()
     common = {"text": recipe.text, "digest": recipe.digest()}
-    kept = Kept(out, common, versions())
+    kept = Kept(out, common, {**versions(), **code()})
     kept.check()
     print("reading the recipe as verl does (some 20 s of imports)", flush=True)
     facts = probe(recipe)

@@ -7,8 +7,8 @@ takes is then either the wake of a parked engine, or a real cold start of this h
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich import box
@@ -34,6 +34,8 @@ MAX_HOST_CPU = 70.0
 """Mean percent of all cores during a rollout, above which the host was late, not the device.
 
 An arm is void when its median step exceeds it: a step that starts an engine on the host's own cores may."""
+
+FORMAT = "rlhfless-columns/1"
 
 WARM_UP = 1
 """Steps that no median holds: imports, and a length model that knows nothing."""
@@ -111,6 +113,11 @@ def summarise(records: Mapping[str, Mapping[str, Any]]) -> list[Summary]:
         records: ``rlhfless-ab/1`` by name of the column. An arm without steps after the warm-up has no summary.
     """
     return [summary for name, record in records.items() for summary in _of_column(COLUMNS[name], record["arms"])]
+
+
+def as_json(summaries: Sequence[Summary], made_by: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the summaries as ``columns.json`` holds them; ``made_by`` says with what they were measured."""
+    return {"format": FORMAT, **made_by, "arms": [asdict(summary) for summary in summaries]}
 
 
 def _of_column(column: Column, arms: Mapping[str, Any]) -> list[Summary]:

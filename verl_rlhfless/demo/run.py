@@ -15,10 +15,11 @@ from verl_rlhfless.ab.compare import Comparison, compare, is_sound
 from verl_rlhfless.ab.training import ArmOutcome, Say, Training, observed_environment, train
 from verl_rlhfless.demo import ablation, recipe
 from verl_rlhfless.demo.assets import Assets, Problem, build_assets, read_problems
-from verl_rlhfless.demo.columns import COLUMNS, Column, render_columns, summarise
+from verl_rlhfless.demo.columns import COLUMNS, Column, as_json, render_columns, summarise
 from verl_rlhfless.demo.workload import Workload
 from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.outputs import check_folder
+from verl_rlhfless.report.environment import code, hardware, versions
 from verl_rlhfless.report.folder import write_report
 from verl_rlhfless.report.guards import GuardLimits
 from verl_rlhfless.report.requests import render_requests
@@ -80,6 +81,7 @@ def run_demo(options: DemoOptions) -> int:
         RlhflessError: An option or the data is wrong; nothing was started.
     """
     say: Say = partial(print, flush=True)
+    made_by = {**code(), "versions": versions(), "hardware": hardware(recipe.NUM_GPUS)}
     work = _prepare(options)
     options.out.mkdir(parents=True, exist_ok=True)
     say(f"building a tiny Qwen3, its tokenizer and {len(work.problems)} problems")
@@ -87,7 +89,7 @@ def run_demo(options: DemoOptions) -> int:
     records = {name: _run_column(COLUMNS[name], options, work, assets, say) for name in options.columns}
     summaries = summarise(records)
     target = options.out / "columns.json"
-    target.write_text(json.dumps([asdict(summary) for summary in summaries], indent=2) + "\n")
+    target.write_text(json.dumps(as_json(summaries, made_by), indent=2) + "\n")
     say(render_columns(summaries))
     say(work.told)
     say(f"wrote {target}")

@@ -121,10 +121,17 @@ class OursPolicy:
 
     arm: Ours
     memory: Memory
+    _priors: dict[int, Prediction] = field(default_factory=dict, compare=False)
+
+    def _prior(self, batch: Batch) -> Prediction:
+        """Return the prediction before the rollout: the same at every look."""
+        if batch.step not in self._priors:
+            self._priors[batch.step] = self.arm.predict(self.memory, batch)
+        return self._priors[batch.step]
 
     def refine(self, view: RolloutView) -> Prediction:
         """Return the prediction given what has been generated."""
-        prior = self.arm.predict(self.memory, view.batch)
+        prior = self._prior(view.batch)
         finished = (view.state == FINISHED).astype(np.float64)
         return refine(self.memory.lengths, prior, view.batch, view.generated, finished)
 

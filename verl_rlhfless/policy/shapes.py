@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from verl_rlhfless.errors import ConfigError, DataError
@@ -15,7 +16,7 @@ BYTES_PER_PARAM = 2
 """bfloat16 weights and KV cache."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelShape:
     """The sizes of one dense decoder-only transformer."""
 
@@ -29,18 +30,18 @@ class ModelShape:
     vocab: int
     is_tied: bool
 
-    @property
+    @cached_property
     def matmul_params(self) -> int:
         """Parameters that every token multiplies with (the input embedding is a look-up and not among them)."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return self.layers * (attention + 3 * self.hidden * self.intermediate) + self.vocab * self.hidden
 
-    @property
+    @cached_property
     def params(self) -> int:
         """All parameters that are stored."""
         return self.matmul_params + (0 if self.is_tied else self.vocab * self.hidden)
 
-    @property
+    @cached_property
     def weight_bytes(self) -> int:
         """Bytes of one bfloat16 copy of the weights."""
         return self.params * BYTES_PER_PARAM

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_rlhfless.ledger import account, parked, whole_run
-from verl_rlhfless.report.environment import hardware, versions
+from verl_rlhfless.report.environment import code, hardware, versions
 from verl_rlhfless.report.guards import GuardLimits, judge
 from verl_rlhfless.report.observed import Observed, read_observed
 from verl_rlhfless.report.record import ArmRecord, Figures, HostUse, Pull, Spread, StepRecord
@@ -52,6 +52,7 @@ def build_ab(
     }
     return {
         "format": FORMAT,
+        **code(),
         "versions": versions(),
         "hardware": hardware(num_gpus),
         "seed": seed,

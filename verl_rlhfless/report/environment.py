@@ -1,9 +1,11 @@
-"""What a figure was measured on and with: every record of this project holds both."""
+"""What a figure was measured on and with, and by which code: every record of this project holds all three."""
 
 from __future__ import annotations
 
 import os
 import platform
+import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import psutil
 from verl_rlhfless import __version__
 
 _DISTRIBUTIONS = ("verl", "vllm", "torch", "ray")
+_ROOT = Path(__file__).parents[2]
+_SAYS_NOTHING = (":(exclude)benchmarks/results", ":(exclude)*.md")  # changes there change no figure
 
 
 def versions() -> dict[str, str | None]:
@@ -24,6 +28,27 @@ def versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+@cache
+def code() -> dict[str, Any]:
+    """Return the commit of this package and whether its checkout differs from it; both ``None`` outside of a checkout.
+
+    The first call counts for the whole process, so that it is made before what may take hours.
+    """
+    root = _git("rev-parse", "--show-toplevel")
+    if root is None or Path(root).resolve() != _ROOT.resolve():  # installed: a repository around it is not ours
+        return {"commit": None, "has_uncommitted_changes": None}
+    changes = _git("status", "--porcelain", "--", ".", *_SAYS_NOTHING)
+    return {"commit": _git("rev-parse", "--short", "HEAD"), "has_uncommitted_changes": bool(changes)}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=_ROOT, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def hardware(num_gpus: int) -> dict[str, Any]:

@@ -66,9 +66,9 @@ class Engine:
     # ---- what the world calls ----
 
     @property
-    def num_requests(self) -> int:
-        """Requests that are waiting or running."""
-        return len(self.waiting) + len(self.decoding) + len(self.prefilling)
+    def is_empty(self) -> bool:
+        """Whether no request is waiting or running."""
+        return not (self.decoding or self.waiting or self.prefilling)
 
     def start(self) -> None:
         """The engine became usable: work that was queued begins."""
@@ -151,47 +151,48 @@ class Engine:
 
     def _schedule(self, delay: float) -> None:
         self._version += 1
-        version = self._version
-        callbacks = self.env.timeout(delay).callbacks
+        callbacks = self.env.timeout(delay, self._version).callbacks
         assert callbacks is not None
-        callbacks.append(lambda _event: self._segment_ended(version))
+        callbacks.append(self._segment_ended)
 
-    def _segment_ended(self, version: int) -> None:
-        if version != self._version:
+    def _segment_ended(self, event: simpy.Event) -> None:
+        if event.value != self._version:
             return
         assert self._segment is not None
         self._is_cut = True  # whatever arrives now waits for the next segment
-        self._advance(self._segment.iterations)
-        if not self._segment.batch:
+        self._iteration += self._segment.iterations
+        self.blocks.advance(self._segment.iterations)
+        if self.prefilling and not self._segment.batch:
             self._finish_prefills()
         self._leave_due()
-        self._leave_aborted()
+        if self._aborting:
+            self._leave_aborted()
         self._next_segment()
-
-    def _advance(self, iterations: int) -> None:
-        self._iteration += iterations
-        self.blocks.advance(iterations)
 
     def _next_segment(self) -> None:
         self._is_cut = False
-        while True:
-            self._preempt_for_memory()
-            chunk = self._schedule_prefill()
-            if chunk or not self.decoding or self.blocks.sure_iterations() >= 1:
+        chunk, sure = None, 0
+        while not chunk and sure < 1:
+            sure = self._preempt_for_memory()
+            if self.waiting or self.prefilling:
+                chunk = self._schedule_prefill()
+                sure = self.blocks.sure_iterations() if self.decoding else 0
+            if not self.decoding:
                 break
         batch, context, now = len(self.decoding), self.blocks.context_tokens, self.env.now
-        if chunk:
-            seconds = self.perf.iteration_s(batch, context, *chunk)
-            self._segment = _Segment(now, 1)
-        elif batch:
-            count = min(self.blocks.sure_iterations(), self._due[0][0] - self._iteration)
-            seconds = self.perf.decode_s(batch, context, count)
-            self._segment = _Segment(now, count, batch, context)
-        else:
+        if not batch and not chunk:
             self._segment = None
             self._close_busy()
             return
-        self._open_busy()
+        if self._segment is None:
+            self._open_busy()
+        if chunk:
+            seconds = self.perf.iteration_s(batch, context, *chunk)
+            self._segment = _Segment(now, 1)
+        else:
+            count = min(sure, self._due[0][0] - self._iteration)
+            seconds = self.perf.decode_s(batch, context, count)
+            self._segment = _Segment(now, count, batch, context)
         self._schedule(seconds)
 
     # ---- prefill and admission ----
@@ -235,17 +236,22 @@ class Engine:
             if request.to_compute:
                 still.append(request)
                 continue
-            self.blocks.unreserve(request.context_tokens)
+            context, sample = request.context_tokens, request.sample
+            self.blocks.unreserve(context)
             request.generated += 1
-            request.base_iteration = self._iteration
-            self.blocks.add(request.context_tokens)
-            self.decoding[request.sample] = request
-            self._offset[request.sample] = request.generated - self._iteration
-            heapq.heappush(self._due, (request.due_iteration, request.sample))
+            request.due_iteration = self._iteration + request.target - request.generated
+            self.blocks.add(context + 1)
+            self.decoding[sample] = request
+            self._offset[sample] = request.generated - self._iteration
+            heapq.heappush(self._due, (request.due_iteration, sample))
         self.prefilling = still
 
-    def _preempt_for_memory(self) -> None:
-        while len(self.decoding) > 1 and self.blocks.sure_iterations() < 1:
+    def _preempt_for_memory(self) -> int:
+        """Preempt until an iteration fits or one request is left; return how many surely fit, 0 where none decodes."""
+        while True:
+            sure = self.blocks.sure_iterations() if self.decoding else 0
+            if sure >= 1 or len(self.decoding) <= 1:
+                return sure
             request = self.decoding[next(reversed(self.decoding))]
             self._remove(request, keeps_session=False)
             self.num_preemptions += 1
@@ -256,7 +262,6 @@ class Engine:
     def _remove(self, request: Request, *, keeps_session: bool) -> None:
         del self.decoding[request.sample]
         request.generated = self._offset.pop(request.sample) + self._iteration
-        request.base_iteration = self._iteration
         self.blocks.remove(request.context_tokens)
         self.prefixes.drop(request, keeps_session=keeps_session)
 
@@ -273,8 +278,6 @@ class Engine:
                 self.on_leave(request, False)
 
     def _leave_aborted(self) -> None:
-        if not self._aborting:
-            return
         for sample in sorted(self._aborting & self.decoding.keys()):
             request = self.decoding[sample]
             self._remove(request, keeps_session=False)

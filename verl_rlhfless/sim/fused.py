@@ -49,9 +49,10 @@ class FusedInference:
         """A sample of ``tokens`` (prompt and response) has finished."""
         self._finished.append(tokens)
         self.pending_tokens += tokens
-        waiting = next((crew for crew in self._crews if crew.is_waiting), None)
-        if waiting is not None:
-            self._chunk(waiting)
+        for crew in self._crews:
+            if crew.is_waiting:
+                self._chunk(crew)
+                return
 
     def fuse(self, num_gpus: int) -> None:
         """Begin inference with freed GPUs until the rollout ends; leased ones go when nothing is left to do."""

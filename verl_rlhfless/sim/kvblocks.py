@@ -72,7 +72,7 @@ class KvBlocks:
 
     def evict(self) -> None:
         """Let idle prefixes go that the requests leave no room for."""
-        if self._prefixes.idle_blocks > self._free_at_least():
+        if self._prefixes.idle_blocks and self._prefixes.idle_blocks > self._free_at_least():
             self._prefixes.evict(self._free())
 
     # ---- capacity ----

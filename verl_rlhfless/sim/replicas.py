@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from verl_rlhfless.policy.snapshot import GONE, READY, STARTING, PoolSnapshot, ReplicaView, RolloutPlan
 from verl_rlhfless.sim.engine import Engine
@@ -36,7 +37,7 @@ class Replica:
     @property
     def is_empty(self) -> bool:
         """Whether it has nothing to do and nothing on its way."""
-        return not self.engine.num_requests and not self.inbound
+        return not self.inbound and self.engine.is_empty
 
     def view(self) -> ReplicaView:
         """Return what a policy sees of it."""
@@ -135,7 +136,7 @@ class Replicas:
     def _add(self, tp: int) -> Replica:
         replica = Replica(len(self.all), tp)
         perf = self.pool.perf[tp]
-        replica.engine = Engine(self.book.env, perf, lambda request, cut: self.on_leave(replica, request, cut))
+        replica.engine = Engine(self.book.env, perf, partial(self.on_leave, replica))
         self.all.append(replica)
         return replica
 

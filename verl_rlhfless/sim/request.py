@@ -22,6 +22,7 @@ class Request:
         is_last_turn: Whether it is complete then; else it comes back for another turn.
         generated: Tokens so far.
         has_kv: Its keys and values came from a pool or over the network and need no recomputation.
+        due_iteration: While it decodes, the iteration of its engine that ends its turn.
     """
 
     sample: int
@@ -31,7 +32,7 @@ class Request:
     is_last_turn: bool = True
     generated: int = 0
     has_kv: bool = False
-    base_iteration: int = 0
+    due_iteration: int = 0
     to_compute: int = 0
     start_context: int = 0
 
@@ -39,11 +40,6 @@ class Request:
     def context_tokens(self) -> int:
         """Prompt and generated tokens."""
         return self.prompt_tokens + self.generated
-
-    @property
-    def due_iteration(self) -> int:
-        """The iteration of its engine that ends its turn."""
-        return self.base_iteration + self.target - self.generated
 
     def take(self, budget: int) -> tuple[int, int]:
         """Compute up to ``budget`` tokens next; return how many, and the summed context they attend to."""

@@ -150,7 +150,8 @@ class SimRollout:
             if replica.state == READY:
                 samples, generated = replica.engine.progress()
                 self._generated[samples], self._state[samples] = generated, RUNNING
-                self._state[[request.sample for request in replica.engine.prefilling]] = RUNNING
+                if replica.engine.prefilling:
+                    self._state[[request.sample for request in replica.engine.prefilling]] = RUNNING
         is_resident, unused = self.plan.is_resident, self._num_unused
         assert unused >= 0 or not is_resident, "replicas decode on GPUs that run inference"
         return RolloutView(
@@ -194,7 +195,8 @@ class SimRollout:
             self._send(request, self._next_home(request, source) if target is source else target)
         else:
             self._finish(request, source)
-            self.replicas.settle(target)
+            if target is not source:
+                self.replicas.settle(target)
         self.replicas.settle(source)
         if not self._left:
             self.replicas.end()

@@ -64,7 +64,7 @@ def test_every_request_finishes_once_with_its_length_whatever_is_cut(
     env.run()
     assert done == {sample: length for sample, (_, length, _) in enumerate(requests)}
     for engine in engines:
-        assert engine.num_requests == 0
+        assert engine.is_empty
         assert engine.context_tokens == 0
         assert engine.blocks.in_use() == 0
         assert all(len(span) == 2 and span[0] <= span[1] for span in engine.busy)

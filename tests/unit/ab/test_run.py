@@ -97,6 +97,18 @@ def test_a_failing_arm_ends_with_1_and_only_it_is_run_again(fake: Fake) -> None:
     assert "elastic: kept from an earlier run" in out
 
 
+def test_an_arm_that_another_commit_ran_is_run_again_and_the_record_names_the_commit(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, commit in enumerate(("0ld", "n0w"), start=1):
+        made_by = {"commit": commit, "has_uncommitted_changes": False}
+        monkeypatch.setattr(module, "code", lambda made_by=made_by: made_by)
+        monkeypatch.setattr("verl_rlhfless.report.ab.code", lambda made_by=made_by: made_by)
+        ab()
+        assert fake.names() == ["stock", "elastic"] * number
+    assert json.loads((tmp_path / "out" / "ab.json").read_text())["commit"] == "n0w"
+
+
 def test_an_arm_that_is_added_later_joins_those_that_are_there(fake: Fake) -> None:
     ab("--arms", "stock")
     assert ab()[0] == 0 and fake.names() == ["stock", "elastic"]

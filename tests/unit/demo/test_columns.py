@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from verl_rlhfless.demo.columns import COLUMNS, render_columns, summarise
+from verl_rlhfless.demo.columns import COLUMNS, Summary, as_json, render_columns, summarise
 from verl_rlhfless.demo.recipe import ELASTIC, STOCK
 
 
@@ -46,6 +46,13 @@ def test_an_arm_is_void_when_its_median_step_was_too_busy(loads: list[float], is
 
 def test_an_arm_that_never_got_past_its_warm_up_is_left_out() -> None:
     assert summarise({"unpaced": {"arms": {"stock": arm([1], [4])}}}) == []
+
+
+def test_the_table_is_kept_with_the_code_that_made_it() -> None:
+    summaries = summarise({"parked": {"arms": {"stock": arm([1, 1], [4, 4])}}})
+    kept = as_json(summaries, {"commit": "5ea5066", "versions": {"verl": "0.9.1"}})
+    assert (kept["format"], kept["commit"], kept["versions"]) == ("rlhfless-columns/1", "5ea5066", {"verl": "0.9.1"})
+    assert [Summary(**one) for one in kept["arms"]] == summaries
 
 
 def test_only_arms_that_lease_replicas_differ_between_columns() -> None:
