@@ -55,11 +55,24 @@ class Residuals:
 
     def beyond(self, z: FloatArray) -> FloatArray:
         """Return the probability of an error larger than ``z``, any shape."""
-        return self._curve.take(_index(z))
+        return _interpolated(self._curve, z)
 
     def mean_beyond(self, z: FloatArray) -> FloatArray:
         """Return the mean of the errors that are larger than ``z``, any shape."""
-        mean: FloatArray = np.maximum(self._beyond.take(_index(z)), z)
+        mean: FloatArray = np.maximum(_interpolated(self._beyond, z), z)
+        return mean
+
+    @cached_property
+    def _gentle(self) -> FloatArray:
+        gentle: FloatArray = _FINE + np.minimum.accumulate(self._beyond - _FINE)
+        return gentle
+
+    def gentle_beyond(self, z: FloatArray) -> FloatArray:
+        """Return ``mean_beyond`` where it never rises faster than ``z``.
+
+        So whatever raises what is expected of a sample never lowers what is imputed for it.
+        """
+        mean: FloatArray = np.maximum(_interpolated(self._gentle, z), z)
         return mean
 
     def quantile(self, share: float) -> float:
@@ -74,8 +87,12 @@ class Residuals:
         return nodes
 
 
-def _index(z: FloatArray) -> NDArray[np.int32]:
-    return np.clip((z - (_LOW - 0.5 / _PER_UNIT)) * _PER_UNIT, 0, len(_FINE) - 1).astype(np.int32)
+def _interpolated(table: FloatArray, z: FloatArray) -> FloatArray:
+    position = np.clip((z - _LOW) * _PER_UNIT, 0.0, len(table) - 1.0)
+    left = np.minimum(position.astype(np.int32), len(table) - 2)
+    low = table.take(left)
+    value: FloatArray = low + (position - left) * (table.take(left + 1) - low)
+    return value
 
 
 @lru_cache(maxsize=8)
