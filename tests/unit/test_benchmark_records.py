@@ -15,9 +15,13 @@ from typing import Any
 import pytest
 
 import benchmarks
+<<<<<<< HEAD
 from benchmarks import fusion, paper_figures, record, routing, scaling, sensitivity, simulate, sizes
 from benchmarks.record import Part, keep, parts_of, write_result
 from verl_rlhfless.demo import ablation
+=======
+from benchmarks import coverage, paper_figures, sensitivity, simulate, sizes
+>>>>>>> predict
 from verl_rlhfless.sim.generate import TraceSpec, write_trace
 
 RESULTS = Path(benchmarks.__file__).parent / "results"
@@ -87,6 +91,19 @@ def test_the_papers_figures_are_recorded(trace: Path, tmp_path: Path) -> None:
     paper_figures.main([trace], tmp_path / "paper.json")
     results = recorded(tmp_path / "paper.json", "paper_figures")
     assert len(results["cells"]) == 4 and results["means"].keys() == paper_figures.ACCOUNTINGS.keys()
+
+
+def test_coverage_is_recorded_before_and_while_a_step_runs(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.jsonl"
+    write_trace(TraceSpec(2, 3, 16, 4, mean=60.0, tail=0.8, max_response_tokens=4096), path)
+    coverage.main([path], tmp_path / "coverage.json")
+    results = recorded(tmp_path / "coverage.json", "coverage")
+    (row,) = results["traces"]
+    assert row["steps"] == 4 and row["before"]["samples"] == 4 * 64 and row["before"]["first_visit_coverage"] is None
+    assert 0.9 * 4 * 32 < row["running"]["samples"] <= 4 * 32
+    for entry, when in zip(results["targets"], ("before", "running"), strict=True):
+        is_inside = 0.75 <= row[when]["coverage"] <= 0.85
+        assert entry["verdict"] == ("met" if is_inside else "missed") and bool(entry["missed"]) is not is_inside
 
 
 def test_sizes_are_recorded(trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,20 @@ def test_recorded_demo_passed_every_guard() -> None:
     assert record["guards"] and all(guard["ok"] for guard in record["guards"])
 
 
+def test_coverage_of_predicted_lengths_is_the_recorded_one() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "coverage.json").read_text())
+    traces = record["results"]["traces"]
+    of_steps = [trace["before"]["of_steps"] for trace in traces]
+    figures = [
+        [trace["before"]["coverage"] for trace in traces],
+        [trace["running"]["coverage"] for trace in traces],
+        [step["least"] for step in of_steps] + [step["most"] for step in of_steps],
+    ]
+    told = re.search(r"interval covers (\S+) % .*? and (\S+) % of those .*?; (\S+) % of the", " ".join(README.split()))
+    assert told is not None
+    assert list(told.groups()) == [f"{100 * min(of):.0f}-{100 * max(of):.0f}" for of in figures]
+
+
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"make (\w+)", README)) <= targets

@@ -1,9 +1,10 @@
 """Predicted response lengths: quantiles for every sample from history, siblings and the running distribution.
 
 The logarithm of a length is ``level + slope * log(prompt) + prompt effect + noise``. ``level`` follows the drift of
-the whole distribution (an EWMA over steps, corrected inside a step by finished and censored samples), a prompt effect
-is an EWMA over its visits shrunk by how well effects recur, and the interval is scaled by the standardised errors
-seen so far (so that 80 % means 80 %).
+the whole distribution (an EWMA over steps whose rate is a Kalman gain, so that a few samples move it little; corrected
+inside a step by finished and censored samples), and a prompt effect is an EWMA over its visits shrunk by how well
+effects recur. An interval is as wide as what is not known: the noise, the effect, and how far the level goes until the
+next step; its shape is that of the standardised errors seen so far (so that 80 % means 80 %).
 
 Invariants: p10 <= p50 <= p90 <= cap; a longer censored sample never lowers its own prediction; state round-trips
 through JSON.
@@ -19,19 +20,21 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 
 from verl_rlhfless.errors import DataError
+from verl_rlhfless.policy.groups import LEAST_WITHIN, group_means, group_sizes, ridge_slope, spreads
 from verl_rlhfless.policy.residuals import NORMAL, Residuals, learn_residuals, residuals_of
 from verl_rlhfless.policy.snapshot import Batch, FloatArray, IntArray
 
-FORMAT = "rlhfless-lengths/2"
+FORMAT = "rlhfless-lengths/3"
 PRIOR_SHARE_OF_CAP = 1 / 10
 """Median response on the very first step, as a share of the longest allowed one: the only guess that is not learnt."""
 
-_EWMA_LEVEL, _EWMA_PROMPT = 0.7, 0.5
+_EWMA_PROMPT, _EWMA_WANDER = 0.5, 0.2
 _MOST_SAMPLES = 512
 """Most samples of earlier steps that count beside a new step's: spreads and tails follow a model that changes."""
 
 _EM_ROUNDS = 3
-_TREND_KEPT, _TREND_RATE = 0.8, 0.5
+_TREND_KEPT, _TREND_RATE = 0.8, 0.25
+_LEAST_WANDER = 0.02
 _TAIL_MARGIN = 1.25
 _TAIL_SAMPLES = 256
 _NORMAL = residuals_of(NORMAL)
@@ -44,6 +47,8 @@ class LengthModel:
     Attributes:
         level: Mean log length of the latest steps; ``None`` before the first.
         trend: Expected change of it from step to step.
+        doubt: Standard deviation of the error of ``level``.
+        wander: Standard deviation of the changes from step to step that no trend explains.
         slope: Change of log length per log prompt token.
         log_prompt: Mean log prompt tokens to which ``level`` belongs.
         between / within: Standard deviation of prompt effects, and of samples inside a group.
@@ -51,11 +56,13 @@ class LengthModel:
         survival: Curve of the standardised errors (``residuals``).
         num_samples: How many samples the spreads and the curve rest on.
         longest: Longest response of the latest steps, from at least 256 samples; 0 = not known.
-        effects: Prompt id -> effect (EWMA over visits).
+        effects: Prompt id -> effect (EWMA over visits), as far as the samples of a visit can tell it.
     """
 
     level: float | None = None
     trend: float = 0.0
+    doubt: float = 0.5
+    wander: float = 0.07
     slope: float = 0.0
     log_prompt: float = 0.0
     between: float = 0.6
@@ -143,17 +150,29 @@ def exact(lengths: IntArray) -> Prediction:
 
 def predict(model: LengthModel, batch: Batch) -> Prediction:
     """Return the prediction before anything of the step has been generated."""
-    log_prompt = np.log(np.maximum(batch.prompt_tokens, 1))
+    mu, unknown = _expected(model, batch)
+    level = 0.0 if model.level is None else model.doubt**2 + model.wander**2  # the first spreads are guesses, and wide
+    sigma = np.sqrt(model.within**2 + unknown[batch.group_of] + level)
+    return Prediction(mu, sigma, _reach(model, batch.max_response_tokens, 0), residuals_of(model.survival))
+
+
+def _expected(model: LengthModel, batch: Batch) -> tuple[FloatArray, FloatArray]:
+    """Return each sample's expected log length, [B], and the variance of what is not known of its prompt, [G]."""
     if model.level is None:
         mu = np.full(batch.num_samples, math.log(max(1.0, batch.max_response_tokens * PRIOR_SHARE_OF_CAP)))
     else:
+        log_prompt = np.log(np.maximum(batch.prompt_tokens, 1))
         mu = model.level + model.trend + model.slope * (log_prompt - model.log_prompt)
-    known = np.array([prompt in model.effects for prompt in batch.prompt_ids])
-    effect = np.array([model.effects.get(p, 0.0) for p in batch.prompt_ids])
-    mu = mu + model.recall * effect[batch.group_of]
-    left = np.where(known, 1.0 - min(model.recall, 0.95) ** 2, 1.0)[batch.group_of]
-    sigma = np.sqrt(model.within**2 + model.between**2 * left)
-    return Prediction(mu, sigma, _reach(model, batch.max_response_tokens, 0), residuals_of(model.survival))
+    is_known = np.array([prompt in model.effects for prompt in batch.prompt_ids])
+    effect = np.array([model.effects.get(prompt, 0.0) for prompt in batch.prompt_ids])
+    explained = is_known * min(model.recall, 0.95) ** 2 * _told(model, batch)
+    return mu + model.recall * effect[batch.group_of], model.between**2 * (1 - explained)
+
+
+def _told(model: LengthModel, batch: Batch) -> FloatArray:
+    """Return the share of each prompt's effect, [G], that the mean of its samples tells."""
+    told: FloatArray = model.between**2 / (model.between**2 + model.within**2 / group_sizes(batch))
+    return told
 
 
 def _reach(model: LengthModel, cap: int, seen: int) -> int:
@@ -196,7 +215,7 @@ def refine(
     shift, effect = 0.0, np.zeros(len(rows))
     for _ in range(_EM_ROUNDS):
         expected = mu + shift + effect
-        imputed = expected + sigma * prior.errors.mean_beyond((seen - expected) / sigma)
+        imputed = expected + sigma * prior.errors.gentle_beyond((seen - expected) / sigma)
         residual = np.where(is_capped, np.maximum(seen, imputed), imputed) - mu
         residual_sum = known_sum + np.bincount(group_of, weights=residual, minlength=groups)
         shift = float(residual_sum.sum() / (batch.num_samples + 4.0))
@@ -205,7 +224,9 @@ def refine(
     shifted[rows] += effect
     finished = np.bincount(batch.group_of, weights=is_finished, minlength=groups)
     between = model.between**2 / (1 + finished * model.between**2 / model.within**2)
-    sigma = np.minimum(prior.sigma, np.sqrt(model.within**2 + between[batch.group_of]))
+    told = np.sum(finished / (finished * model.between**2 + model.within**2))
+    level = 1 / (1 / (model.doubt**2 + model.wander**2) + told)
+    sigma = np.minimum(prior.sigma, np.sqrt(model.within**2 + between[batch.group_of] + level))
     cap = _reach(model, batch.max_response_tokens, int(generated.max()))
     return replace(prior, mu=shifted, sigma=sigma, cap=max(prior.cap, cap))
 
@@ -214,65 +235,73 @@ def learn(model: LengthModel, batch: Batch, lengths: IntArray) -> LengthModel:
     """Return the model after a step whose lengths, [B] int64, are all known."""
     log_length = np.log(np.maximum(lengths, 1))
     log_prompt = np.log(np.maximum(batch.prompt_tokens, 1))
-    groups = len(batch.prompt_ids)
-    size = np.maximum(np.bincount(batch.group_of, minlength=groups), 1)
-    group_mean = np.bincount(batch.group_of, weights=log_length, minlength=groups) / size
-    within = float(
-        np.sqrt(
-            np.mean((log_length - group_mean[batch.group_of]) ** 2 * (size / np.maximum(size - 1, 1))[batch.group_of])
-        )
-    )
-    variance = float(np.var(group_mean)) - within**2 * float(np.mean(1.0 / size)) if groups > 1 else model.between**2
-    between = math.sqrt(max(variance, 0.01))
+    group_length, group_prompt = group_means(batch, log_length), group_means(batch, log_prompt)
     known = min(model.num_samples, _MOST_SAMPLES)
-    spread_rate = batch.num_samples / (batch.num_samples + known)
-    level, trend = _level_and_trend(model, float(log_length.mean()), spread_rate)
-    group_prompt = np.bincount(batch.group_of, weights=log_prompt, minlength=groups) / size
-    slope = _mix(model.slope, _slope(group_prompt, group_mean, between), spread_rate)
-    base = float(log_length.mean()) + slope * (group_prompt - float(log_prompt.mean()))
-    seen = group_mean - base
-    recall = _mix(model.recall, _recall(model, batch.prompt_ids, seen), spread_rate)
-    if model.level is None:
-        error = (log_length - base[batch.group_of]) / math.hypot(between, within)
-    else:
-        guess = predict(model, batch)
-        error = (log_length - guess.mu) / guess.sigma
-    is_clipped = lengths >= batch.max_response_tokens
+    rate = batch.num_samples / (batch.num_samples + known)
+    between, within = spreads(batch, log_length, (model.between, model.within))
+    new = replace(model, between=_mix(model.between, between, rate), within=_mix(model.within, within, rate))
+    new = _with_level(new, batch, group_length, float(log_prompt.mean()))
+    new = replace(new, slope=_mix(model.slope, ridge_slope(group_prompt, group_length, between), rate))
+    scale = new if model.level is not None else replace(new, between=between, within=within)
+    mu, unknown = _expected(replace(scale, trend=0.0), batch)
+    left = _weights(new, batch)[1] - new.doubt**2  # of a mean that the level did not wholly follow: no sample's error
+    variance = np.maximum(scale.within**2 + unknown[batch.group_of] - left, LEAST_WITHIN**2)
+    assert new.level is not None
+    seen = group_length - new.level - new.slope * (group_prompt - new.log_prompt)
     effects = dict(model.effects)
-    for prompt, value in zip(batch.prompt_ids, seen.tolist(), strict=True):
+    for prompt, value in zip(batch.prompt_ids, (seen * _told(new, batch)).tolist(), strict=True):
         effects[prompt] = _mix(effects[prompt], value, _EWMA_PROMPT) if prompt in effects else value
-    return LengthModel(
-        level=level,
-        trend=trend,
-        slope=slope,
-        log_prompt=float(log_prompt.mean()),
-        between=_mix(model.between, between, spread_rate),
-        within=max(0.05, _mix(model.within, within, spread_rate)),
-        recall=recall,
-        survival=learn_residuals(model.survival, error, is_clipped, spread_rate),
+    return replace(
+        new,
+        recall=_mix(model.recall, _recall(model, batch.prompt_ids, seen), rate),
+        survival=learn_residuals(
+            model.survival, (log_length - mu) / np.sqrt(variance), lengths >= batch.max_response_tokens, rate
+        ),
         longest=max(0.8 * model.longest, float(lengths.max())) if batch.num_samples >= _TAIL_SAMPLES else 0.0,
         effects=effects,
         num_samples=known + batch.num_samples,
     )
 
 
-def _level_and_trend(model: LengthModel, observed: float, spread_rate: float) -> tuple[float, float]:
-    """Return level and trend after a step with mean log length ``observed`` (Holt's damped trend)."""
+def _with_level(model: LengthModel, batch: Batch, group_length: FloatArray, log_prompt: float) -> LengthModel:
+    """Return the model whose level has followed a step: a Kalman filter with a damped trend (Holt).
+
+    What the step's few prompts and samples leave open counts as noise; a surprise beyond it says that the level
+    wanders, and so at once how far to follow.
+
+    Args:
+        model: Before, but for the spreads.
+        batch: The prompts.
+        group_length: [G] mean log lengths.
+        log_prompt: Mean log prompt tokens, to which the new level belongs.
+    """
+    mu, _ = _expected(model, batch)
+    weight, noise = _weights(model, batch)
+    surprise = float(weight @ (group_length - group_means(batch, mu)))
     if model.level is None:
-        return observed, 0.0
-    expected = model.level + model.trend
-    trend = _TREND_KEPT * (model.trend + _TREND_RATE * spread_rate * (observed - expected))
-    return _mix(expected, observed, _EWMA_LEVEL), trend
+        return replace(model, level=float(mu[0]) + surprise, doubt=math.sqrt(noise), log_prompt=log_prompt)
+    wandered = _mix(model.wander**2, surprise**2 - noise - model.doubt**2, _EWMA_WANDER)
+    wander = max(math.sqrt(max(wandered, 0.0)), _LEAST_WANDER)
+    gain = 1 - noise / (noise + model.doubt**2 + wander**2)
+    return replace(
+        model,
+        level=model.level + model.trend + model.slope * (log_prompt - model.log_prompt) + gain * surprise,
+        trend=_TREND_KEPT * (model.trend + _TREND_RATE * gain * surprise),
+        doubt=math.sqrt(gain * noise),
+        wander=wander,
+        log_prompt=log_prompt,
+    )
+
+
+def _weights(model: LengthModel, batch: Batch) -> tuple[FloatArray, float]:
+    """Return how much each group's mean, [G], tells of the level, and the variance of what they tell together."""
+    _, unknown = _expected(model, batch)
+    told = 1 / (unknown + model.within**2 / group_sizes(batch))
+    return told / told.sum(), float(1 / told.sum())
 
 
 def _mix(old: float, new: float, rate: float) -> float:
     return (1 - rate) * old + rate * new
-
-
-def _slope(x: FloatArray, y: FloatArray, between: float) -> float:
-    """Return a ridge regression slope, shrunk to zero when prompts vary little or are few."""
-    dx = x - x.mean()
-    return float(dx @ (y - y.mean()) / (dx @ dx + 4.0 * between))
 
 
 def _recall(model: LengthModel, prompt_ids: tuple[str, ...], seen: FloatArray) -> float:

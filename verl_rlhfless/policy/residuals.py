@@ -20,7 +20,7 @@ FloatArray = NDArray[np.float64]
 
 _LOW, _HIGH = -6.0, 8.0
 _KNOTS = np.linspace(_LOW, _HIGH, 57)
-_PER_UNIT = 32
+_PER_UNIT = 256
 _FINE = np.linspace(_LOW, _HIGH, round((_HIGH - _LOW) * _PER_UNIT) + 1)
 _LEAST = 1e-12
 
@@ -55,11 +55,25 @@ class Residuals:
 
     def beyond(self, z: FloatArray) -> FloatArray:
         """Return the probability of an error larger than ``z``, any shape."""
-        return self._curve.take(_index(z))
+        nearest = np.clip((z - (_LOW - 0.5 / _PER_UNIT)) * _PER_UNIT, 0.0, len(_FINE) - 1.0)
+        return self._curve.take(nearest.astype(np.intp))
 
     def mean_beyond(self, z: FloatArray) -> FloatArray:
         """Return the mean of the errors that are larger than ``z``, any shape."""
-        mean: FloatArray = np.maximum(self._beyond.take(_index(z)), z)
+        mean: FloatArray = np.maximum(_interpolated(self._beyond, z), z)
+        return mean
+
+    @cached_property
+    def _gentle(self) -> FloatArray:
+        gentle: FloatArray = _FINE + np.minimum.accumulate(self._beyond - _FINE)
+        return gentle
+
+    def gentle_beyond(self, z: FloatArray) -> FloatArray:
+        """Return ``mean_beyond`` where it never rises faster than ``z``.
+
+        So whatever raises what is expected of a sample never lowers what is imputed for it.
+        """
+        mean: FloatArray = np.maximum(_interpolated(self._gentle, z), z)
         return mean
 
     def quantile(self, share: float) -> float:
@@ -74,8 +88,12 @@ class Residuals:
         return nodes
 
 
-def _index(z: FloatArray) -> NDArray[np.intp]:
-    return np.clip((z - (_LOW - 0.5 / _PER_UNIT)) * _PER_UNIT, 0, len(_FINE) - 1).astype(np.intp)
+def _interpolated(table: FloatArray, z: FloatArray) -> FloatArray:
+    position = np.clip((z - _LOW) * _PER_UNIT, 0.0, len(table) - 1.0)
+    left = np.minimum(position.astype(np.intp), len(table) - 2)
+    low = table.take(left)
+    value: FloatArray = low + (position - left) * (table.take(left + 1) - low)
+    return value
 
 
 @lru_cache(maxsize=8)

@@ -97,3 +97,11 @@ def test_the_normal_curve_has_its_known_values() -> None:
     assert normal.beyond(np.array([0.0, 1.2816, 2.3263])) == pytest.approx([0.5, 0.1, 0.01], rel=0.05)
     assert normal.mean_beyond(np.array([-9.0, 0.0, 2.0])) == pytest.approx([0.0, 0.798, 2.373], abs=0.03)
     assert normal.quantile(0.9) == pytest.approx(1.2816, abs=0.02)
+
+
+@pytest.mark.parametrize("draw", TAILS)
+def test_what_is_imputed_never_rises_faster_than_what_was_reached(draw: Draw) -> None:
+    errors, z = predict(after(draw, 8)[0], after(draw, 8)[1]).errors, np.linspace(-5, 7, 500)
+    imputed, mean = errors.gentle_beyond(z), errors.mean_beyond(z)
+    assert (np.diff(imputed) <= np.diff(z) + 1e-9).all() and (np.diff(imputed) >= -1e-9).all()
+    assert ((z <= imputed) & (imputed <= mean + 1e-9)).all()

@@ -173,7 +173,7 @@ def test_a_parked_engine_is_reported_and_can_be_charged() -> None:
     free, charged = cell(long), replace(cell(long), parked_charge=1.0)
     record = free.run(Ours())
     given_back = sum(16 * step.step_s - step.gpu_s_allocated for step in record.steps)
-    assert 0 < record.gpu_s_parked <= given_back
+    assert 0 < record.gpu_s_parked <= given_back * (1 + 1e-9)
     assert charged.run(Ours()).gpu_lease_usd > record.gpu_lease_usd
     assert charged.run(StockSync()).gpu_lease_usd == free.run(StockSync()).gpu_lease_usd
 
