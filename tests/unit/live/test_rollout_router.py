@@ -10,24 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from verl_rlhfless.config import parse_config
+from tests.unit.live.routed import settings
 from verl_rlhfless.errors import ConfigError, ReplicaError
 from verl_rlhfless.live import planner as planner_module
 from verl_rlhfless.live import rollout_router as rollout_module
 from verl_rlhfless.live.announcement import Announcement, Group
 from verl_rlhfless.live.orders import EndReplica, StartReplica
-from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.live.planner import LivePlanner
 from verl_rlhfless.live.rollout_router import RolloutRouter
-from verl_rlhfless.live.routing import RoutingSettings
 from verl_rlhfless.live.tickets import Grant, Outcome, OutcomeKind, RouterSettings, SampleKey, SessionEnd, Ticket
 from verl_rlhfless.policy import routing as routing_module
 from verl_rlhfless.policy.learnt import CostModel, ReplicaTimes, Standby, StepTimes
-from verl_rlhfless.policy.perf import EngineLimits
 from verl_rlhfless.policy.predict import LengthModel, learn
 from verl_rlhfless.policy.routing import RoutingPolicy
 
-PARTS = {"predictor": "history", "dispatcher": "length_bucket", "prefix_dedup": "on", "migration": "cut_and_migrate"}
 WORKER = "w"
 
 SERVERS = Standby(num_servers=4)
@@ -48,25 +44,6 @@ class Server:
     @property
     def abort(self) -> Any:
         return type("Method", (), {"remote": staticmethod(self.aborted.extend)})
-
-
-_POOLS: dict[str, dict[str, Any]] = {
-    "resident": {"pool": {"name": "resident"}},
-    "elastic": {"pool": {"name": "elastic"}, "weights": {"name": "store"}, "planner": {"name": "fixed"}},
-}
-
-
-_MODEL = {
-    "num_attention_heads": 4, "hidden_size": 128, "num_key_value_heads": 2, "num_hidden_layers": 2,
-    "intermediate_size": 256, "vocab_size": 512,
-}  # fmt: skip
-_PACE = PaceModel(60.0, 2.0, 0.1, tp_speedup={2: 1.6})
-
-
-def settings(pool: str, planner: dict[str, Any] | None = None, **parts: str) -> RoutingSettings:
-    chosen = {section: {"name": name} for section, name in {**PARTS, **parts}.items()}
-    config = parse_config({**_POOLS[pool], **({"planner": planner} if planner else {}), **chosen})
-    return RoutingSettings(config, 1, 4, EngineLimits(8, 8192), 100, _MODEL, _PACE, (), 2, 4)
 
 
 def announcement(step: int = 1, groups: int = 4, n: int = 2) -> Announcement:
