@@ -82,7 +82,7 @@ class World(Protocol):
         """Let the control loop do everything, from the first start to the last sample."""
 
     def lose(self, replica: int) -> None:
-        """Kill a replica."""
+        """Kill a replica; its GPU may be leased again."""
 
     async def close(self) -> None:
         """The rollout is over: the rest of the leases end."""
@@ -158,8 +158,10 @@ class SimWorld:
     def lose(self, replica: int) -> None:
         lease = self._rollout.replicas.all[replica].lease
         assert lease is not None
-        self._book.set_node(lease.gpus[0][0], is_up=False)
-        self._rollout.lose_node(lease.gpus[0][0])
+        ((node, _),) = lease.gpus
+        self._book.set_node(node, is_up=False)
+        self._rollout.lose_node(node)
+        self._book.set_node(node, is_up=True)
         self._watch.lost(self._rollout.observe())
 
     async def close(self) -> None:

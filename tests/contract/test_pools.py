@@ -174,6 +174,7 @@ def test_what_does_not_fit_the_budget_waits_for_a_gpu_that_comes_back(play: Play
         world.ports.pool.release([0])
         view = await world.until(lambda view: view.generated[2] > 0)
         assert [replica.state for replica in view.replicas] == [GONE, READY, READY] and view.state[0] == FINISHED
+        assert view.free_gpus == 0
         await world.until(_done)
 
     play(scenario, [300, 900, 300])
@@ -198,19 +199,21 @@ def test_samples_of_a_lost_replica_are_held_with_their_tokens_and_go_on_elsewher
     play(scenario, [900, 900, 900])
 
 
-def test_a_lost_fleet_is_replaced_by_a_replica_with_the_next_number(play: Play) -> None:
+def test_a_lost_fleet_is_replaced_on_its_own_gpus_by_a_replica_with_the_next_number(play: Play) -> None:
     async def scenario(world: World) -> None:
-        await world.begin(1)
-        world.ports.engine.place(ids(0, 1), 0)
+        await world.begin(2)
+        world.ports.engine.place(ids(0), 0)
+        world.ports.engine.place(ids(1), 1)
         await world.until(_all_run)
         world.lose(0)
+        world.lose(1)
         view = world.ports.engine.observe()
-        starts, moves = place_orphans(view, np.flatnonzero(view.state == HELD), (1,))
+        starts, moves = place_orphans(view, np.flatnonzero(view.state == HELD), (1, 1))
         world.ports.pool.start(starts)
         for move in moves:
             world.ports.engine.place(move.samples, move.replica)
         view = await world.until(_all_run)
-        assert view.replica_of.tolist() == [1, 1] and [r.state for r in view.replicas] == [GONE, READY]
+        assert view.replica_of.tolist() == [2, 2] and [r.state for r in view.replicas] == [GONE, GONE, READY]
         await world.until(_done)
 
     play(scenario, [300, 300])
