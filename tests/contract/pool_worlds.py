@@ -385,7 +385,12 @@ class LiveWorld:
     async def control(self, policy: RolloutPolicy, plan: RolloutPlan) -> RolloutRecord:
         await self._expect(len(plan.fleet))
         loop = asyncio.create_task(run_rollout(policy, plan, self.ports))
-        await self.until(lambda view: loop.done())
+        try:
+            await self.until(lambda view: loop.done())
+        finally:
+            while not loop.done():
+                loop.cancel()  # again: a wait that ends at the same moment takes no notice
+                await asyncio.sleep(0)
         return loop.result()
 
     def lose(self, replica: int) -> None:

@@ -90,7 +90,12 @@ def on_router(
     async def run() -> None:
         router = RolloutRouter({f"host:{n}": Server() for n in range(servers)})
         await router.configure_rollouts(RouterSettings(stranded_timeout_s=0.5), settings(pool, **parts))
-        await test(World(router))
+        try:
+            await test(World(router))
+        finally:
+            while router._control is not None and not router._control.done():
+                router._control.cancel()  # again: a wait that ends at the same moment takes no notice
+                await asyncio.sleep(0)
 
     asyncio.run(run())
 
