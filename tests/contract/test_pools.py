@@ -1,7 +1,8 @@
 """The simulated and the live pool keep the same promises to the control loop, whatever it starts, moves and releases.
 
-Where they differ: of an order that is not granted yet, the live pool counts the GPUs as taken and the simulator does
-not; policies that release a replica have moved off what waits there.
+Where they differ, nothing is asked: GPUs of an order that is not granted yet count as taken in the live pool alone, and
+so do those of a lost replica until another one starts or the rollout ends. What waits at a released replica is held in
+the live pool and served in the simulator; policies leave nothing there.
 """
 
 from __future__ import annotations
@@ -137,6 +138,7 @@ def test_a_replica_that_is_released_finishes_what_runs_there_and_gives_its_gpu_b
         world.ports.engine.place(ids(1), 1)
         await world.until(_all_run)
         world.ports.pool.release([0])
+        assert world.ports.engine.observe().state.tolist() == [RUNNING, RUNNING]
         await world.until(lambda view: view.state[0] == FINISHED)
         view = await world.until(lambda view: view.free_gpus == 1)
         assert [replica.state for replica in view.replicas] == [GONE, READY] and view.state[1] == RUNNING
@@ -226,6 +228,7 @@ class Script:
         self._look_s = look_s
 
     def react(self, view: RolloutView, plan: RolloutPlan) -> Reaction:
+        assert not _done(view), "nobody is asked about a rollout that is over"
         next_s = view.now_s + self._look_s
         if len(view.replicas) == 2 and _all_run(view):
             return Reaction(next_s, starts=(1,))
@@ -243,7 +246,7 @@ def test_the_control_loop_does_the_same_in_both_worlds(play: Play) -> None:
         assert record.num_migrations == 2 and record.weight_version == STEP - 1
         view = world.ports.engine.observe()
         assert view.replica_of.tolist() == [2, 2, 1] and _done(view)
-        assert len(world.leases()) == 3
+        assert [lease.released_s is None for lease in world.leases()].count(False) == 1, "the first one's, long ago"
 
     play(scenario, [1500, 1500, 1500], budget=3)
 
