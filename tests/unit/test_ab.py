@@ -6,6 +6,7 @@ from tests.unit.observed_run import RunFolder, elastic_run, stock_run
 from verl_rlhfless.errors import DataError
 from verl_rlhfless.report.ab import build_ab, build_arm
 from verl_rlhfless.report.guards import GuardLimits
+from verl_rlhfless.report.record import HostUse
 
 
 def figures(run, step):
@@ -52,6 +53,27 @@ def test_a_trainer_that_infers_beside_the_rollout_is_busy(tmp_path):
     before = figures(run, 1).gpu.busy
     run.append("events-1.jsonl", {"event": "fused", "t": 113.0, "seconds": 0.5, "step": 1})
     assert figures(run, 1).gpu.busy == before + 2 * 0.5
+
+
+def test_inference_beside_the_rollout_lies_before_the_moment_at_which_it_was_told(tmp_path):
+    run = elastic_run(tmp_path)
+    before = [figures(run, step).gpu.busy for step in (1, 2)]
+    run.append("events-1.jsonl", {"event": "fused", "t": 120.25, "seconds": 0.5, "step": 1})  # step 2 begins at 120
+    assert [figures(run, step).gpu.busy for step in (1, 2)] == [before[0] + 2 * 0.25, before[1] + 2 * 0.25]
+
+
+def test_the_hosts_use_is_weighed_by_time_and_the_observers_own_is_told(tmp_path):
+    run = RunFolder(tmp_path).lease("pool", 1, 0.0, 100.0)
+    used = [(10.0, 90.0, 5, 0.0), (11.0, 10.0, 6, 0.01), (14.0, 50.0, 7, 0.04)]
+    for t, cpu_percent, peak_bytes, observer_s in used:
+        use = {"cpu_percent": cpu_percent, "memory_peak_bytes": peak_bytes, "observer_cpu_s": observer_s}
+        run.append("host.jsonl", {"t": t, **use})
+    # 10 % for 1 s, 50 % for 3 s; what was used before the first sample nobody saw
+    assert build_arm(tmp_path).host == HostUse(cpu_percent=40.0, memory_peak_bytes=7, observer_cpu_percent=1.0)
+
+
+def test_of_a_host_that_was_seen_once_nothing_is_known(tmp_path):
+    assert build_arm(RunFolder(tmp_path).lease("pool", 1, 0.0, 100.0).host(10.0).path).host is None
 
 
 def test_replicas_are_counted_in_both_arms(tmp_path):

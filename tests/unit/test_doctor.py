@@ -99,6 +99,12 @@ def test_little_memory_is_a_warning(available_gib: int, status: str) -> None:
     assert (finding.status, finding.detail) == (status, f"{available_gib}.0 of 24.0 GiB available")
 
 
+def test_memory_is_what_the_limits_of_a_container_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "available_bytes", lambda: 2 * GIB)
+    found = {finding.name: finding for finding in doctor.diagnose({})}["memory"]
+    assert found.status == "warn" and found.detail.startswith("2.0 of ")
+
+
 def test_less_memory_than_the_recorded_demo_took_is_a_warning() -> None:
     record = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
     peak_bytes = max(arm["host"]["memory_peak_bytes"] for arm in record["arms"].values())

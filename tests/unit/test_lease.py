@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from verl_rlhfless.errors import LeaseReleaseError, LeaseTimeoutError
 from verl_rlhfless.live import lease as lease_module
 from verl_rlhfless.live import leased_node
-from verl_rlhfless.live.lease import Lease, LeaseRequest
+from verl_rlhfless.live.lease import Lease, LeaseRequest, share_devices
 from verl_rlhfless.types import LeasedNode
 
 
@@ -56,6 +57,32 @@ def test_device_keys_compare_sets_per_node() -> None:
 def test_two_bundles_on_one_node_are_one_set() -> None:
     split = lease(LeasedNode("a", "10.0.0.1", ("0", "1")), LeasedNode("a", "10.0.0.1", ("2",)))
     assert split.device_key() == lease(LeasedNode("a", "10.0.0.1", ("2", "1", "0"))).device_key()
+
+
+def test_gpu_seconds_are_of_devices_from_grant_to_release() -> None:
+    held = lease(LeasedNode("a", "10.0.0.1", ("0", "1")), LeasedNode("b", "10.0.0.2", ("2",)))
+    held.released_s = held.granted_s + 4.0
+    assert held.gpu_s == 3 * 4.0
+
+
+def test_leases_share_devices_if_one_node_has_one_in_both() -> None:
+    one = lease(LeasedNode("a", "10.0.0.1", ("0", "1")), LeasedNode("b", "10.0.0.2", ("2",))).device_key()
+    others = {("b", "2"): True, ("a", "1"): True, ("a", "2"): False, ("b", "0"): False, ("c", "0"): False}
+    for (node, device), is_shared in others.items():
+        other = lease(LeasedNode(node, "10.0.0.3", (device, "7"))).device_key()
+        assert share_devices(one, other) is share_devices(other, one) is is_shared, (node, device)
+
+
+@pytest.mark.parametrize(("timeout_s", "num_waits"), [(0.0, 1), (2.5, 3)])
+def test_a_lease_waits_at_least_as_long_as_it_may_and_then_says_who_holds_the_gpus(
+    monkeypatch: pytest.MonkeyPatch, timeout_s: float, num_waits: int
+) -> None:
+    waits: list[int] = []
+    group: Any = SimpleNamespace(wait=waits.append)
+    monkeypatch.setattr(lease_module, "_who_holds", lambda resource: "0 of 4 GPU are available.")
+    with pytest.raises(LeaseTimeoutError, match=rf"not granted within {timeout_s:g} s\. 0 of 4 GPU are available"):
+        lease_module._wait_granted(LeaseRequest("busy", "replica", (1,)), group, timeout_s, None)
+    assert waits == [1] * num_waits, "Ray takes whole seconds"
 
 
 def test_a_port_in_use_is_passed_over_and_a_full_range_is_an_error() -> None:

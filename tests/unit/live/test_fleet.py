@@ -22,6 +22,7 @@ from verl_rlhfless.live.fleet import Fleet
 from verl_rlhfless.live.orders import EndReplica, Order, StartReplica
 from verl_rlhfless.live.replica import ReleaseReport, WeightSource
 from verl_rlhfless.live.shared_lease import SharedLease, TrainerDevices
+from verl_rlhfless.policy.learnt import ReplicaTimes
 from verl_rlhfless.policy.schedule import scheduled_fleet
 from verl_rlhfless.types import FleetDecision, LeasedNode, ReplicaSpec
 
@@ -383,6 +384,37 @@ def test_starts_on_a_server_in_waiting_are_told_from_cold_ones(fleet: Fleet) -> 
     assert len(fleet.releases_s) == 2
     started(fleet, 2, (1,))
     assert len(fleet.starts) == 1 and not fleet.releases_s, "each step has its own"
+
+
+def test_a_start_is_split_into_the_grant_the_engine_and_its_weights(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now_s=100.0)
+
+    async def start(replica: FakeReplica, weights: WeightSource, lease: Any) -> Any:
+        replica.lease.granted_s = clock.now_s + 4.0
+        clock.now_s += 4.0 + 7.0 + 2.0
+        return SimpleNamespace(version=7, checksum="c", seconds=2.0, num_bytes=1)
+
+    monkeypatch.setattr(fleet_module.ElasticReplica, "start", start)
+    monkeypatch.setattr(fleet_module, "time", SimpleNamespace(time=lambda: clock.now_s))
+    started(fleet, 1, (1,))
+    assert fleet.starts == [ReplicaTimes("warm_start", grant_s=4.0, start_s=7.0, load_s=2.0)]
+
+
+def test_at_the_end_of_a_run_no_engine_is_put_to_sleep(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def plenty(replica: FakeReplica) -> int:
+        return 2**40
+
+    async def park(replica: FakeReplica) -> Any:
+        raise AssertionError("nobody will wake it")
+
+    monkeypatch.setattr(fleet_module.ElasticReplica, "host_available_bytes", plenty)
+    monkeypatch.setattr(fleet_module.ElasticReplica, "park", park, raising=False)
+    started(fleet, 1, (1,))
+    (replica,) = fleet.replicas
+    fleet.close()
+    assert replica.is_released
 
 
 def test_replicas_beside_the_trainer_lease_nothing_and_a_lost_one_is_replaced_on_its_devices(

@@ -185,6 +185,11 @@ def test_devices_that_went_to_someone_else_cost_a_start_and_end_the_engine(run: 
     assert "has other devices" in ended["reason"]
 
 
+def test_where_nothing_sleeps_a_lease_has_its_replicas_name(run: Run) -> None:
+    fleet = run.start(1, 1)
+    assert [replica.lease.name for replica in fleet] == ["rlhfless/replica/r0", "rlhfless/replica/r1"]
+
+
 def test_no_lease_waits_for_devices_when_nothing_of_its_kind_sleeps(run: Run) -> None:
     run.retire(run.start(1))
     (wide,) = run.start(2)
@@ -256,6 +261,40 @@ def test_a_host_that_runs_out_of_memory_gets_it_back(run: Run, monkeypatch: pyte
     monkeypatch.setattr(Replica, "host_bytes", MIB)
     asyncio.run(run.lot.make_room())
     assert run.lot.parked.total() == 0 and not Replica.engines
+
+
+def test_a_lease_whose_place_a_parked_engine_does_not_make_is_given_back(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (parked,) = run.start(1)
+    run.retire([parked])
+
+    async def survives() -> None:
+        raise ReplicaError("a process survived")
+
+    monkeypatch.setattr(parked, "stop", survives)
+    foreign = Lease("foreign", "a")
+    with pytest.raises(ReplicaError, match="survived"):
+        run.start(1)
+    assert Lease.held == [foreign], "nobody runs on it"
+
+
+def test_engines_whose_wakes_take_longer_than_a_start_are_parked_no_more(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.retire(run.start(1))
+    wake = Replica.wake
+
+    async def slowly(replica: Replica, weights: WeightSource, lease: Lease) -> Any:
+        report = await wake(replica, weights, lease)
+        replica.engine_s = 5.0
+        return report
+
+    monkeypatch.setattr(Replica, "wake", slowly)
+    run.retire(run.start(1))
+    assert run.lot.parked.total() == 0
+    (released,) = run.events("replica_released")
+    assert released["reason"].startswith("a wake takes 5.00 s, a start 1.00 s")
 
 
 def test_all_are_ended_at_the_end_even_if_one_can_not_be(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,6 +379,12 @@ def test_what_can_wake_together_is_counted_from_the_engine_that_sleeps_shortest(
     run.retire(run.start(2))
     assert run.lot.parked == {1: 2, 2: 1}
     assert run.lot.sizes_together == [2, 1], "the wide one sleeps on the devices of a narrow one"
+
+
+def test_engines_that_sleep_on_other_devices_can_all_wake_together(run: Run) -> None:
+    fleet = run.start(1, 1, 2)
+    run.retire(fleet)
+    assert run.lot.sizes_together == [2, 1, 1]
 
 
 def test_what_woke_together_for_a_validation_serves_the_next_step(run: Run) -> None:

@@ -208,6 +208,23 @@ def test_only_unplanned_ends_count_against_the_bound_and_the_last_one_is_told() 
     assert made.take_refusals() == [] and started(made) == []
 
 
+@pytest.mark.parametrize("ends", ["cut", "drained"])
+def test_an_engine_that_dies_under_what_was_leaving_it_is_no_fault_of_the_request(ends: str) -> None:
+    made = book(1, servers=2)
+    made.max_retries = 0
+    all_on(made, 0, 0)
+    made.submit(ticket(0))
+    started(made)
+    if ends == "cut":
+        all_on(made, 1, 0)
+    else:
+        made.drain_server("s0")
+    made.lose_server("s0")
+    end(made, 0, OutcomeKind.LOST, generated=5)
+    all_on(made, 1, 0)
+    assert started(made) == [("t0-0", "s1")] and not made.take_refusals()
+
+
 def test_a_session_holds_no_replica_between_its_turns_and_prefers_its_last_one() -> None:
     made = book(2, servers=2, limits=ServerLimits(max_num_seqs=1))
     all_on(made, 0, 0)

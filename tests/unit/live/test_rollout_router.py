@@ -5,29 +5,26 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from verl_rlhfless.config import parse_config
+from tests.unit.live.routed import settings
 from verl_rlhfless.errors import ConfigError, ReplicaError
 from verl_rlhfless.live import planner as planner_module
 from verl_rlhfless.live import rollout_router as rollout_module
 from verl_rlhfless.live.announcement import Announcement, Group
 from verl_rlhfless.live.orders import EndReplica, StartReplica
-from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.live.planner import LivePlanner
 from verl_rlhfless.live.rollout_router import RolloutRouter
-from verl_rlhfless.live.routing import RoutingSettings
-from verl_rlhfless.live.tickets import Grant, Outcome, OutcomeKind, RouterSettings, SampleKey, SessionEnd, Ticket
+from verl_rlhfless.live.tickets import Delta, Grant, Outcome, OutcomeKind, RouterSettings, SampleKey, SessionEnd, Ticket
 from verl_rlhfless.policy import routing as routing_module
 from verl_rlhfless.policy.learnt import CostModel, ReplicaTimes, Standby, StepTimes
-from verl_rlhfless.policy.perf import EngineLimits
 from verl_rlhfless.policy.predict import LengthModel, learn
 from verl_rlhfless.policy.routing import RoutingPolicy
 
-PARTS = {"predictor": "history", "dispatcher": "length_bucket", "prefix_dedup": "on", "migration": "cut_and_migrate"}
 WORKER = "w"
 
 SERVERS = Standby(num_servers=4)
@@ -48,25 +45,6 @@ class Server:
     @property
     def abort(self) -> Any:
         return type("Method", (), {"remote": staticmethod(self.aborted.extend)})
-
-
-_POOLS: dict[str, dict[str, Any]] = {
-    "resident": {"pool": {"name": "resident"}},
-    "elastic": {"pool": {"name": "elastic"}, "weights": {"name": "store"}, "planner": {"name": "fixed"}},
-}
-
-
-_MODEL = {
-    "num_attention_heads": 4, "hidden_size": 128, "num_key_value_heads": 2, "num_hidden_layers": 2,
-    "intermediate_size": 256, "vocab_size": 512,
-}  # fmt: skip
-_PACE = PaceModel(60.0, 2.0, 0.1, tp_speedup={2: 1.6})
-
-
-def settings(pool: str, planner: dict[str, Any] | None = None, **parts: str) -> RoutingSettings:
-    chosen = {section: {"name": name} for section, name in {**PARTS, **parts}.items()}
-    config = parse_config({**_POOLS[pool], **({"planner": planner} if planner else {}), **chosen})
-    return RoutingSettings(config, 1, 4, EngineLimits(8, 8192), 100, _MODEL, _PACE, (), 2, 4)
 
 
 def announcement(step: int = 1, groups: int = 4, n: int = 2) -> Announcement:
@@ -112,7 +90,12 @@ def on_router(
     async def run() -> None:
         router = RolloutRouter({f"host:{n}": Server() for n in range(servers)})
         await router.configure_rollouts(RouterSettings(stranded_timeout_s=0.5), settings(pool, **parts))
-        await test(World(router))
+        try:
+            await test(World(router))
+        finally:
+            while router._control is not None and not router._control.done():
+                router._control.cancel()  # again: a wait that ends at the same moment takes no notice
+                await asyncio.sleep(0)
 
     asyncio.run(run())
 
@@ -173,6 +156,21 @@ def test_lengths_of_a_step_are_learnt_and_survive_a_checkpoint() -> None:
         other = RolloutRouter({})
         await other.restore_lengths(text)
         assert await other.lengths() == text
+
+    on_router(check)
+
+
+def test_a_rollout_with_a_sample_that_has_no_tokens_is_not_learnt_from() -> None:
+    async def check(world: World) -> None:
+        before = await world.router.lengths()
+        announced = announcement()
+        await world.router.announce(announced)
+        grants = await world.submit(announced)
+        await world.finish(grants[1:], tokens=40)
+        await world.router.send(WORKER, [SessionEnd(world._tickets[grants[0].ticket])])  # its agent gave up
+        report = await world.router.report()
+        assert report is not None and not report.failure
+        assert await world.router.lengths() == before
 
     on_router(check)
 
@@ -304,6 +302,76 @@ def test_requests_of_a_resident_fleet_that_is_gone_fail_within_a_bounded_wait() 
     on_router(check, servers=1)
 
 
+def test_a_server_that_reports_the_death_of_its_engine_is_replaced_at_once() -> None:
+    async def check(world: World) -> None:
+        announced = announcement()
+        await world.router.announce(announced)
+        grants = await world.submit(announced)
+        await world.router.progress("host:0", Delta((), None, is_dead=True))
+        assert await world.router.get_all_servers() == ["host:1"]
+        again = await world.finish([grant for grant in grants if grant.server == "host:0"], OutcomeKind.LOST)
+        while len(again) < len(grants) // 2:
+            again += await world.more()
+        assert {grant.server for grant in again} == {"host:1"}
+
+    on_router(check)
+
+
+class Timers:
+    """The router's loop as a clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.waits: list[Any] = []
+
+    def call_later(self, delay_s: float, action: Callable[[], None]) -> Any:
+        wait = SimpleNamespace(action=action, is_over=False)
+        wait.cancel = lambda: setattr(wait, "is_over", True)
+        self.waits.append(wait)
+        return wait
+
+    def fire(self) -> None:
+        """Every wait that is not cancelled is over."""
+        waits, self.waits = self.waits, []
+        for wait in waits:
+            if not wait.is_over:
+                wait.action()
+
+
+def test_each_wait_for_a_replica_has_its_whole_time() -> None:
+    async def check(world: World) -> None:
+        router, world.router._loop = world.router, (timers := Timers())  # type: ignore[assignment]
+        assert not (await router.send(WORKER, [Ticket("validation", WORKER, "s", None, 50)])).grants
+        await router.add_servers({"host:1": Server()})
+        assert timers.waits.pop().is_over, "what has begun before a replica came does not end the next wait"
+        (grant,) = (await router.send(WORKER, [])).grants
+        await router.lose_servers(["host:1"], "killed")
+        await router.send(WORKER, [Outcome("validation", grant.attempt, OutcomeKind.LOST, 0)])
+        timers.fire()
+        assert len((await router.send(WORKER, [])).refusals) == 1
+
+    on_router(check, servers=0)
+
+
+def test_nothing_is_given_up_while_a_replica_starts() -> None:
+    async def check(world: World) -> None:
+        announced, router = announcement(), world.router
+        await router.announce(announced)
+        grants = await world.submit(announced)
+        router._loop = timers = Timers()  # type: ignore[assignment]
+        await router.lose_servers(["host:0"], "killed")
+        assert await world.finish(grants, OutcomeKind.LOST) == []
+        router.book.add_replica(1)
+        timers.fire()
+        assert not (await router.send(WORKER, [])).refusals
+        await router.give_up_expected(1)
+        timers.fire()
+        assert len((await router.send(WORKER, [])).refusals) == 8
+        await router.send(WORKER, [SessionEnd(key) for key in announced.samples()])
+        await router.report()
+
+    on_router(check, servers=1)
+
+
 def test_a_policy_that_fails_is_reported_and_every_sample_completes(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("policy")
@@ -319,6 +387,26 @@ def test_a_policy_that_fails_is_reported_and_every_sample_completes(monkeypatch:
 
     monkeypatch.setattr(RoutingPolicy, "react", fail)
     on_router(check)
+
+
+def test_after_a_failed_policy_nothing_more_is_leased(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("policy")
+
+    async def check(world: World) -> None:
+        announced = announcement()
+        await world.router.announce(announced)
+        grants = await world.submit(announced)
+        monkeypatch.setattr(RoutingPolicy, "react", fail)
+        world.router._look_now()
+        for _ in range(20):  # the look, and what follows it
+            await asyncio.sleep(0)
+        await world.finish(grants)
+        report = await world.router.report()
+        assert report is not None and "ZeroDivisionError" in report.failure
+        assert world.router.desk.orders.empty() and report.num_started == 0
+
+    on_router(check, pool="elastic")
 
 
 def test_without_any_replica_the_step_is_refused() -> None:
@@ -569,6 +657,19 @@ def test_a_limit_that_later_steps_cannot_meet_does_not_end_the_run() -> None:
         assert "nearest to a limit" in decision.reason and "Feasible" in decision.reason
 
     on_planning_router(check, max_step_s=60.0)
+
+
+def test_a_plan_is_for_one_step() -> None:
+    async def check(world: World) -> None:
+        await world.finish(await start_planned(world, announcement()))
+        await world.router.report()
+        larger = announcement(2, groups=6)
+        await world.router.announce(larger)  # by a fleet that nobody planned
+        await world.finish(await world.submit(larger))
+        report = await world.router.report()
+        assert report is not None and (report.num_samples, report.failure) == (12, "")
+
+    on_planning_router(check, **TWO)
 
 
 def test_slow_starts_and_phases_of_one_step_are_expected_of_the_next_one() -> None:

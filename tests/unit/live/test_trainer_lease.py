@@ -13,16 +13,32 @@ import pytest
 
 from verl_rlhfless.config import PoolConfig
 from verl_rlhfless.errors import DeviceMemoryError, LeaseTimeoutError, SuspendError
+from verl_rlhfless.live import trainer as trainer_module
+from verl_rlhfless.live import trainer_lease
 from verl_rlhfless.live.events import EventLog
+from verl_rlhfless.live.trainer import ElasticTrainerSync
 from verl_rlhfless.live.trainer_lease import Gpus, TrainerLease
 from verl_rlhfless.live.worker_group import ResumeResult, SuspendResult
 from verl_rlhfless.policy.suspend import SuspendHistory
-from verl_rlhfless.types import DeviceKey
+from verl_rlhfless.types import DeviceKey, FleetDecision, Forecast, ReplicaSpec
 
 WAIT_S = 30.0
 TRAINER: DeviceKey = (("node", frozenset({"0", "1"})),)
 ELSEWHERE: DeviceKey = (("node", frozenset({"2"})), ("other", frozenset({"0", "1"})))
 SUSPEND, RESUME = "suspend", "resume"
+
+
+class Clock:
+    """Stands still but for the moves: a way to the host takes 3 s, a way back 5 s."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def pass_move(self, move: str) -> None:
+        self.now_s += {SUSPEND: 3.0, RESUME: 5.0}[move]
 
 
 class Group:
@@ -33,6 +49,7 @@ class Group:
         self.moves: list[str] = []
         self.failures: dict[str, list[Exception]] = {SUSPEND: [], RESUME: []}
         self.moved = threading.Condition()
+        self.clock = Clock()
 
     def suspend(self, timeout_s: float) -> SuspendResult:
         self._move(SUSPEND)
@@ -48,6 +65,7 @@ class Group:
             assert self.moved.wait_for(lambda: self.moves == list(moves), WAIT_S), self.moves
 
     def _move(self, move: str) -> None:
+        self.clock.pass_move(move)
         with self.moved:
             self.moves.append(move)
             self.moved.notify_all()
@@ -186,6 +204,53 @@ def test_only_training_rollouts_are_learnt_from(lease: TrainerLease) -> None:
     lease.during_rollout(Replicas())
     lease.after_rollout()
     assert len(lease.history.rollouts_s) == len(lease.history.suspends_s) == len(lease.history.resumes_s) == 1
+
+
+def test_what_the_moves_took_is_told_and_learnt_with_the_length_of_the_rollout(
+    lease: TrainerLease, group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_lease, "time", group.clock)
+    lease.before_rollout(replica_gpus=4)
+    lease.during_rollout(Replicas(devices=TRAINER))
+    group.clock.now_s += 40.0
+    metrics = lease.after_rollout()
+    assert lease.moves_s == (3.0, 5.0) and lease.history == SuspendHistory((43.0,), (3.0,), (5.0,))
+    told = {name: metrics[f"rlhfless/{name}"] for name in ("suspend_s", "resume_s", "resume_wait_s")}
+    assert told == {"suspend_s": 3.0, "resume_s": 5.0, "resume_wait_s": 5.0}
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_planned_step_pays_for_the_trainers_way_to_the_host_and_back(
+    lease: TrainerLease, monkeypatch: pytest.MonkeyPatch, leaves: bool
+) -> None:
+    lease.before_rollout(replica_gpus=4, is_shared=not leaves)
+    lease.during_rollout(Replicas(devices=TRAINER))
+    metrics = {**lease.after_rollout(), "rlhfless/rollout_s": 35.0}
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(monotonic=lambda: 190.0))
+    step: Any = SimpleNamespace(
+        _step_began_s=90.0,
+        _rollout_metrics=metrics,
+        _fleet=SimpleNamespace(gpu_s=50.0),
+        _routing=SimpleNamespace(trainer_gpus=2),
+        _events=EventLog(None),
+    )
+    forecast = Forecast(rollout_s=30.0, step_s=95.0, gpu_s=200.0, static_step_s=120.0)
+    told = ElasticTrainerSync._account(step, FleetDecision(1, (ReplicaSpec(2), ReplicaSpec(2)), "two", forecast))
+    away_s = 130.0 - 100.0 - 2.0 if leaves else 0.0  # from the release on the host to the next grant, less a wrong one
+    assert told["rlhfless/gpu_s"] == 50.0 + 2 * (100.0 - away_s)
+    assert told["rlhfless/step_s"] == 100.0 and told["rlhfless/predicted_gpu_s"] == 200.0
+
+
+def test_every_rollout_begins_anew(lease: TrainerLease, group: Group) -> None:
+    for number in (1, 2):
+        lease.before_rollout(replica_gpus=2)
+        lease.during_rollout(Replicas())
+        group.wait_for(*[SUSPEND, RESUME] * (number - 1), SUSPEND)
+        assert lease.after_rollout()["rlhfless/trainer_suspended"] == 1.0
+    lease.before_rollout(replica_gpus=2)
+    lease.during_rollout(Replicas(is_leased=False))
+    assert lease.after_rollout() == {"rlhfless/trainer_suspended": 0.0} and lease.moves_s is None
+    assert group.moves == [SUSPEND, RESUME] * 2
 
 
 def test_a_trainer_whose_gpus_are_shared_stays_however_long_the_rollout_is(lease: TrainerLease, group: Group) -> None:

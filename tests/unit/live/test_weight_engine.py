@@ -87,6 +87,31 @@ def test_a_tensor_is_summed_where_it_is_and_its_sum_is_not_read_before_the_commi
     assert publication.num_bytes == 12
 
 
+def test_what_is_published_travels_in_the_type_of_the_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    added: list[torch.Tensor] = []
+
+    class Published:
+        num_bytes = 0
+
+        async def begin(self) -> None:
+            pass
+
+        async def add(self, name: str, tensor: torch.Tensor) -> None:
+            added.append(tensor)
+
+        async def commit(self) -> str:
+            return "checksum"
+
+    monkeypatch.setattr(weight_engine, "connect", lambda _: None)
+    monkeypatch.setattr(weight_engine, "Publication", lambda *_: Published())
+    sent = [torch.randn(600, 600), torch.randn(600)]
+    for dtype, expected in (("bfloat16", [BF16, torch.float32]), ("auto", [torch.float32] * 2)):
+        added.clear()
+        engine = StoreCheckpointEngine(1, True, store_name="store", bucket_mib=1, rollout_dtype=dtype)
+        asyncio.run(engine.send_weights(zip("ab", sent, strict=True), global_steps=1))
+        assert [tensor.dtype for tensor in added] == expected
+
+
 @pytest.mark.parametrize(("has_gpu", "is_master"), [(True, True), (True, False), (False, True)])
 def test_only_a_publisher_with_an_accelerator_pins_its_staging_buffer(
     monkeypatch: pytest.MonkeyPatch, has_gpu: bool, is_master: bool

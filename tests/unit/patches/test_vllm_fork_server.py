@@ -47,6 +47,22 @@ def test_a_fork_that_cannot_use_cuda_fails(monkeypatch: pytest.MonkeyPatch) -> N
     assert ended.value.code == 1
 
 
+@pytest.mark.parametrize(("exit_code", "is_usable"), [(0, True), (1, False), (-11, False)])
+def test_a_fork_server_is_judged_by_a_fork_that_asks_for_cuda(
+    monkeypatch: pytest.MonkeyPatch, exit_code: int, is_usable: bool
+) -> None:
+    calls = []
+    probe = SimpleNamespace(start=lambda: calls.append("start"), join=lambda: calls.append("join"), exitcode=exit_code)
+
+    def process(target: Any) -> Any:
+        calls.append(target)
+        return probe
+
+    monkeypatch.setattr(vllm_fork_server, "_Context", lambda: SimpleNamespace(Process=process))
+    assert vllm_fork_server.can_start_engines() is is_usable
+    assert calls == [vllm_fork_server._initialise_cuda, "start", "join"]
+
+
 def test_vllm_gets_the_fork_server_until_it_is_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     module = _module(monkeypatch)
     vllm_fork_server._patch(module)
