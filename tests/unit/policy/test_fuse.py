@@ -45,6 +45,11 @@ def test_inference_takes_no_free_gpu_that_it_would_not_get() -> None:
     assert fuse_gpus(replace(some, fusible_gpus=0), remaining_s=40.0, price=100.0, is_leased=False) == 0
 
 
+def test_the_more_gpus_infer_already_the_fewer_begin() -> None:
+    begin = [fuse_gpus(replace(view(), fusing_gpus=gpus), 40.0, 100.0, is_leased=False) for gpus in (0, 2, 64)]
+    assert begin[0] > begin[1] > begin[2] == 0
+
+
 def test_rlhfuse_infers_on_every_gpu_that_its_cut_frees() -> None:
     reaction = RlhfuseCut(share=0.2, num_targets=1).react(
         view(), RolloutPlan((4,), *[view().replica_of] * 2, True, True)

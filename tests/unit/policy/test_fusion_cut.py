@@ -92,6 +92,16 @@ def test_a_cut_costs_the_tail_and_saves_inference_and_none_of_it_costs_and_saves
     assert (cuts.total_s > cuts.rollout_s).all() and cuts.saved_s > 0
 
 
+def test_the_trainer_infers_afterwards_what_no_phase_has_taken() -> None:
+    edges = depth_edges(8000)
+    eight = Lane(edges, np.full(len(edges) - 1, 8.0), 100.0, 0.0)  # 8 samples that end with 8,100 tokens
+    mean = (400_000 + 8 * 8100) / 512
+    for waiting in (0, 300_000, 400_000):
+        cuts = price_cuts(ONE.pool, eight, FLEET, Inference(512, 400_000, waiting))
+        after_s = cuts.total_s[0, -1] - cuts.rollout_s[0, -1]
+        assert after_s == pytest.approx(ONE.pool.trainer.inference_s(8 * 8100 + waiting, mean))
+
+
 def test_more_that_waits_makes_a_cut_pay_more() -> None:
     saved = [
         price_cuts(ONE.pool, lane([64.0, 4.0, 1.0]), FLEET, Inference(512, 800_000, waiting)).saved_s

@@ -50,6 +50,29 @@ def test_a_parked_fleet_grows_by_the_engines_that_it_lacks(num_parked: int) -> N
     assert len(plan.fleet) == 3 and f"{3 - num_parked} started now" in plan.reason
 
 
+@pytest.mark.parametrize("keeps_trainer", [False, True])
+@pytest.mark.parametrize("num_parked", [1, 2])
+def test_the_forecast_of_a_step_whose_start_is_shared_is_that_of_the_same_fleet_alone(
+    num_parked: int, keeps_trainer: bool
+) -> None:
+    few = replace(pool(num_parked, start_s=13.0), keeps_trainer=keeps_trainer)
+    shared = plan_parked_fleet(few, BATCH, exact(LENGTHS), Goal())
+    same = Goal(min_replicas=len(shared.fleet), max_replicas=len(shared.fleet))
+    alone = plan_fleet(few, BATCH, exact(LENGTHS), same, can_fuse=False)
+    assert shared.fleet == alone.fleet and "started now" in shared.reason
+    assert shared.predicted_step_s == pytest.approx(alone.predicted_step_s)
+    assert shared.predicted_gpu_s == pytest.approx(alone.predicted_gpu_s)
+    assert shared.predicted_rollout_s == pytest.approx(alone.predicted_rollout_s)
+
+
+def test_a_parked_engine_of_two_gpus_is_one_replica_that_need_not_start() -> None:
+    wide = declared_pool(Fleet((2,), 8, 4, EngineLimits(32, 8192), 10**6), PaceModel(120.0, 4.0, 0.4))
+    trainer = pool(1, start_s=9.6).trainer
+    few = replace(wide, keeps_trainer=False, has_resident=False, trainer=trainer, warm={2: 2})
+    plan = plan_parked_fleet(few, BATCH, exact(LENGTHS), Goal(cost_weight=0.3))
+    assert f"; {len(plan.fleet) - 1} started now" in plan.reason and len(plan.fleet) > 1
+
+
 @pytest.mark.parametrize("start_s", [2.0, 9.6, 40.0])
 @pytest.mark.parametrize("cost_weight", [0.2, 0.5, 0.8])
 def test_the_more_is_parked_the_better_is_the_plan(start_s: float, cost_weight: float) -> None:

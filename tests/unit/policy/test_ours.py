@@ -8,6 +8,7 @@ import numpy as np
 
 from tests.unit.sim.cases import cell, steps
 from verl_rlhfless.policy.arm import Outcome
+from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.ours import Memory, Ours, OursPolicy
 from verl_rlhfless.policy.predict import LengthModel
 from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, ReplicaView, RolloutPlan, RolloutView
@@ -84,3 +85,26 @@ def test_a_gain_that_does_not_repay_its_doubts_leaves_the_fleet_resident() -> No
     doubtful = replace(memory, lengths=replace(memory.lengths, num_samples=0.1))
     assert not ARM.plan(sure, pool, DATA[0].batch).is_resident
     assert "does not repay" in ARM.plan(doubtful, pool, DATA[0].batch).reason
+
+
+def warm_plan(arm: Ours, memory: Memory) -> RolloutPlan:
+    pool = cell(DATA).pool
+    return arm.plan(memory, replace(pool, warm=dict.fromkeys(pool.perf, 16)), DATA[0].batch)
+
+
+def experienced(**parts: float) -> Memory:
+    """Return the memory of many steps."""
+    lengths = replace(LengthModel(), level=6.5, num_samples=1e6)
+    return replace(ARM.begin(cell(DATA).pool, DATA[0].batch), lengths=lengths, **parts)
+
+
+def test_of_the_time_that_earlier_steps_saved_the_next_one_spends_up_to_half() -> None:
+    arm = Ours(Goal(is_notslower=True))
+    plan = warm_plan(arm, experienced(saved_s=20.0))
+    assert plan.predicted_step_s is not None and plan.static_step_s is not None
+    assert 0 < plan.predicted_step_s - plan.static_step_s <= 10.0
+    assert "to catch up 10.0 s" in warm_plan(arm, experienced(saved_s=-20.0)).reason
+
+
+def test_steps_that_took_far_longer_than_predicted_make_the_next_one_resident() -> None:
+    assert [warm_plan(ARM, experienced(caution=caution)).is_resident for caution in (1.0, 1.5)] == [False, True]

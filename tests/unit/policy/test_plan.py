@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.sim.cases import cell, steps
 from verl_rlhfless.errors import ConfigError
-from verl_rlhfless.policy.plan import Goal, plan_fleet
+from verl_rlhfless.policy.plan import Goal, plan_fleet, time_price
 from verl_rlhfless.policy.predict import LengthModel, exact, learn, predict
 from verl_rlhfless.policy.snapshot import PoolSnapshot, RolloutPlan
 from verl_rlhfless.policy.stages import options_for
@@ -167,3 +167,27 @@ def test_the_fastest_fleet_catches_up_only_what_was_lost(slack_s: float, why: st
 def test_a_weight_outside_0_and_1_is_refused(weight: float) -> None:
     with pytest.raises(ConfigError, match="cost_weight"):
         Goal(cost_weight=weight)
+
+
+def test_a_second_is_worth_what_all_gpus_that_are_held_meanwhile_cost_by_the_weight_of_cost() -> None:
+    pool = beside_a_trainer(8)  # 8 GPUs for replicas, 4 of the trainer
+    assert time_price(pool, Goal(cost_weight=0.2)) == pytest.approx(4 * (8 + 4) + 4)
+    assert time_price(cell(LONG).pool, Goal(cost_weight=0.2)) == pytest.approx(4 * 16)
+
+
+def test_a_second_of_a_rollout_that_must_not_be_slower_is_dearer_than_of_one_that_may() -> None:
+    default, hurried = plan(Goal())[0], plan(Goal(is_notslower=True))[0]
+    assert hurried.price > default.price == time_price(cell(LONG).pool, Goal())
+
+
+def test_what_is_as_fast_as_static_must_repay_the_transition_too() -> None:
+    goals = [Goal(is_notslower=True, payback=payback) for payback in (1.0, 50.0)]
+    assert [plan_on(plan(Goal())[1], goal).is_resident for goal in goals] == [False, True]
+
+
+@pytest.mark.parametrize("weight", [0.5, 0.9])
+def test_what_is_predicted_long_has_the_first_and_widest_replicas(weight: float) -> None:
+    warm = plan(Goal())[1]
+    chosen = plan_on(warm, Goal(cost_weight=weight))
+    lengths = [float(LONG[0].lengths[chosen.replica_of == r].mean()) for r in range(len(chosen.fleet))]
+    assert chosen.fleet[0] > chosen.fleet[-1] and lengths[0] > 2 * lengths[-1]

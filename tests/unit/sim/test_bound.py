@@ -7,9 +7,11 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import pytest
 
 from tests.unit.sim.cases import cell, steps
 from verl_rlhfless.policy.baselines.stock import StockSync
+from verl_rlhfless.policy.transitions import RECIPES
 from verl_rlhfless.sim.bound import step_bound
 
 LONG = steps(1, 64, 8, mean=2000.0, cap=16384)
@@ -52,3 +54,21 @@ def test_prompts_without_tokens_have_a_bound() -> None:
     for limit_s in (math.inf, 100.0):
         bound = step_bound(one.pool, step, limit_s)
         assert 0 < bound.gpu_s < step_bound(one.pool, LONG[0], limit_s).gpu_s
+
+
+def test_every_phase_of_the_recipe_is_paid_at_the_lowest_price() -> None:
+    one, step = cell(LONG), LONG[0]
+    pools = {
+        name: replace(one.pool, trainer=replace(one.pool.trainer, recipe=RECIPES[name]))
+        for name in ("grpo", "grpo-rm", "ppo-rm")
+    }
+    bounds = {name: step_bound(pool, step) for name, pool in pools.items()}
+    tokens = int(step.batch.prompt_tokens.sum() + step.lengths.sum())
+    context = tokens / step.batch.num_samples
+    pass_gpu_s = tokens / pools["grpo-rm"].trainer.fuse_tokens_per_s(context) / 3
+    reward_gpu_s = bounds["grpo-rm"].gpu_s - bounds["grpo"].gpu_s
+    assert 0.75 * pass_gpu_s <= reward_gpu_s <= pass_gpu_s
+    critic_s = pools["grpo"].trainer.update_s(tokens, context)
+    assert bounds["ppo-rm"].step_s - bounds["grpo-rm"].step_s == pytest.approx(critic_s)
+    critic_gpu_s = bounds["ppo-rm"].gpu_s - bounds["grpo-rm"].gpu_s
+    assert critic_gpu_s == pytest.approx(reward_gpu_s + critic_s * one.pool.trainer.num_gpus)

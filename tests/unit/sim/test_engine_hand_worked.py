@@ -150,10 +150,26 @@ def test_an_abort_takes_effect_at_the_next_iteration_and_keeps_the_tokens() -> N
     assert left[1][:3] == (1, False, 1000)
 
 
-def test_littles_law_holds_for_a_closed_population() -> None:
+def test_an_engine_that_is_lost_keeps_what_the_journal_had_one_interval_ago() -> None:
+    def running(until_s: float) -> Engine:
+        env = simpy.Environment()
+        engine = Engine(env, PERF, lambda request, is_cut: None)
+        for sample in (0, 1):
+            engine.submit(request(sample, sample, 64, 1000))
+        engine.start()
+        env.run(until=until_s)
+        return engine
+
+    samples, journaled = running(19.5).progress()
+    left = running(20.0).kill(0.5)
+    assert {one.sample: one.generated for one in left} == dict(zip(samples.tolist(), journaled.tolist(), strict=True))
+    assert all(one.generated < running(20.0).progress()[1][0] for one in left)
+
+
+def test_requests_of_one_length_decode_together_and_end_together() -> None:
     count, length = 64, 400
     engine, ends, end = run([request(i, i, 32, length) for i in range(count)])
-    mean_in_system = sum(ends.values()) / end
-    throughput = count / end
-    assert mean_in_system == pytest.approx(throughput * (sum(ends.values()) / count), rel=1e-9)
+    prefill_s = PERF.iteration_s(0, 0, count * 32, count * 32 * 33 // 2)
+    decode_s = sum(PERF.iteration_s(count, count * (33 + i)) for i in range(length - 1))
+    assert set(ends.values()) == {end} and end == pytest.approx(prefill_s + decode_s, rel=1e-9)
     assert engine.busy == [[0, end]]

@@ -87,3 +87,22 @@ def test_a_lease_is_settled_until_it_ends_and_not_again() -> None:
     world.book.release(second)
     settled += [[lease.lease_id for lease in world.book.settle()[0]] for _ in range(2)]
     assert settled == [[first.lease_id, second.lease_id], [second.lease_id], [second.lease_id], []]
+
+
+def test_engines_that_sleep_are_counted_on_their_own_gpus_while_nobody_leases_these() -> None:
+    world = World()
+    book = world.book
+    for tp in (4, 4, 8):
+        world.replica(tp)
+    world.pass_s(100.0)
+    assert [lease.gpus[0] for lease in world.granted] == [(0, 0), (0, 4), (1, 0)]
+    for lease, parked_tp in zip(world.granted, (4, None, None), strict=True):
+        book.release(lease, parked_tp)
+    world.pass_s(10.0)
+    assert book.settle_parked() == pytest.approx(4 * 10.0)
+    world.pass_s(3.0)
+    world.replica(4)  # granted after 0.1 s where one sleeps
+    world.pass_s(50.0)
+    assert world.granted[-1].gpus[0] == (0, 0)
+    assert book.settle_parked() == pytest.approx(4 * 3.1)
+    assert book.settle_parked() == 0.0

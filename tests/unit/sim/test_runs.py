@@ -123,6 +123,18 @@ def test_elastic_arms_pay_for_waking_and_stock_does_not_depend_on_it() -> None:
     assert slow.run(cheap).steps[1].step_s > fast.run(cheap).steps[1].step_s
 
 
+def test_an_elastic_step_publishes_leaves_and_comes_back_before_it_trains() -> None:
+    one = cell(DATA, resume_s=7.0)
+    trainer, times = one.pool.trainer, one.times
+    for step, data in zip(one.run(RlhflessPaper(num_actors=8, tp=2)).steps, DATA, strict=True):
+        tokens = int(data.batch.prompt_tokens.sum() + data.lengths.sum())
+        context = tokens / data.batch.num_samples
+        back_s = max(times.grant_s, times.park_s) + times.resume_s
+        phases_s = trainer.inference_s(tokens, context) + trainer.update_s(tokens, context)
+        beside_s = trainer.publish_s + 2 * trainer.state_copy_s + back_s + phases_s
+        assert step.step_s - step.gen_s == pytest.approx(beside_s)
+
+
 def test_a_trainer_that_keeps_its_lease_trains_beside_its_replicas() -> None:
     one = cell(DATA)
     trainer = replace(one.pool.trainer, num_gpus=8)
