@@ -15,13 +15,9 @@ from typing import Any
 import pytest
 
 import benchmarks
-<<<<<<< HEAD
-from benchmarks import fusion, paper_figures, record, routing, scaling, sensitivity, simulate, sizes
+from benchmarks import coverage, fusion, paper_figures, record, routing, scaling, sensitivity, simulate, sizes
 from benchmarks.record import Part, keep, parts_of, write_result
 from verl_rlhfless.demo import ablation
-=======
-from benchmarks import coverage, paper_figures, sensitivity, simulate, sizes
->>>>>>> predict
 from verl_rlhfless.sim.generate import TraceSpec, write_trace
 
 RESULTS = Path(benchmarks.__file__).parent / "results"
