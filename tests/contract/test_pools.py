@@ -16,7 +16,9 @@ import pytest
 
 pytest.importorskip("verl", reason="needs verl")
 
-from tests.contract.pool_worlds import STEP, LiveWorld, SimWorld, World, plan_of
+from tests.contract.live_world import LiveWorld
+from tests.contract.pool_worlds import STEP, World, plan_of
+from tests.contract.sim_world import SimWorld
 from verl_rlhfless.ledger import account, whole_run
 from verl_rlhfless.policy.dispatch import place_orphans
 from verl_rlhfless.policy.snapshot import (
