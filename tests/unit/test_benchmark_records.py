@@ -30,7 +30,6 @@ OF_UNKNOWN_CODE = {
     "columns_rl_math.json": "hours of paced runs, made before tables were stamped",
     "demo.json": "made before comparisons were stamped",
     "faults.json": "its commit is in no history; half an hour of faults on real engines",
-    "journal.json": "its commit is in no history; needs a quiet host",
 }
 """Records that wait to be made again. Their figures were measured; by which code is no longer known."""
 
