@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -13,47 +14,52 @@ from hypothesis import strategies as st
 from tests.property.policy.test_decisions import shuffled
 from tests.property.policy.test_policies import POOL, batches
 from verl_rlhfless.policy.affinity import PrefixBook, affine_groups
-from verl_rlhfless.policy.balance import Outlook, Unit, Workload, assign, best_move
+from verl_rlhfless.policy.balance import Outlook, Units, Workload, assign, best_move, bounds
 from verl_rlhfless.policy.dispatch import balanced_groups
 from verl_rlhfless.policy.predict import exact
 from verl_rlhfless.policy.routing import place
-from verl_rlhfless.policy.snapshot import Batch, IntArray, SharedPrefix
+from verl_rlhfless.policy.snapshot import Batch, FloatArray, IntArray, SharedPrefix
 
 FLEETS = st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=4)
 
 
 @st.composite
-def works(draw: st.DrawFn) -> tuple[Outlook, Workload, list[list[Unit]]]:
+def works(draw: st.DrawFn) -> tuple[Outlook, Workload, list[Units]]:
     """Return an outlook, and the work of one to four replicas with their units, each of some siblings."""
     batch, lengths = draw(batches())
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    outlook = Outlook.build(exact(lengths), np.zeros_like(lengths), batch.prompt_tokens)
     fleet = draw(FLEETS)
-    work, held = Workload([POOL.perf[tp] for tp in fleet], outlook), [[] for _ in fleet]
-    for group in range(len(batch.prompt_ids)):
-        unit = outlook.unit(np.flatnonzero(batch.group_of == group), float(rng.integers(0, 500)))
-        replica = int(rng.integers(len(fleet)))
-        work.add(replica, unit)
-        held[replica].append(unit)
+    replica_of = rng.integers(len(fleet), size=len(batch.prompt_ids))[batch.group_of]
+    outlook = outlook_on(batch, lengths, np.lexsort((batch.group_of, replica_of)))
+    work, held = Workload([POOL.perf[tp] for tp in fleet], outlook.width), []
+    ends = np.searchsorted(replica_of[outlook.samples], range(len(fleet) + 1))
+    for replica, (begin, end) in enumerate(pairwise(ends.tolist())):
+        first = bounds(batch.group_of[outlook.samples[begin:end]])
+        held.append(outlook.units(slice(begin, end), first, rng.integers(0, 500, len(first)).astype(float)))
+        for curves, tokens in zip(np.moveaxis(held[-1].curves, 1, 0), held[-1].prefill.tolist(), strict=True):
+            work.add(replica, curves, tokens)
     return outlook, work, held
+
+
+def outlook_on(batch: Batch, lengths: IntArray, samples: IntArray) -> Outlook:
+    return Outlook.build(exact(lengths), batch, np.zeros_like(lengths), samples)
 
 
 @settings(max_examples=60)
 @given(works(), st.integers(0, 3), st.floats(0, 500))
 def test_what_is_added_ends_no_earlier_and_as_forecast_and_leaves_nothing_when_it_goes(
-    case: tuple[Outlook, Workload, list[list[Unit]]], at: int, prefill: float
+    case: tuple[Outlook, Workload, list[Units]], at: int, prefill: float
 ) -> None:
     _, work, held = case
     replica = at % work.num_replicas
-    before_s, unit = work.end_s(), replace(next(units for units in held if units)[0], prefill=prefill)
-    forecast_s, trial = work.end_with_s(unit), work.copy()
-    trial.add(replica, unit)
-    after_s = trial.end_s()
-    assert (work.end_s() == before_s).all(), "a copy is apart"
+    before_s, curves = work.end_s(), next(units.curves[:, 0] for units in held if len(units.first))
+    forecast_s = work.end_with_s(curves, np.full(work.num_replicas, prefill))
+    work.add(replica, curves, prefill)
+    after_s = work.end_s()
     assert after_s[replica] == pytest.approx(forecast_s[replica]) and after_s[replica] >= before_s[replica] - 1e-9
     assert (np.delete(after_s, replica) == np.delete(before_s, replica)).all()
-    trial.remove(replica, unit)
-    assert trial.end_s() == pytest.approx(before_s, abs=1e-6)
+    work.remove(replica, curves, prefill)
+    assert work.end_s() == pytest.approx(before_s, abs=1e-6)
 
 
 def test_the_best_move_takes_from_the_last_replica_and_gains_what_it_says() -> None:
@@ -61,20 +67,24 @@ def test_the_best_move_takes_from_the_last_replica_and_gains_what_it_says() -> N
 
     @settings(max_examples=80)
     @given(works(), st.floats(0, 3000))
-    def holds(case: tuple[Outlook, Workload, list[list[Unit]]], again: float) -> None:
+    def holds(case: tuple[Outlook, Workload, list[Units]], again: float) -> None:
         nonlocal num_moves
         _, work, held = case
         before_s = work.end_s()
-        found = best_move(work, held, range(work.num_replicas), lambda unit, replica: again)
-        assert found == best_move(work, held, range(work.num_replicas), lambda unit, replica: again)
+
+        def prefill(units: Units, replica: int) -> FloatArray:
+            return np.full(len(units.first), again)
+
+        found = best_move(work, held.__getitem__, range(work.num_replicas), prefill)
+        assert found == best_move(work, held.__getitem__, range(work.num_replicas), prefill)
         if found is None:
             return
         num_moves += 1
-        source, position, target, gain = found
+        source, unit, target, gain = found
         assert before_s[source] == before_s.max() and before_s[target] == before_s.min() and 0 < gain <= 1
-        unit = held[source][position]
-        work.remove(source, unit)
-        work.add(target, replace(unit, prefill=again))
+        curves = held[source].curves[:, unit]
+        work.remove(source, curves, float(held[source].prefill[unit]))
+        work.add(target, curves, again)
         assert work.end_s()[[source, target]].max() == pytest.approx((1 - gain) * before_s[source], abs=1e-6)
 
     holds()
@@ -82,45 +92,52 @@ def test_the_best_move_takes_from_the_last_replica_and_gains_what_it_says() -> N
 
 
 @settings(max_examples=60)
-@given(batches(), FLEETS, st.booleans(), st.randoms(use_true_random=False))
+@given(works(), st.data())
+def test_without_one_unit_all_others_are_as_before(
+    case: tuple[Outlook, Workload, list[Units]], data: st.DataObject
+) -> None:
+    units = next(units for units in case[2] if len(units.first))
+    gone = data.draw(st.integers(0, len(units.first) - 1))
+    kept, rest = units.without(gone), [unit for unit in range(len(units.first)) if unit != gone]
+    assert [kept.members(i).tolist() for i in range(len(rest))] == [units.members(unit).tolist() for unit in rest]
+    assert (kept.curves == units.curves[:, rest]).all() and (kept.prefill == units.prefill[rest]).all()
+
+
+@settings(max_examples=60)
+@given(batches(), FLEETS, st.booleans())
 def test_every_sample_gets_a_place_and_the_last_replica_ends_no_later_than_any_one_alone(
     case: tuple[Batch, np.ndarray],  # type: ignore[type-arg]
     fleet: list[int],
     keeps_groups: bool,
-    random: Random,
 ) -> None:
     batch, lengths = case
-    outlook = Outlook.build(exact(lengths), np.zeros_like(lengths), batch.prompt_tokens)
-    idle = Workload([POOL.perf[tp] for tp in fleet], outlook)
-    samples = np.array(sorted(random.sample(range(batch.num_samples), random.randint(1, batch.num_samples))))
+    perf, outlook = [POOL.perf[tp] for tp in fleet], outlook_on(batch, lengths, np.arange(batch.num_samples))
 
-    def end_s(position: IntArray) -> float:
-        work = idle.copy()
-        for group, replica in sorted(set(zip(batch.group_of[samples].tolist(), position.tolist(), strict=True))):
-            here = samples[(batch.group_of[samples] == group) & (position == replica)]
-            work.add(replica, outlook.unit(here, float(batch.prompt_tokens[here[0]])))
+    def end_s(replica_of: IntArray) -> float:
+        work = Workload(perf, outlook.width)
+        for group, replica in sorted(set(zip(batch.group_of.tolist(), replica_of.tolist(), strict=True))):
+            here = np.flatnonzero((batch.group_of == group) & (replica_of == replica))
+            work.add(replica, outlook.curves[:, here].sum(axis=1), float(batch.prompt_tokens[here[0]]))
         return float(work.end_s().max())
 
-    placed = place(batch, samples, (idle, outlook), keeps_groups)
-    assert len(placed) == len(samples) and ((placed >= 0) & (placed < len(fleet))).all()
-    assert (placed == place(batch, samples, (idle, outlook), keeps_groups)).all()
-    assert (idle.end_s() == 0).all(), "what is tried out is not placed"
+    placed = place(batch, exact(lengths), perf, keeps_groups)
+    assert len(placed) == batch.num_samples and ((placed >= 0) & (placed < len(fleet))).all()
+    assert (placed == place(batch, exact(lengths), perf, keeps_groups)).all()
     if keeps_groups:
-        alone_s = min(end_s(np.full(len(samples), replica)) for replica in range(len(fleet)))
+        alone_s = min(end_s(np.full(batch.num_samples, replica)) for replica in range(len(fleet)))
         assert end_s(placed) <= alone_s * (1 + 1e-9)
 
 
 @settings(max_examples=40)
 @given(works(), FLEETS)
 def test_assigned_units_are_all_in_the_workload_afterwards(
-    case: tuple[Outlook, Workload, list[list[Unit]]], fleet: list[int]
+    case: tuple[Outlook, Workload, list[Units]], fleet: list[int]
 ) -> None:
     outlook, _, held = case
-    units = [unit for part in held for unit in part]
-    work = Workload([POOL.perf[tp] for tp in fleet], outlook)
-    chosen = assign(work, units, outlook.width)
-    for replica, unit in zip(chosen, units, strict=True):
-        work.remove(replica, unit)
+    units = next(units for units in held if len(units.first))
+    work = Workload([POOL.perf[tp] for tp in fleet], outlook.width)
+    for unit, replica in enumerate(assign(work, units)):
+        work.remove(replica, units.curves[:, unit], float(units.prefill[unit]))
     assert work.end_s() == pytest.approx(np.zeros(len(fleet)), abs=1e-6)
 
 
