@@ -180,7 +180,7 @@ def fill_slots(load: FloatArray, fleet: tuple[int, int], ranked: float) -> IntAr
 
     Longest first, each to the first replica with a slot on which it ends in time, else to the slot that is free first.
     In time is when the last sample ends if all go to the slot that is free first; sooner as far as lengths are not
-    known, which evens load out. Siblings are alike, so that most of them stay together.
+    known, which evens load out; a thousandth is no delay. Siblings are alike, so that most of them stay together.
 
     Args:
         load: [B] predicted tokens of each sample.
@@ -194,7 +194,7 @@ def fill_slots(load: FloatArray, fleet: tuple[int, int], ranked: float) -> IntAr
         ends, used = [[0.0] * slots for _ in range(num_replicas)], [0.0] * num_replicas
         for sample in order:
             tokens = float(load[sample])
-            fitting = (r for r, free in enumerate(ends) if free[0] + tokens <= in_time * (1 + 1e-9))
+            fitting = (r for r, free in enumerate(ends) if free[0] + tokens <= in_time * (1 + 1e-3))
             replica = next(fitting, None)
             if replica is None:
                 replica = min(range(num_replicas), key=lambda r: (ends[r][0], used[r]))
