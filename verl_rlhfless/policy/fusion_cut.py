@@ -9,7 +9,7 @@ Invariants: pure; nothing is cut while requests queue, nor where the phases' mod
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -141,7 +141,8 @@ def cut_for_inference(view: RolloutView, prediction: Prediction) -> Change:
         view.free_gpus,
         view.fusing_gpus,
     )
-    cuts = price_cuts(view.pool, lane_of(view, prediction, view.alive), (live[0].tp, len(live)), inference)
+    lane = replace(lane_of(view, prediction, view.alive), ranked=0.0)  # what is cut queues in any order
+    cuts = price_cuts(view.pool, lane, (live[0].tp, len(live)), inference)
     has_queue = any(r.num_waiting for r in live)
     may_cut = view.fuse_tokens > 0 and not has_queue and fits(view.pool)
     to = cuts.best_now() if may_cut else len(cuts.counts) - 1

@@ -21,7 +21,16 @@ import numpy as np
 from verl_rlhfless.policy.dispatch import spread
 from verl_rlhfless.policy.predict import Prediction
 from verl_rlhfless.policy.snapshot import GONE, READY, STARTING, FloatArray, IntArray, Move, RolloutView
-from verl_rlhfless.policy.stages import Frontier, Lane, Options, depth_edges, frontier, options_for, shrinking
+from verl_rlhfless.policy.stages import (
+    Frontier,
+    Lane,
+    Options,
+    depth_edges,
+    frontier,
+    options_for,
+    rank_share,
+    shrinking,
+)
 
 RULES = ("rlhfless", "rlhfuse")
 """Names of the papers' own rules, which move samples and start nothing."""
@@ -33,6 +42,9 @@ _ALIKE = 2.0
 
 _MERGE_GAIN = 0.05
 """Least relative gain of a merge: it cannot be undone, and lanes were kept apart because lengths differ."""
+
+_START_GAIN = 0.05
+"""Least relative gain of starts on what is left: the rollout waits for them, and they cannot be undone."""
 
 _SLACK_PRICE = 0.15
 """Price of time, as a share, of a crew that ends before the last one: its time is worth little, but it may slip."""
@@ -101,7 +113,16 @@ def consolidate(view: RolloutView, prediction: Prediction, price: float, limits:
             continue  # one start per rollout: no flapping
         if to == m or gain < hysteresis * (10 if is_start else 1) or (best is not None and gain <= best[0]):
             continue
-        change = _apply(view, prediction, crew, (int(options.tp[to]), int(options.count[to]), ends[critical]))
+        count = int(options.count[to])
+        if is_start:
+            without = shrinking(view.pool, options, [lanes[i]], prices)[0]
+            if _worth(future, price, m) > (1 - _START_GAIN) * _worth(without, price, m):
+                continue
+        else:
+            count = max(count, _least_replicas(view, crew.tp, len(crew.samples)))
+            if count >= len(crew.replicas):
+                continue
+        change = _apply(view, prediction, crew, (int(options.tp[to]), count, ends[critical]))
         if sum(change.starts) <= view.free_gpus:
             best = (gain, change)
     return best[1] if best is not None else Change(max(ends))
@@ -134,9 +155,11 @@ def lane_of(view: RolloutView, prediction: Prediction, samples: IntArray) -> Lan
     middle = (edges[:-1] + edges[1:]) / 2
     part = prediction.of(samples)
     now = np.maximum(part.alive_at(np.minimum(reached, prediction.cap - 1)[:, None]), 1e-12)
-    alive = (part.alive_at(reached[:, None] + middle) / now).sum(axis=0)
+    alive = np.minimum(part.alive_at(reached[:, None] + middle) / now, 1.0)
+    times = count / len(samples)
     context = float((reached + view.batch.prompt_tokens[samples]).mean())
-    return Lane(edges, np.minimum(alive, len(samples)) * (count / len(samples)), context, 0.0)
+    is_any = 1 - (1 - alive).prod(axis=0) ** times
+    return Lane(edges, alive.sum(axis=0) * times, context, 0.0, is_any, rank_share(part.mu, part.sigma))
 
 
 def _merge(
@@ -151,7 +174,7 @@ def _merge(
     costs = [float(f.gpu_s[-1, m]) for f, m in zip(futures, at, strict=True)]
     apart = prices[-1] * max(ends) + sum(costs)
     best: tuple[float, int, int, float] | None = None
-    pairs = [(i, j) for i, j in permutations(range(len(crews)), 2) if crews[i].tp <= crews[j].tp]  # never onto slower
+    pairs = [(i, j) for i, j in permutations(range(len(crews)), 2) if _may_join(view, crews[i], crews[j])]
     lanes = [lane_of(view, prediction, np.concatenate((crews[i].samples, crews[j].samples))) for i, j in pairs]
     for (i, j), both in zip(pairs, shrinking(view.pool, options, lanes, prices) if lanes else (), strict=True):
         target = crews[j]
@@ -168,6 +191,22 @@ def _merge(
     _, i, j, end = best
     moves = moves_onto(view, prediction, crews[i].samples, crews[j].replicas)
     return Change(end, (), moves, f"TP{crews[i].tp} joins TP{crews[j].tp}")
+
+
+def _may_join(view: RolloutView, crew: _Crew, target: _Crew) -> bool:
+    both = len(crew.samples) + len(target.samples)
+    is_slower = target.tp < crew.tp
+    return not is_slower and _least_replicas(view, target.tp, both) <= len(target.replicas)
+
+
+def _least_replicas(view: RolloutView, tp: int, num_samples: int) -> int:
+    """Return how many replicas run all samples at once: on fewer what is cut would queue last, however long it is."""
+    return -(-num_samples // view.pool.perf[tp].limits.max_num_seqs)
+
+
+def _worth(future: Frontier, price: float, option: int) -> float:
+    """Return the GPU-seconds that a future takes, with those that its time is worth."""
+    return float(price * future.time_s[-1, option] + future.gpu_s[-1, option])
 
 
 def _moved_s(view: RolloutView, samples: IntArray, target: _Crew) -> float:

@@ -11,6 +11,7 @@ decision has a reason.
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +23,7 @@ from verl_rlhfless.policy.fleets import Candidate, LaneFleet, elastic_fleets
 from verl_rlhfless.policy.goal import Goal, infeasible, too_few, too_wide
 from verl_rlhfless.policy.predict import Prediction
 from verl_rlhfless.policy.snapshot import Batch, FloatArray, IntArray, PoolSnapshot, RolloutPlan
-from verl_rlhfless.policy.stages import Options, options_for
+from verl_rlhfless.policy.stages import Options, options_for, rank_share
 from verl_rlhfless.policy.step_costs import Reference, StepCosts, static_fleets, static_gpus
 from verl_rlhfless.policy.units import Units
 
@@ -137,7 +138,8 @@ def _choose(candidates: list[Candidate], static: tuple[Reference, float], goal: 
             return fastest, f"the fastest: {why}"
         return best, "least cost with a step no longer than static's"
     least = min(objective(c) for c in allowed)
-    best = min((c for c in allowed if objective(c) <= least * (1 + _TIE)), key=lambda c: (c.step_s, c.gpu_s))
+    ties = [c for c in allowed if objective(c) <= least * (1 + _TIE)]
+    best = min(ties, key=lambda c: (round(c.step_s, 3), c.gpu_s))  # a millisecond is no time that GPUs may cost
     resident = min((c for c in allowed if c.is_resident), key=objective, default=None)
     if resident is not None and not best.is_resident:
         gain = (objective(resident) - objective(best)) * ref.gpu_s / max(goal.cost_weight, 1e-6)
@@ -149,7 +151,7 @@ def _choose(candidates: list[Candidate], static: tuple[Reference, float], goal: 
 
 
 def _place(pool: PoolSnapshot, batch: Batch, chosen: Candidate, units: Units) -> IntArray:
-    """Return the replica of each sample: groups stay together, lanes apart, load evened out inside a lane."""
+    """Return the replica of each sample: groups stay together, lanes apart, load evened out in a lane."""
     count = len(chosen.fleet)
     if batch.num_samples <= count:
         return least_requests(batch, count)
@@ -161,9 +163,45 @@ def _place(pool: PoolSnapshot, batch: Batch, chosen: Candidate, units: Units) ->
     for lane in chosen.lanes:
         mask = (rank[units.unit_of] >= unit) & (rank[units.unit_of] < unit + lane.num_units)
         part = _subset(batch, mask)
-        worth = _prefill_load(pool, lane, part, load[mask])
-        replica_of[mask] = replica + affine_groups(part, load[mask], lane.count, worth)
+        slots = pool.perf[lane.tp].limits.max_num_seqs
+        if part.num_samples > lane.count * slots and not chosen.is_resident:  # some queue, and an early end saves
+            rows = units.order[unit : unit + lane.num_units]
+            ranked = rank_share(units.mu[rows], units.sigma[rows])
+            replica_of[mask] = replica + fill_slots(load[mask], (lane.count, slots), ranked)
+        else:
+            worth = _prefill_load(pool, lane, part, load[mask])
+            replica_of[mask] = replica + affine_groups(part, load[mask], lane.count, worth)
         replica, unit = replica + lane.count, unit + lane.num_units
+    return replica_of
+
+
+def fill_slots(load: FloatArray, fleet: tuple[int, int], ranked: float) -> IntArray:
+    """Return the replica of each sample where samples queue: the first ones are filled, so that the others end early.
+
+    Longest first, each to the first replica with a slot on which it ends in time, else to the slot that is free first.
+    In time is when the last sample ends if all go to the slot that is free first; sooner as far as lengths are not
+    known, which evens load out; a thousandth is no delay. Siblings are alike, so that most of them stay together.
+
+    Args:
+        load: [B] predicted tokens of each sample.
+        fleet: Equal replicas, and samples that each runs at once.
+        ranked: How well the samples are known apart (``rank_share``).
+    """
+    num_replicas, slots = fleet
+    order, replica_of = longest_first(np.arange(len(load)), load).tolist(), np.empty(len(load), dtype=np.int64)
+    in_time = 0.0
+    for _ in range(2):
+        ends, used = [[0.0] * slots for _ in range(num_replicas)], [0.0] * num_replicas
+        for sample in order:
+            tokens = float(load[sample])
+            fitting = (r for r, free in enumerate(ends) if free[0] + tokens <= in_time * (1 + 1e-3))
+            replica = next(fitting, None)
+            if replica is None:
+                replica = min(range(num_replicas), key=lambda r: (ends[r][0], used[r]))
+            heapq.heapreplace(ends[replica], ends[replica][0] + tokens)
+            used[replica] += tokens
+            replica_of[sample] = replica
+        in_time = ranked * max(map(max, ends))
     return replica_of
 
 

@@ -14,6 +14,7 @@ least, with a high one the time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -77,12 +78,16 @@ class Lane:
         alive: [K] expected samples alive in the middle of each interval.
         context: Mean context at depth 0.
         prefill_tokens: Prompt tokens to compute at the start.
+        is_any: [K] probability that any sample is alive in the middle of each interval.
+        ranked: How well the samples are known apart (``rank_share``).
     """
 
     edges: FloatArray
     alive: FloatArray
     context: float
     prefill_tokens: float
+    is_any: FloatArray
+    ranked: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +125,12 @@ def _options(num_gpus: int, sizes: tuple[int, ...], extra: tuple[tuple[int, int]
         pairs |= {(tp, count) for count in counts}
     ordered = sorted(pairs)
     return Options(np.array([tp for tp, _ in ordered]), np.array([count for _, count in ordered]))
+
+
+def rank_share(mu: FloatArray, sigma: FloatArray) -> float:
+    """Return the correlation of predicted and true log lengths: 1 = known exactly, 0 = any may be the longest."""
+    known = float(mu.var())
+    return math.sqrt(known / max(known + float((sigma * sigma).mean()), 1e-12))
 
 
 def depth_edges(max_tokens: int) -> FloatArray:
@@ -162,13 +173,13 @@ def _frontiers(
     time_s, gpu_s, gain = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     first = np.zeros(shape, dtype=np.int64)
     stage_s = np.stack([stage_times(pool, options, lane) for lane in lanes])
-    alive = np.stack([lane.alive for lane in lanes])
+    alive, is_any = np.stack([lane.alive for lane in lanes]), np.stack([lane.is_any for lane in lanes])
     context = np.array([lane.context for lane in lanes])
     depth = np.stack([np.concatenate(([0.0], (lane.edges[:-1] + lane.edges[1:])[:-1] / 2)) for lane in lanes])
-    moved = alive * (context[:, None] + depth) * -np.expm1(-alive)
+    moved = alive * (context[:, None] + depth) * is_any
     for part, block in blocks:
         moves = _Moves.build(pool, block, max(float(context.mean()), 1.0), can_start=can_start)
-        best = _viterbi(stage_s[:, :, part], (alive, moved), moves, prices)
+        best = _viterbi(stage_s[:, :, part], (is_any, moved), moves, prices)
         time_s[:, :, part], gpu_s[:, :, part], gain[:, :, part] = best[0], best[1], best[3]
         first[:, :, part] = (part.start or 0) + best[2]
     start_s = np.array([lane.prefill_tokens for lane in lanes])[:, None, None] * _prefill(pool, options) / options.count
@@ -183,15 +194,15 @@ def _viterbi(
 
     Args:
         stage_s: [L, K, M] seconds of each interval on each option.
-        population: [L, K] samples alive, and tokens that a change would move.
+        population: [L, K] probability that any sample is alive, and tokens that a change would move.
         moves: Prices of changes.
         prices: [P] GPU-seconds that one second is worth.
     """
-    alive, moved = population
+    is_any, moved = population
     worth_of_time = prices[:, None]
     change_s = moved[:, :, None, None] * moves.s_per_token
     per_token = moves.gpu_s_per_token + prices[:, None, None] * moves.s_per_token
-    tokens, is_any = moved[:, :, None, None, None], -np.expm1(-alive)[:, :, None, None, None]
+    tokens, is_any = moved[:, :, None, None, None], is_any[:, :, None, None, None]
     stage = stage_s[:, :, None, :]
     stage_worth = stage * (moves.gpus + worth_of_time)
     time_s = np.zeros((len(stage_s), len(prices), len(moves.gpus)))
@@ -223,17 +234,42 @@ def stage_times(pool: PoolSnapshot, options: Options, lane: Lane) -> FloatArray:
     """
     width = np.diff(lane.edges)
     middle = (lane.edges[:-1] + lane.edges[1:]) / 2
-    is_any = -np.expm1(-lane.alive)
-    given = np.maximum(lane.alive / np.maximum(is_any, 1e-9), 1.0)
-    # a sample is on one replica: the fullest, which ends last, has the mean rounded up
-    mean = given[:, None] / options.count
-    fullest = np.where(options.count > 1, np.ceil(mean - 1e-9), mean)
+    given = np.maximum(lane.alive / np.maximum(lane.is_any, 1e-9), 1.0)
+    slots = options.by_size(lambda tp: pool.perf[tp].limits.max_num_seqs)
+    mean = _queued_follow(given[:, None] / options.count, slots, options, lane)
+    # a sample is on one replica: the fullest, which ends last, runs the mean rounded up
+    running = np.maximum(np.minimum(np.ceil(mean - 1e-9), slots), mean)
+    fullest = np.where(options.count > 1, running, mean)
     context = (lane.context + middle)[:, None]
     stage = np.empty_like(mean)
     for tp, part in options.sizes:
         stage[:, part] = pool.perf[tp].fluid_iteration_s(fullest[:, part], context)
-    expected: FloatArray = stage * (width * is_any)[:, None]
+    expected: FloatArray = stage * (width * lane.is_any)[:, None]
     return expected
+
+
+def _queued_follow(mean: FloatArray, slots: FloatArray, options: Options, lane: Lane) -> FloatArray:
+    """Return [K, M] samples of one replica when those beyond its slots take the place of those that end.
+
+    Without order they share the slots in turns, all the way: that is exact for lengths without memory. Longest first,
+    what waits is short and fits in beside the longest, as far as slots are free by then; it begins where the first one
+    ends, which is as deep as the longest that waits, so that it ends no earlier than twice as deep.
+
+    Args:
+        mean: [K, M] samples of each interval on one of an option's replicas.
+        slots: [M] samples that a replica runs at once.
+        options: Where the lane may run.
+        lane: The population.
+    """
+    over, free = np.maximum(mean - slots, 0.0), np.maximum(slots - mean, 0.0)
+    if not over.any():
+        return mean
+    tokens = np.diff(lane.edges) * lane.is_any
+    queued, room = tokens @ over, np.maximum(tokens @ free, 1e-9)
+    late = np.maximum(2 * (tokens @ np.minimum(over * options.count, 1.0)) - tokens.sum(), 0.0)
+    follow = lane.ranked * np.maximum(np.minimum(room, queued - slots * late), 0.0)
+    placed: FloatArray = mean - over * (follow / np.maximum(queued, 1e-9)) + free * (follow / room)
+    return placed
 
 
 def _prefill(pool: PoolSnapshot, options: Options) -> FloatArray:

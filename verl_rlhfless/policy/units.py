@@ -8,7 +8,7 @@ import numpy as np
 
 from verl_rlhfless.policy.predict import Prediction
 from verl_rlhfless.policy.snapshot import Batch, FloatArray, IntArray
-from verl_rlhfless.policy.stages import Lane, depth_edges
+from verl_rlhfless.policy.stages import Lane, depth_edges, rank_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,8 @@ class Units:
         order: [U] unit ids, longest predicted first.
         edges: [K+1] depths in tokens.
         alive: [U, K] expected samples alive in the middle of each interval.
+        is_none: [U, K] probability that none is.
+        mu / sigma: [U] predicted log length of one sample, and its uncertainty.
         mean: [U] expected tokens of one sample.
     """
 
@@ -33,6 +35,9 @@ class Units:
     order: IntArray
     edges: FloatArray
     alive: FloatArray
+    is_none: FloatArray
+    mu: FloatArray
+    sigma: FloatArray
     mean: FloatArray
 
     @classmethod
@@ -48,15 +53,33 @@ class Units:
         edges = depth_edges(prior.cap)
         each = replace(prior, mu=prior.mu[first], sigma=prior.sigma[first])
         alive = each.alive_at((edges[1:] + edges[:-1]) / 2)
-        prompt = batch.prompt_tokens[first].astype(float)
-        return cls(size, prompt, batch.group_of[first], unit_of, order, edges, alive * size[:, None], each.mean())
+        return cls(
+            size=size,
+            prompt=batch.prompt_tokens[first].astype(float),
+            group=batch.group_of[first],
+            unit_of=unit_of,
+            order=order,
+            edges=edges,
+            alive=alive * size[:, None],
+            is_none=(1 - alive) ** size[:, None],
+            mu=each.mu,
+            sigma=each.sigma,
+            mean=each.mean(),
+        )
 
     def lane(self, rows: IntArray) -> Lane:
         """Return the population of some units; a prompt is prefilled once."""
         count = float(self.size[rows].sum())
         context = float((self.size[rows] * self.prompt[rows]).sum()) / max(count, 1.0)
         _, once = np.unique(self.group[rows], return_index=True)
-        return Lane(self.edges, self.alive[rows].sum(axis=0), context, float(self.prompt[rows][once].sum()))
+        return Lane(
+            edges=self.edges,
+            alive=self.alive[rows].sum(axis=0),
+            context=context,
+            prefill_tokens=float(self.prompt[rows][once].sum()),
+            is_any=1 - self.is_none[rows].prod(axis=0),
+            ranked=rank_share(self.mu[rows], self.sigma[rows]),
+        )
 
     def early_share(self, share: float) -> float:
         """Return the share of the expected tokens in samples that end within ``share`` of the longest one's depth."""

@@ -203,7 +203,8 @@ def test_a_dearer_second_never_makes_the_future_longer_and_staying_is_never_bett
     options = options_for(POOL)
     edges = depth_edges(cap)
     middle = (edges[1:] + edges[:-1]) / 2
-    lane = Lane(edges, count * np.exp(-3 * middle / cap), context, 1000.0)
+    alive = count * np.exp(-3 * middle / cap)
+    lane = Lane(edges, alive, context, 1000.0, -np.expm1(-alive), 0.5)
     prices = np.array([0.0, 4.0, 16.0, 64.0, 1e6])
     best = frontier(POOL, options, lane, prices)
     worth = best.gpu_s + prices[:, None] * best.time_s
@@ -217,7 +218,8 @@ def test_a_dearer_second_never_makes_the_future_longer_and_staying_is_never_bett
 def test_lanes_side_by_side_only_shrink_whatever_sizes_they_use(sizes: tuple[int, ...], count: int) -> None:
     options = options_for(POOL, sizes=sizes)
     edges = depth_edges(8000)
-    lane = Lane(edges, count * np.exp(-3 * edges[1:] / 8000), 200.0, 0.0)
+    alive = count * np.exp(-3 * edges[1:] / 8000)
+    lane = Lane(edges, alive, 200.0, 0.0, -np.expm1(-alive), 0.5)
     first = shrinking(POOL, options, (lane,), np.array([1.0, 64.0, 1e6]))[0].first
     assert (options.tp[first] == options.tp).all()
     assert (options.count[first] <= options.count).all()

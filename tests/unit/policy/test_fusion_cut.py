@@ -78,9 +78,8 @@ def test_a_tail_that_ends_before_the_models_are_loaded_is_not_cut() -> None:
 
 def lane(alive: list[float], context: float = 100.0) -> Lane:
     edges = depth_edges(8000)
-    return Lane(
-        edges, np.interp(np.arange(len(edges) - 1), np.linspace(0, len(edges) - 2, len(alive)), alive), context, 0.0
-    )
+    at = np.interp(np.arange(len(edges) - 1), np.linspace(0, len(edges) - 2, len(alive)), alive)
+    return Lane(edges, at, context, 0.0, -np.expm1(-at), 0.0)
 
 
 def test_a_cut_costs_the_tail_and_saves_inference_and_none_of_it_costs_and_saves_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -79,7 +80,8 @@ def test_the_more_is_parked_the_better_is_the_plan(start_s: float, cost_weight: 
     goal = Goal(cost_weight=cost_weight)
     plans = [plan_parked_fleet(pool(n, start_s), BATCH, exact(LENGTHS), goal) for n in (1, 2, 3, 4)]
     reached = [plan.objective for plan in plans if plan.objective is not None]
-    assert len(reached) == 4 and reached == sorted(reached, reverse=True)
+    assert len(reached) == 4
+    assert all(b <= a * 1.007 for a, b in pairwise(reached)), "objectives this close are equal: the faster is taken"
 
 
 def test_a_start_that_takes_far_longer_than_rollouts_is_not_made() -> None:

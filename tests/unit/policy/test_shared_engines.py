@@ -43,7 +43,7 @@ def test_a_short_rollout_is_not_worth_the_trainers_leaving_and_a_long_tail_is() 
 
 
 def test_what_a_trainer_takes_to_leave_and_come_back_decides() -> None:
-    chosen = [planned(pool(resume_s=resume_s), LONG_TAIL).is_resident for resume_s in (1.0, 30.0, 300.0)]
+    chosen = [planned(pool(resume_s=resume_s), LONG_TAIL).is_resident for resume_s in (1.0, 20.0, 300.0)]
     assert chosen == [False, False, True]
 
 
