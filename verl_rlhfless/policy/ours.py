@@ -10,7 +10,8 @@ import numpy as np
 from verl_rlhfless.policy.arm import Outcome
 from verl_rlhfless.policy.fuse import fuse_gpus
 from verl_rlhfless.policy.fusion_cut import cut_for_inference
-from verl_rlhfless.policy.migrate import RULES, Change, consolidate, cut_by_rule
+from verl_rlhfless.policy.migrate import Change, consolidate
+from verl_rlhfless.policy.paper_rules import RULES, cut_by_rule
 from verl_rlhfless.policy.plan import Goal, plan_fleet, static_step_s
 from verl_rlhfless.policy.predict import LengthModel, Prediction, exact, learn, predict, refine
 from verl_rlhfless.policy.snapshot import FINISHED, Batch, PoolSnapshot, Reaction, RolloutPlan, RolloutView

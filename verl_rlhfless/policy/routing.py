@@ -8,18 +8,17 @@ prompt once more costs; nothing moves for less than a least gain.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
-from verl_rlhfless.policy.affinity import PrefixBook
 from verl_rlhfless.policy.arm import Outcome
-from verl_rlhfless.policy.balance import Foresight, Outlook, Units, Workload, assign, best_move, bounds
+from verl_rlhfless.policy.balance import Foresight, Units, best_move, bounds
 from verl_rlhfless.policy.dispatch import least_requests, longest_first
-from verl_rlhfless.policy.migrate import RULES, cut_by_rule
-from verl_rlhfless.policy.perf import EnginePerf
+from verl_rlhfless.policy.paper_rules import RULES, cut_by_rule
+from verl_rlhfless.policy.placement import place
 from verl_rlhfless.policy.predict import LengthModel, Prediction, learn, predict, refine
 from verl_rlhfless.policy.snapshot import (
     FINISHED,
@@ -45,8 +44,6 @@ _LOOK_S = 0.5
 _SAMPLES_PER_LOOK = 2048  # a look takes about 10 us a sample: with more of them, looks are as much rarer
 _EXACT = 0.01  # spread of the log of a length that is known
 _MOST_MOVES = {WAITING: 64, RUNNING: 8}  # progress is up to one interval old: some moves, then look again
-_UNITS_PER_REPLICA = 8  # units are small enough to even out
-_SPLITS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -259,55 +256,6 @@ class _Movable:
     def _prompts(self, leaders: IntArray, replica: IntArray | int) -> FloatArray:
         tokens: FloatArray = np.where(self._is_known[replica, self._group_of[leaders]], 0.0, self._prompt[leaders])
         return tokens
-
-
-def place(batch: Batch, prediction: Prediction, perf: Sequence[EnginePerf], keeps_groups: bool) -> IntArray:
-    """Return the replica of each sample, [B], on idle replicas.
-
-    Groups are split into ever smaller pieces while that lets the last replica end sooner, the prompts that are then
-    computed more than once included.
-
-    Args:
-        batch: The prompts.
-        prediction: Their lengths.
-        perf: Performance of each replica.
-        keeps_groups: Whether siblings find their prompt computed; without, every sample is placed for itself.
-    """
-    samples = np.argsort(batch.group_of, kind="stable")
-    outlook = Outlook.build(prediction, batch, np.zeros(batch.num_samples, dtype=np.int64), samples)
-    best: tuple[float, IntArray] | None = None
-    for pieces in _SPLITS if keeps_groups else _SPLITS[-1:]:
-        first = pieces_of(batch.group_of[samples], pieces)
-        units = outlook.units(slice(None), first, batch.prompt_tokens[samples[first]].astype(np.float64))
-        work = Workload(perf, outlook.width)
-        book = PrefixBook(batch, work.num_replicas) if batch.prefixes and keeps_groups else None
-        chosen = assign(work, units, book)
-        end_s = float(work.end_s().max())
-        if best is None or end_s < best[0] * (1 - _LEAST_GAIN):
-            replica_of = np.empty(batch.num_samples, dtype=np.int64)
-            replica_of[samples] = np.repeat(chosen, np.diff(first, append=len(samples)))
-            best = end_s, replica_of
-        if len(first) == len(samples) or len(first) >= _UNITS_PER_REPLICA * work.num_replicas:
-            break
-    assert best is not None
-    return best[1]
-
-
-def pieces_of(group_of: IntArray, pieces: int) -> IntArray:
-    """Return where each piece begins when every group is cut into so many, as equal as can be.
-
-    Args:
-        group_of: [N] increasing.
-        pieces: At least 1; a smaller group is cut into its samples.
-    """
-    start = bounds(group_of)
-    size = np.diff(start, append=len(group_of))
-    cuts = np.minimum(pieces, size)
-    group = np.repeat(np.arange(len(start)), cuts)
-    piece = np.arange(len(group)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
-    small, longer = np.divmod(size, cuts)  # the first `longer` pieces have one sample more
-    first: IntArray = start[group] + piece * small[group] + np.minimum(piece, longer[group])
-    return first
 
 
 def _moves(samples: IntArray, targets: IntArray) -> tuple[Move, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class Units:
             unit_of = group
         order = np.lexsort((first, -(prior.mu[first] + prior.sigma[first])))
         edges = depth_edges(prior.cap)
-        each = replace(prior, mu=prior.mu[first], sigma=prior.sigma[first])
+        each = prior.of(first)
         alive = each.alive_at((edges[1:] + edges[:-1]) / 2)
         return cls(
             size=size,

@@ -100,7 +100,8 @@ def test_free_gpus_never_make_a_cut_dearer_and_every_cut_decodes_at_least_as_lon
     gpus: tuple[int, int, int],
 ) -> None:
     edges = depth_edges(depth)
-    lane = Lane(edges, alive * np.exp(-3 * edges[1:] / depth), 300.0, 0.0)
+    left = alive * np.exp(-3 * edges[1:] / depth)
+    lane = Lane(edges, left, 300.0, 0.0, -np.expm1(-left), 0.5)
     free, running, more = gpus
     taken, rest = sorted(share * finished for share in waiting)
     pool = replace(POOL, trainer=replace(POOL.trainer, num_gpus=2))  # so slow that every token counts

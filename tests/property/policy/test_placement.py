@@ -16,8 +16,8 @@ from tests.property.policy.test_policies import POOL, batches
 from verl_rlhfless.policy.affinity import PrefixBook, affine_groups
 from verl_rlhfless.policy.balance import Outlook, Units, Workload, assign, best_move, bounds
 from verl_rlhfless.policy.dispatch import balanced_groups
+from verl_rlhfless.policy.placement import place
 from verl_rlhfless.policy.predict import exact
-from verl_rlhfless.policy.routing import place
 from verl_rlhfless.policy.snapshot import Batch, FloatArray, IntArray, SharedPrefix
 
 FLEETS = st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=4)

@@ -93,7 +93,8 @@ def test_a_cut_costs_the_tail_and_saves_inference_and_none_of_it_costs_and_saves
 
 def test_the_trainer_infers_afterwards_what_no_phase_has_taken() -> None:
     edges = depth_edges(8000)
-    eight = Lane(edges, np.full(len(edges) - 1, 8.0), 100.0, 0.0)  # 8 samples that end with 8,100 tokens
+    alive = np.full(len(edges) - 1, 8.0)
+    eight = Lane(edges, alive, 100.0, 0.0, np.ones_like(alive), 0.0)  # 8 samples that end with 8,100 tokens
     mean = (400_000 + 8 * 8100) / 512
     for waiting in (0, 300_000, 400_000):
         cuts = price_cuts(ONE.pool, eight, FLEET, Inference(512, 400_000, waiting))

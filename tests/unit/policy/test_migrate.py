@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tests.unit.sim.cases import cell, steps
-from verl_rlhfless.policy.migrate import Change, consolidate, local_cut
+from verl_rlhfless.policy.migrate import Change, consolidate
+from verl_rlhfless.policy.paper_rules import local_cut
 from verl_rlhfless.policy.predict import Prediction, exact
 from verl_rlhfless.policy.snapshot import (
     FINISHED,
@@ -113,7 +114,7 @@ def test_a_change_must_gain_the_hysteresis_and_a_start_ten_times_as_much() -> No
     assert [bool(change(TAIL, price=64.0, free=14, hysteresis=least).starts) for least in (0.02, 0.05)] == [True, False]
 
 
-@pytest.mark.parametrize(("longest", "reason"), [(4000, ""), (10_000, "4 x TP1 shrinks to 2")])
+@pytest.mark.parametrize(("longest", "reason"), [(3000, ""), (10_000, "4 x TP1 shrinks to 2")])
 def test_replicas_that_end_before_the_last_one_shrink_for_less(longest: int, reason: str) -> None:
     assert change((4, 1, 32, 2000), (1, 2, 1, longest), price=16.0, generated=1000).reason == reason
 

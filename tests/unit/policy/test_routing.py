@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from tests.unit.policy.paced import POOL
+from verl_rlhfless.policy.placement import pieces_of
 from verl_rlhfless.policy.predict import LengthModel
-from verl_rlhfless.policy.routing import Routing, RoutingPolicy, pieces_of
+from verl_rlhfless.policy.routing import Routing, RoutingPolicy
 from verl_rlhfless.policy.snapshot import (
     FINISHED,
     READY,

@@ -19,7 +19,8 @@ NARROW_OR_WIDE = Options(np.array([1, 4]), np.array([1, 1]))
 def future(pool: PoolSnapshot, options: Options = NARROW_OR_WIDE, prefill_tokens: float = 0.0) -> Frontier:
     """Return the best future of 32 samples that all get 8,000 tokens, where a second is worth 64 GPU-seconds."""
     edges = depth_edges(8000)
-    lane = Lane(edges, np.full(len(edges) - 1, 32.0), 1000.0, prefill_tokens)
+    alive = np.full(len(edges) - 1, 32.0)
+    lane = Lane(edges, alive, 1000.0, prefill_tokens, np.ones_like(alive), 1.0)
     return frontier(pool, options, lane, np.array([64.0]))
 
 

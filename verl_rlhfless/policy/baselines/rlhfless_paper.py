@@ -15,7 +15,7 @@ import numpy as np
 
 from verl_rlhfless.policy.arm import Outcome
 from verl_rlhfless.policy.dispatch import equal_length_blocks, longest_first
-from verl_rlhfless.policy.migrate import local_cut
+from verl_rlhfless.policy.paper_rules import local_cut
 from verl_rlhfless.policy.snapshot import Batch, PoolSnapshot, Reaction, RolloutPlan, RolloutView
 
 LOOK_S = 1.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from verl_rlhfless.policy.baselines.stock import StockSync
 from verl_rlhfless.policy.fuse import fits
-from verl_rlhfless.policy.migrate import global_cut
+from verl_rlhfless.policy.paper_rules import global_cut
 from verl_rlhfless.policy.snapshot import Batch, PoolSnapshot, Reaction, RolloutPlan, RolloutView
 
 LOOK_S = 1.0
