@@ -2,8 +2,7 @@
 
 The fleet is verl's own resident replicas, or what a fixed schedule leases. Nothing here starts or ends a replica.
 
-Invariants: every unfinished sample has a replica; a group is split only when that saves more time than computing its
-prompt once more costs; nothing moves for less than a least gain.
+Invariants: every unfinished sample has a replica; nothing moves for less than a least gain.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _LEAST_STEP = {WAITING: 0.08, RUNNING: 0.05}
 """Least share that each of them must save: a prompt is computed twice, a cut sample stands still on its way."""
 
 _LOOK_S = 0.5
-_SAMPLES_PER_LOOK = 2048  # a look takes about 10 us a sample: with more of them, looks are as much rarer
+_SAMPLES_PER_LOOK = 8192  # a look takes about 1 us a sample: with more of them, looks are as much rarer
 _EXACT = 0.01  # spread of the log of a length that is known
 _MOST_MOVES = {WAITING: 64, RUNNING: 8}  # progress is up to one interval old: some moves, then look again
 

@@ -201,4 +201,4 @@ def test_a_large_batch_is_looked_at_less_often() -> None:
         ).next_look_s
         for of in (small, large)
     ]
-    assert pauses == [5.5, 9.0]
+    assert pauses == [5.5, 6.0]
