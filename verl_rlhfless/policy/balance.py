@@ -11,7 +11,7 @@ Invariants: pure; ties go to the lower sample id, then to the lower replica id.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -23,57 +23,75 @@ from verl_rlhfless.policy.predict import Prediction
 from verl_rlhfless.policy.snapshot import FINISHED, Batch, FloatArray, IntArray, RolloutView
 
 _DEPTHS, _FEW = 32, 16
-_MANY_SAMPLES = 4096
+_MANY = 4096
 """Of more than these, the curves of replicas are smooth enough for few depths (within 0.5 % of their seconds)."""
 
-_BLOCK = 1024  # samples whose curves are computed together: what they take stays in the processor's cache
+_BLOCK = 1024  # rows whose curves are computed together: what they take stays in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
     """What is expected of samples from now on.
 
+    Neighbours that look alike, such as siblings that wait, share a row.
+
     Attributes:
         samples: [N] their ids, in the order that suits the caller.
+        row_of: [N] row of each; increasing.
         width: [K] tokens between two depths.
-        curves: [3, N, K] float64 at each depth: the probability that a sample is alive, the log of the probability that
-            it is not, and the tokens of context that an iteration reads for it.
+        curves: [2, M, K] float64 of each row, at each depth: the probability that a sample is alive, and the log of the
+            probability that it is not.
+        volume: [2, M] float64 of each row: tokens that a sample decodes, and tokens of context that it reads for them.
     """
 
     samples: IntArray
+    row_of: IntArray
     width: FloatArray
     curves: FloatArray
+    volume: FloatArray
 
     @classmethod
     def build(cls, prediction: Prediction, batch: Batch, generated: IntArray, samples: IntArray) -> Outlook:
         """Return the outlook on ``samples``, none of which is complete; ``generated`` is [B] tokens so far."""
         reached = np.minimum(generated[samples], prediction.cap - 1).astype(np.float64)
-        depths = _DEPTHS if len(samples) <= _MANY_SAMPLES else _FEW
-        edges = (prediction.cap - reached.min(initial=prediction.cap)) * np.linspace(0.0, 1.0, depths + 1) ** 1.5
-        middle = (edges[1:] + edges[:-1]) / 2
         context = (batch.prompt_tokens + generated)[samples].astype(np.float64)
-        curves = np.empty((3, len(samples), depths))
-        for begin in range(0, len(samples), _BLOCK):
+        looks = np.stack((prediction.mu[samples], prediction.sigma[samples], reached, context))
+        is_new = (np.diff(looks, prepend=-1.0) != 0).any(axis=0)
+        reached, context, leaders = reached[is_new], context[is_new], samples[is_new]
+        depths = _DEPTHS if len(leaders) <= _MANY else _FEW
+        edges = (prediction.cap - reached.min(initial=prediction.cap)) * np.linspace(0.0, 1.0, depths + 1) ** 1.5
+        width, middle = np.diff(edges), (edges[1:] + edges[:-1]) / 2
+        curves = np.empty((2, len(leaders), depths))
+        for begin in range(0, len(leaders), _BLOCK):
             rows = slice(begin, begin + _BLOCK)
-            part, depth = prediction.of(samples[rows]), reached[rows, None]
+            part, depth = prediction.of(leaders[rows]), reached[rows, None]
             now = np.maximum(part.alive_at(depth), 1e-9)
             alive = np.minimum(part.alive_at(depth + middle) / now, 1.0)
             curves[0, rows], curves[1, rows] = alive, np.log1p(-np.minimum(alive, 1 - 1e-9))
-            curves[2, rows] = (context[rows, None] + middle) * alive
-        return cls(samples, np.diff(edges), curves)
+        decodes = curves[0] @ width
+        reads = context * decodes + curves[0] @ (middle * width)
+        return cls(samples, np.cumsum(is_new) - 1, width, curves, np.stack((decodes, reads)))
 
-    def units(self, rows: slice, first: IntArray, prefill: FloatArray) -> Units:
-        """Return the samples of some rows as units, each from ``first``, [U], of these rows on.
+    def units(self, part: slice, first: IntArray, prefill: FloatArray) -> Units:
+        """Return the samples of a part as units, each from ``first``, [U], of the part on.
 
         Args:
-            rows: Which rows.
+            part: Which positions.
             first: Increasing, from 0.
             prefill: [U] tokens that have to be computed before a unit decodes.
         """
-        curves = self.curves[:, rows]
-        if len(first) < curves.shape[1]:
-            curves = np.add.reduceat(curves, first, axis=1)
-        return Units(self.samples[rows], first, curves, prefill)
+        samples, row_of = self.samples[part], self.row_of[part]
+        begins = np.diff(row_of, prepend=-1) != 0
+        begins[first] = True
+        run = np.flatnonzero(begins)  # alike, and of one unit
+        count, rows = np.diff(run, append=len(samples)).astype(np.float64), row_of[run]
+        if len(run) == len(first):
+            curves, volume = self.curves[:, rows] * count[:, None], self.volume[:, rows] * count
+        else:
+            parts = [slice(*ends) for ends in pairwise([*np.searchsorted(run, first).tolist(), len(run)])]
+            curves = np.stack([count[part] @ self.curves[:, rows[part]] for part in parts], axis=1)
+            volume = np.stack([self.volume[:, rows[part]] @ count[part] for part in parts], axis=1)
+        return Units(samples, first, curves, np.concatenate((volume, prefill[None])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +101,14 @@ class Units:
     Attributes:
         samples: [N] ids, one unit's after the other's.
         first: [U] where each begins in ``samples``.
-        curves: [3, U, K] as in ``Outlook``, summed.
-        prefill: [U] tokens to compute before the first decode.
+        curves: [2, U, K] as in ``Outlook``, summed.
+        volume: [3, U] tokens to decode, tokens of context to read for them, tokens to prefill before the first decode.
     """
 
     samples: IntArray
     first: IntArray
     curves: FloatArray
-    prefill: FloatArray
+    volume: FloatArray
 
     @property
     def leaders(self) -> IntArray:
@@ -106,54 +124,67 @@ class Units:
         """Return the ids of a unit's samples."""
         return self.samples[self.first[unit] :][: self.sizes[unit]]
 
+    def with_prefill(self, tokens: FloatArray | float) -> Units:
+        """Return the same units with other tokens, [U], to prefill."""
+        volume = self.volume.copy()
+        volume[2] = tokens
+        return replace(self, volume=volume)
+
     def without(self, unit: int) -> Units:
         """Return all units but one."""
         rest = np.arange(len(self.first)) != unit
         samples = self.samples[np.repeat(rest, self.sizes)]
         sizes = self.sizes[rest]
-        return Units(samples, np.cumsum(sizes) - sizes, self.curves[:, rest], self.prefill[rest])
+        return Units(samples, np.cumsum(sizes) - sizes, self.curves[:, rest], self.volume[:, rest])
 
 
 class Workload:
-    """What each of R replicas still has to do; grows with every unit that is added."""
+    """What each of R replicas still has to do; grows with every unit that is added.
+
+    Attributes:
+        width: [K] tokens between two depths.
+        curves: [2, R, K] as in ``Units``.
+        volume: [3, R] as in ``Units``.
+    """
 
     def __init__(self, perf: Sequence[EnginePerf], width: FloatArray) -> None:
         self.width = width
         self._slots = np.array([[float(p.limits.max_num_seqs)] for p in perf])
-        self._fixed_s = np.array([[p.iteration_s(0, 0)] for p in perf])
-        full_s = np.array([[p.iteration_s(p.limits.max_num_seqs, 0)] for p in perf])
-        self._per_request_s = (full_s - self._fixed_s) / self._slots
-        self._per_read_s = np.array([[p.kv_s_per_token] for p in perf])
-        self._per_prefill_s = np.array([p.prefill_s_per_token for p in perf])
-        self.curves = np.zeros((3, len(perf), len(width)))
-        self.prefill = np.zeros(len(perf))
+        self._fixed_s = np.array([p.iteration_s(0, 0) for p in perf])
+        full_s = np.array([p.iteration_s(p.limits.max_num_seqs, 0) for p in perf])
+        per_decode_s = (full_s - self._fixed_s) / self._slots[:, 0]
+        others = ([p.kv_s_per_token for p in perf], [p.prefill_s_per_token for p in perf])
+        self._per_token_s = np.array((per_decode_s, *others))
+        self.curves = np.zeros((2, len(perf), len(width)))
+        self.volume = np.zeros((3, len(perf)))
 
     @property
     def num_replicas(self) -> int:
         """How many replicas there are (R)."""
-        return len(self.prefill)
+        return len(self._fixed_s)
 
-    def add(self, replica: int, curves: FloatArray, prefill: float) -> None:
-        """Give a replica a unit of these curves, [3, K], that lets it compute ``prefill`` tokens first."""
-        self.curves[:, replica] += curves
-        self.prefill[replica] += prefill
+    def add(self, replica: int, units: Units, unit: int) -> None:
+        """Give a replica a unit."""
+        self.curves[:, replica] += units.curves[:, unit]
+        self.volume[:, replica] += units.volume[:, unit]
 
-    def remove(self, replica: int, curves: FloatArray, prefill: float) -> None:
+    def remove(self, replica: int, units: Units, unit: int) -> None:
         """Take from a replica what ``add`` gave."""
-        self.add(replica, -curves, -prefill)
+        self.curves[:, replica] -= units.curves[:, unit]
+        self.volume[:, replica] -= units.volume[:, unit]
 
     def end_s(self) -> FloatArray:
         """Return [R] expected seconds until each replica is done."""
-        return self._seconds(slice(None), self.curves, self.prefill)
+        return self._seconds(slice(None), self.curves, self.volume)
 
-    def end_with_s(self, curves: FloatArray, prefill: FloatArray) -> FloatArray:
+    def end_with_s(self, units: Units, unit: int, known_tokens: FloatArray | float = 0.0) -> FloatArray:
         """Return [R] expected seconds until each replica is done if it alone took a unit as well.
 
-        Args:
-            curves: [3, K] of the unit.
-            prefill: [R] tokens that each replica would compute first.
+        Of the unit's prefill each replica has ``known_tokens`` already.
         """
-        return self._seconds(slice(None), self.curves + curves[:, None], self.prefill + prefill)
+        volume = self.volume + units.volume[:, unit, None]
+        volume[2] -= known_tokens
+        return self._seconds(slice(None), self.curves + units.curves[:, unit, None], volume)
 
     def end_after_move_s(
         self, source: int, target: int, units: Units, prefill: FloatArray
@@ -166,15 +197,15 @@ class Workload:
             units: The units.
             prefill: [U] tokens that the target computes before each of them decodes.
         """
-        rest, more = (self.curves[:, at, None] for at in (source, target))
-        stays = self._seconds(source, rest - units.curves, self.prefill[source] - units.prefill)
-        return stays, self._seconds(target, more + units.curves, self.prefill[target] + prefill)
+        (rest, left), (more, taken) = ((self.curves[:, at, None], self.volume[:, at, None]) for at in (source, target))
+        stays = self._seconds(source, rest - units.curves, left - units.volume)
+        return stays, self._seconds(target, more + units.curves, taken + units.with_prefill(prefill).volume)
 
-    def _seconds(self, at: int | slice, curves: FloatArray, prefill: FloatArray) -> FloatArray:
-        alive, log_none, reads = curves
+    def _seconds(self, at: int | slice, curves: FloatArray, volume: FloatArray) -> FloatArray:
+        alive, log_none = curves
         turns = np.maximum(-np.expm1(log_none), alive / self._slots[at])
-        iteration_s = turns * self._fixed_s[at] + alive * self._per_request_s[at] + reads * self._per_read_s[at]
-        seconds: FloatArray = iteration_s @ self.width + prefill * self._per_prefill_s[at]
+        per_token_s = self._per_token_s[:, at].reshape(3, -1)
+        seconds: FloatArray = (turns @ self.width) * self._fixed_s[at] + (volume * per_token_s).sum(axis=0)
         return seconds
 
 
@@ -203,17 +234,17 @@ class Foresight:
         return Outlook.build(self.prediction, view.batch, view.generated, held[order])
 
     @cached_property
-    def _curves(self) -> FloatArray:
+    def _held(self) -> tuple[IntArray, Units]:
+        """The replicas that hold samples, and what each holds as one unit, its prompts' computation apart."""
         replica_of = self.view.replica_of[self.outlook.samples]
-        curves = np.zeros((3, len(self.view.replicas), len(self.outlook.width)))
-        for begin, end in pairwise([*bounds(replica_of).tolist(), len(replica_of)]):
-            curves[:, replica_of[begin]] = np.ones(end - begin) @ self.outlook.curves[:, begin:end]
-        return curves
+        first = bounds(replica_of)
+        return replica_of[first], self.outlook.units(slice(None), first, np.zeros(len(first)))
 
     def workload(self) -> Workload:
         """Return what every replica of the rollout has to do, its prompts' computation apart."""
         work = Workload([self.view.pool.perf[replica.tp] for replica in self.view.replicas], self.outlook.width)
-        work.curves += self._curves
+        replicas, units = self._held
+        work.curves[:, replicas], work.volume[:, replicas] = units.curves, units.volume
         return work
 
     def remaining_s(self) -> float:
@@ -238,13 +269,14 @@ def assign(work: Workload, units: Units, book: PrefixBook | None = None) -> list
     """
     lasts = -np.expm1(units.curves[1]) @ work.width
     leaders, replica_of = units.leaders, [0] * len(units.first)
+    known: FloatArray | float = 0.0
     for unit in np.lexsort((leaders, -lasts)).tolist():
-        curves, prefill = units.curves[:, unit], np.full(work.num_replicas, units.prefill[unit])
         if book is not None:
-            prefill -= book.known_tokens(int(leaders[unit]))
-        replica = replica_of[unit] = int(np.argmin(work.end_with_s(curves, prefill)))
-        work.add(replica, curves, float(prefill[replica]))
+            known = book.known_tokens(int(leaders[unit]))
+        replica = replica_of[unit] = int(np.argmin(work.end_with_s(units, unit, known)))
+        work.add(replica, units, unit)
         if book is not None:
+            work.volume[2, replica] -= book.known_tokens(int(leaders[unit]))[replica]
             book.add(int(leaders[unit]), replica)
     return replica_of
 

@@ -222,7 +222,7 @@ class _Movable:
         first = self._starts(self._replica_of * num_groups + self._group_of[samples])
         at = self._replica_of[first]
         self.work = foresight.workload()
-        self.work.prefill += np.bincount(at, self._prompts(samples[first], at), self.work.num_replicas)
+        self.work.volume[2] += np.bincount(at, self._prompts(samples[first], at), self.work.num_replicas)
         self._units: dict[int, Units] = {}
 
     def units_of(self, replica: int) -> Units:
@@ -243,9 +243,8 @@ class _Movable:
     def move(self, source: int, unit: int, target: int) -> IntArray:
         """Move one of a replica's units; return its samples."""
         units = self._units[source]
-        curves = units.curves[:, unit]
-        self.work.remove(source, curves, float(units.prefill[unit]))
-        self.work.add(target, curves, float(self.prefill(units, target)[unit]))
+        self.work.remove(source, units, unit)
+        self.work.add(target, units.with_prefill(self.prefill(units, target)), unit)
         self._units[source] = units.without(unit)
         return units.members(unit)
 

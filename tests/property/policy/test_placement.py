@@ -36,8 +36,8 @@ def works(draw: st.DrawFn) -> tuple[Outlook, Workload, list[Units]]:
     for replica, (begin, end) in enumerate(pairwise(ends.tolist())):
         first = bounds(batch.group_of[outlook.samples[begin:end]])
         held.append(outlook.units(slice(begin, end), first, rng.integers(0, 500, len(first)).astype(float)))
-        for curves, tokens in zip(np.moveaxis(held[-1].curves, 1, 0), held[-1].prefill.tolist(), strict=True):
-            work.add(replica, curves, tokens)
+        for unit in range(len(first)):
+            work.add(replica, held[-1], unit)
     return outlook, work, held
 
 
@@ -52,13 +52,13 @@ def test_what_is_added_ends_no_earlier_and_as_forecast_and_leaves_nothing_when_i
 ) -> None:
     _, work, held = case
     replica = at % work.num_replicas
-    before_s, curves = work.end_s(), next(units.curves[:, 0] for units in held if len(units.first))
-    forecast_s = work.end_with_s(curves, np.full(work.num_replicas, prefill))
-    work.add(replica, curves, prefill)
+    before_s, units = work.end_s(), next(units for units in held if len(units.first)).with_prefill(prefill)
+    forecast_s = work.end_with_s(units, 0)
+    work.add(replica, units, 0)
     after_s = work.end_s()
     assert after_s[replica] == pytest.approx(forecast_s[replica]) and after_s[replica] >= before_s[replica] - 1e-9
     assert (np.delete(after_s, replica) == np.delete(before_s, replica)).all()
-    work.remove(replica, curves, prefill)
+    work.remove(replica, units, 0)
     assert work.end_s() == pytest.approx(before_s, abs=1e-6)
 
 
@@ -82,9 +82,8 @@ def test_the_best_move_takes_from_the_last_replica_and_gains_what_it_says() -> N
         num_moves += 1
         source, unit, target, gain = found
         assert before_s[source] == before_s.max() and before_s[target] == before_s.min() and 0 < gain <= 1
-        curves = held[source].curves[:, unit]
-        work.remove(source, curves, float(held[source].prefill[unit]))
-        work.add(target, curves, again)
+        work.remove(source, held[source], unit)
+        work.add(target, held[source].with_prefill(again), unit)
         assert work.end_s()[[source, target]].max() == pytest.approx((1 - gain) * before_s[source], abs=1e-6)
 
     holds()
@@ -100,7 +99,7 @@ def test_without_one_unit_all_others_are_as_before(
     gone = data.draw(st.integers(0, len(units.first) - 1))
     kept, rest = units.without(gone), [unit for unit in range(len(units.first)) if unit != gone]
     assert [kept.members(i).tolist() for i in range(len(rest))] == [units.members(unit).tolist() for unit in rest]
-    assert (kept.curves == units.curves[:, rest]).all() and (kept.prefill == units.prefill[rest]).all()
+    assert (kept.curves == units.curves[:, rest]).all() and (kept.volume == units.volume[:, rest]).all()
 
 
 @settings(max_examples=60)
@@ -117,7 +116,8 @@ def test_every_sample_gets_a_place_and_the_last_replica_ends_no_later_than_any_o
         work = Workload(perf, outlook.width)
         for group, replica in sorted(set(zip(batch.group_of.tolist(), replica_of.tolist(), strict=True))):
             here = np.flatnonzero((batch.group_of == group) & (replica_of == replica))
-            work.add(replica, outlook.curves[:, here].sum(axis=1), float(batch.prompt_tokens[here[0]]))
+            part, prompt = outlook_on(batch, lengths, here), batch.prompt_tokens[here[:1]].astype(float)
+            work.add(replica, part.units(slice(None), np.zeros(1, dtype=np.int64), prompt), 0)
         return float(work.end_s().max())
 
     placed = place(batch, exact(lengths), perf, keeps_groups)
@@ -137,7 +137,7 @@ def test_assigned_units_are_all_in_the_workload_afterwards(
     units = next(units for units in held if len(units.first))
     work = Workload([POOL.perf[tp] for tp in fleet], outlook.width)
     for unit, replica in enumerate(assign(work, units)):
-        work.remove(replica, units.curves[:, unit], float(units.prefill[unit]))
+        work.remove(replica, units, unit)
     assert work.end_s() == pytest.approx(np.zeros(len(fleet)), abs=1e-6)
 
 

@@ -34,7 +34,8 @@ def singles(view: Outlook, samples: list[int], prefill: float = 0.0) -> Units:
 def workload(view: Outlook, *held: list[int]) -> Workload:
     work = Workload([POOL.perf[1]] * len(held), view.width)
     for replica, samples in enumerate(held):
-        work.add(replica, view.curves[:, samples].sum(axis=1), 0.0)
+        for unit in range(len(samples)):
+            work.add(replica, singles(view, samples), unit)
     return work
 
 
@@ -61,8 +62,8 @@ def test_a_unit_that_is_taken_away_leaves_nothing_behind() -> None:
     view = outlook(100, 50)
     work = workload(view, [0], [])
     before = work.end_s().copy()
-    work.add(1, view.curves[:, 1], 30.0)
-    work.remove(1, view.curves[:, 1], 30.0)
+    work.add(1, singles(view, [1], 30.0), 0)
+    work.remove(1, singles(view, [1], 30.0), 0)
     assert work.end_s() == pytest.approx(before)
 
 
