@@ -97,8 +97,8 @@ class LiveArm:
         planned = plan_parked_fleet(believed, batch, prediction, self.settings.goal())
         return self._routing(batch, planned.fleet).plan_leased(planned, memory.lengths, self.pool, batch)
 
-    def policy(self, memory: Memory) -> Policy:
-        """Return the decisions during the rollout."""
+    def policy(self, memory: Memory, batch: Batch) -> Policy:
+        """Return the decisions during the rollout of a step."""
         return _Deciding(self, memory.lengths)
 
     def learn(self, memory: Memory, outcome: Outcome) -> Memory:
@@ -117,5 +117,5 @@ class _Deciding:
     def react(self, view: RolloutView, plan: RolloutPlan) -> Reaction:
         """Return what the live policy decides; it sees the pool that the planner believes in."""
         routing = self.arm._routing(view.batch, plan.fleet)
-        resizing = self.arm.settings.resizing(routing, self.lengths)
+        resizing = self.arm.settings.resizing(routing.policy(self.lengths, view.batch))
         return resizing.react(replace(view, pool=self.arm.pool), plan)

@@ -70,15 +70,16 @@ def planning() -> dict[str, float]:
 
 
 def rollout(groups: int, n: int, cluster: str, goal: Goal, share_waiting: float = 0.0) -> tuple[Any, ...]:
-    """Return plan, memory, prior and view of a rollout: its groups up to the median length, or some still waiting."""
+    """Return plan, memory, prior and view of a rollout at about half of its lengths; a share of its groups waits."""
     data, pool = step(groups, n), pool_of(cluster)
     model = learn(LengthModel(), data.batch, data.lengths)
     prior = predict(model, data.batch)
     plan = plan_fleet(pool, data.batch, prior, goal)
     depth = int(np.median(data.lengths))
     waits = data.batch.group_of < groups * share_waiting
-    generated = np.where(waits, 0, np.minimum(data.lengths, depth))
-    state = np.where(waits, WAITING, np.where(data.lengths <= depth, FINISHED, RUNNING)).astype(np.int8)
+    reached = depth - np.random.default_rng(0).integers(0, depth // 2, len(data.lengths))  # none begin at one moment
+    generated = np.where(waits, 0, np.minimum(data.lengths, reached))
+    state = np.where(waits, WAITING, np.where(data.lengths <= reached, FINISHED, RUNNING)).astype(np.int8)
     waiting, running = (np.bincount(plan.replica_of[state == s], minlength=len(plan.fleet)) for s in (WAITING, RUNNING))
     replicas = tuple(
         ReplicaView(r, tp, READY, int(waiting[r]), int(running[r]), int(running[r]) * depth)
@@ -105,7 +106,8 @@ def tick(groups: int, n: int, cluster: str, share_waiting: float) -> dict[str, f
     """One look of a live run at leased replicas: lengths, what waits, what runs, then the fleet itself."""
     plan, model, _, view = rollout(groups, n, cluster, Goal(), share_waiting)
     assert not plan.is_resident
-    policy = Resizing(Routing(plan.fleet, migration="cut_and_migrate", is_resident=False).policy(model), Goal())
+    routing = Routing(plan.fleet, migration="cut_and_migrate", is_resident=False)
+    policy = Resizing(routing.policy(model, view.batch), Goal())
     return median_ms(lambda: policy.react(view, plan), 15)
 
 

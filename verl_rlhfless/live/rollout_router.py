@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -158,19 +157,20 @@ class RolloutRouter(Router):
         batch = announced.batch()
         arm = self._routing.arm(announced, fleet)
         planned, pool = self._planner.next or (None, self._routing.pool(fleet))
-        policy: Policy = arm.policy(self._lengths)
+        routing = arm.policy(self._lengths, batch)
+        policy: Policy = routing
         if planned is None or planned.is_resident:
             plan = arm.plan(self._lengths, pool, batch)
         else:
             plan = arm.plan_leased(planned, self._lengths, pool, batch)
-            policy = self._routing.resizing(arm, self._lengths)
+            policy = self._routing.resizing(routing)
         self._planner.next = None
-        predicted = arm.predict(self._lengths, batch).mean()
+        predicted = routing.prior.mean()
         rank = np.empty_like(plan.order)
         rank[plan.order] = np.arange(len(rank))
         self.begin(Rollout(batch, announced.samples(), rank, predicted, pool))
         self._live = LiveRollout(self, self.desk, self.want_replica, announced.step, servers)
-        self._refine = partial(arm.refine, self._lengths)
+        self._refine = routing.refine
         ports = RolloutPorts(self._live, self._live, self._live, self._live, self._live)
         control = self._run((policy, plan, ports), batch, self._live)
         self._control = asyncio.get_running_loop().create_task(control)

@@ -22,8 +22,7 @@ from verl_rlhfless.live.suspendable import why_lease_is_kept
 from verl_rlhfless.policy.elastic import Resizing
 from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.perf import EngineLimits
-from verl_rlhfless.policy.predict import LengthModel
-from verl_rlhfless.policy.routing import Routing
+from verl_rlhfless.policy.routing import Routing, RoutingPolicy
 from verl_rlhfless.policy.shapes import parse_model_config
 from verl_rlhfless.policy.snapshot import PoolSnapshot, RolloutPlan
 from verl_rlhfless.types import FleetDecision, Forecast, ReplicaSpec
@@ -122,10 +121,10 @@ class RoutingSettings:
             truth=self._truth(announced) if config.predictor.name == "oracle" else None,
         )
 
-    def resizing(self, arm: Routing, lengths: LengthModel) -> Resizing:
-        """Return the policy of a rollout whose fleet was planned."""
+    def resizing(self, routing: RoutingPolicy) -> Resizing:
+        """Return the policy of a rollout whose fleet was planned, from the one that routes."""
         consolidates = self.config.migration.name == "cut_and_migrate"
-        return Resizing(arm.policy(lengths), self.goal(), consolidates)
+        return Resizing(routing, self.goal(), consolidates)
 
     def goal(self) -> Goal:
         """Return what a plan is to achieve."""

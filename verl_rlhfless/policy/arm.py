@@ -45,8 +45,8 @@ class Arm(Protocol):
     def plan(self, memory: Any, pool: PoolSnapshot, batch: Batch) -> RolloutPlan:
         """Return how this step's rollout starts."""
 
-    def policy(self, memory: Any) -> Policy:
-        """Return the decisions during the rollout."""
+    def policy(self, memory: Any, batch: Batch) -> Policy:
+        """Return the decisions during the rollout of a step."""
 
     def learn(self, memory: Any, outcome: Outcome) -> Any:
         """Return the memory after a step."""

@@ -98,9 +98,9 @@ class Ours:
         plan = plan_fleet(pool, batch, self.predict(memory, batch), goal, can_fuse=self.can_fuse)
         return replace(plan, first_look_s=1.0, rebinds_turns=True)
 
-    def policy(self, memory: Memory) -> OursPolicy:
-        """Return the decisions during the rollout."""
-        return OursPolicy(self, memory)
+    def policy(self, memory: Memory, batch: Batch) -> OursPolicy:
+        """Return the decisions during the rollout of a step."""
+        return OursPolicy(self, memory, self.predict(memory, batch))
 
     def learn(self, memory: Memory, outcome: Outcome) -> Memory:
         """Return the memory with the step's lengths."""
@@ -118,23 +118,20 @@ class Ours:
 
 @dataclass(frozen=True)
 class OursPolicy:
-    """Looks a fixed number of times per predicted remaining time: refine, consolidate, fuse."""
+    """Looks a fixed number of times per predicted remaining time: refine, consolidate, fuse.
+
+    Attributes:
+        prior: The prediction before the step's first token.
+    """
 
     arm: Ours
     memory: Memory
-    _priors: dict[int, Prediction] = field(default_factory=dict, compare=False)
-
-    def _prior(self, batch: Batch) -> Prediction:
-        """Return the prediction before the rollout: the same at every look."""
-        if batch.step not in self._priors:
-            self._priors[batch.step] = self.arm.predict(self.memory, batch)
-        return self._priors[batch.step]
+    prior: Prediction
 
     def refine(self, view: RolloutView) -> Prediction:
         """Return the prediction given what has been generated."""
-        prior = self._prior(view.batch)
         finished = (view.state == FINISHED).astype(np.float64)
-        return refine(self.memory.lengths, prior, view.batch, view.generated, finished)
+        return refine(self.memory.lengths, self.prior, view.batch, view.generated, finished)
 
     def react(self, view: RolloutView, plan: RolloutPlan) -> Reaction:
         """Return the change that pays most, and fusion on what stays free."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
@@ -78,14 +77,6 @@ class Routing:
             return Prediction(np.log(self.truth + 0.5), exact, batch.max_response_tokens + 1)
         return predict(memory, batch)
 
-    def refine(self, memory: LengthModel, view: RolloutView) -> Prediction:
-        """Return the prediction given what has been generated."""
-        prior = self.predict(memory, view.batch)
-        if not self.learns or self.truth is not None:
-            return prior
-        finished = (view.state == FINISHED).astype(np.float64)
-        return refine(memory, prior, view.batch, view.generated, finished)
-
     def begin(self, pool: PoolSnapshot, first: Batch) -> LengthModel:
         """Return an empty memory."""
         return LengthModel()
@@ -140,9 +131,9 @@ class Routing:
             return draws[batch.group_of] if self.keeps_groups else draws
         return batch.group_of % count if self.keeps_groups else least_requests(batch, count)
 
-    def policy(self, memory: LengthModel) -> RoutingPolicy:
-        """Return the decisions during the rollout."""
-        return RoutingPolicy(self, memory)
+    def policy(self, memory: LengthModel, batch: Batch) -> RoutingPolicy:
+        """Return the decisions during the rollout of a step."""
+        return RoutingPolicy(self, memory, self.predict(memory, batch))
 
     def learn(self, memory: LengthModel, outcome: Outcome) -> LengthModel:
         """Return the memory with the step's lengths."""
@@ -151,10 +142,22 @@ class Routing:
 
 @dataclass(frozen=True)
 class RoutingPolicy:
-    """Looks often, and moves what lets the last replica end sooner: what waits first, what runs only if it pays."""
+    """Looks often, and moves what lets the last replica end sooner: what waits first, what runs only if it pays.
+
+    Attributes:
+        prior: The prediction before the step's first token.
+    """
 
     arm: Routing
     memory: LengthModel
+    prior: Prediction
+
+    def refine(self, view: RolloutView) -> Prediction:
+        """Return the prediction given what has been generated."""
+        if not self.arm.learns or self.arm.truth is not None:
+            return self.prior
+        finished = (view.state == FINISHED).astype(np.float64)
+        return refine(self.memory, self.prior, view.batch, view.generated, finished)
 
     def react(self, view: RolloutView, plan: RolloutPlan) -> Reaction:
         """Return new places for what waits, or the migration that was chosen."""
@@ -162,7 +165,7 @@ class RoutingPolicy:
 
     def foresee(self, view: RolloutView) -> Foresight:
         """Return what is expected of the rollout from now on."""
-        return Foresight(view, partial(self.arm.refine, self.memory))
+        return Foresight(view, self.refine)
 
     def route(self, view: RolloutView, foresight: Foresight) -> Reaction:
         """Return what ``react`` does, of a foresight on the same samples."""

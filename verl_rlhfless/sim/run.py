@@ -147,7 +147,7 @@ class ArmRun:
         rollout = SimRollout(self._book, snapshot, step, plan, self._trainer.lease_id)
         self._rollout = rollout
         ports = RolloutPorts(rollout, rollout, rollout, rollout, _Version(step.batch.step))
-        record: RolloutRecord = yield env.process(_drive(run_rollout(self.arm.policy(memory), plan, ports)))
+        record: RolloutRecord = yield env.process(_drive(run_rollout(self.arm.policy(memory, step.batch), plan, ports)))
         self._rollout = None
         gen_s = rollout.now_s()
         yield from self._take_over(plan)

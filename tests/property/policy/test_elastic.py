@@ -99,7 +99,7 @@ def test_a_look_ends_only_empty_replicas_and_starts_only_what_fits() -> None:
         arm = Routing(tuple(r.tp for r in view.replicas), dispatcher, "cut_and_migrate", is_resident=False)
         model = learn(LengthModel(), view.batch, np.maximum(view.generated, 1))
         plan = replace(arm.plan(model, view.pool, view.batch), price=price)
-        policy = Resizing(arm.policy(model), Goal())
+        policy = Resizing(arm.policy(model, view.batch), Goal())
         reaction = policy.react(view, plan)
         assert repr(reaction) == repr(policy.react(view, plan))
         meant = view.replica_of.copy()

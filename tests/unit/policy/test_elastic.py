@@ -12,7 +12,7 @@ from tests.unit.policy.paced import POOL
 from verl_rlhfless.policy.elastic import Resizing, empty_replicas
 from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.predict import LengthModel
-from verl_rlhfless.policy.routing import Routing, RoutingPolicy
+from verl_rlhfless.policy.routing import Routing
 from verl_rlhfless.policy.snapshot import (
     FINISHED,
     GONE,
@@ -44,7 +44,7 @@ def view(state: Any, replica_of: Any, states: tuple[str, ...] = (READY, READY), 
 def react(now: RolloutView, price: float = 1.0, **parts: Any) -> Any:
     arm = Routing(FLEET, "length_bucket", parts.get("migration", "cut_and_migrate"), is_resident=False)
     plan = replace(arm.plan(LengthModel(), POOL, BATCH), price=price)
-    policy = Resizing(RoutingPolicy(arm, LengthModel()), Goal(), parts.get("consolidates", True))
+    policy = Resizing(arm.policy(LengthModel(), BATCH), Goal(), parts.get("consolidates", True))
     return policy.react(now, plan)
 
 
@@ -60,7 +60,7 @@ def test_an_empty_replica_is_given_back_and_the_reason_says_which() -> None:
 def test_running_samples_are_not_moved_onto_a_replica_that_is_about_to_end() -> None:
     arm = Routing(FLEET, "length_bucket", "cut_and_migrate")
     many = view([RUNNING] * 8 + [FINISHED] * 8, [0] * 8 + [1] * 8, generated=10)
-    assert RoutingPolicy(arm, LengthModel()).react(many, arm.plan(LengthModel(), POOL, BATCH)).moves
+    assert arm.policy(LengthModel(), BATCH).react(many, arm.plan(LengthModel(), POOL, BATCH)).moves
     assert react(many).moves == () and react(many).releases == (1,)
 
 

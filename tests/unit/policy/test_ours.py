@@ -49,7 +49,7 @@ def late_view(arm: Ours) -> tuple[OursPolicy, RolloutView, RolloutPlan]:
     held = np.bincount(plan.replica_of[state == RUNNING], minlength=4).tolist()
     replicas = tuple(ReplicaView(r, 1, READY, 0, held[r], 600 * held[r]) for r in range(4))
     view = RolloutView(9.0, batch, one.pool, np.full(512, 500), state, plan.replica_of, replicas, 12, 0, 0, 0)
-    return arm.policy(arm.begin(one.pool, batch)), view, plan
+    return arm.policy(arm.begin(one.pool, batch), batch), view, plan
 
 
 def test_the_migration_rule_is_chosen_by_name() -> None:

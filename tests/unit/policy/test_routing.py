@@ -11,7 +11,7 @@ import pytest
 from tests.unit.policy.paced import POOL
 from verl_rlhfless.policy.placement import pieces_of
 from verl_rlhfless.policy.predict import LengthModel
-from verl_rlhfless.policy.routing import Routing, RoutingPolicy
+from verl_rlhfless.policy.routing import Routing
 from verl_rlhfless.policy.snapshot import (
     FINISHED,
     READY,
@@ -42,7 +42,7 @@ def view(of: Batch, state: Any, replica_of: Any, generated: Any) -> RolloutView:
 
 
 def react(arm: Routing, now: RolloutView) -> Any:
-    return RoutingPolicy(arm, LengthModel()).react(now, arm.plan(LengthModel(), POOL, now.batch))
+    return arm.policy(LengthModel(), now.batch).react(now, arm.plan(LengthModel(), POOL, now.batch))
 
 
 @pytest.mark.parametrize("dispatcher", ["stock", "length_bucket", "random"])

@@ -11,7 +11,7 @@ import simpy
 from tests.unit.sim.cases import cell, steps
 from verl_rlhfless.policy.baselines.rlhfless_paper import History, RlhflessPaper
 from verl_rlhfless.policy.baselines.stock import StockSync
-from verl_rlhfless.policy.snapshot import RUNNING, WAITING, Reaction, RolloutPlan, RolloutView
+from verl_rlhfless.policy.snapshot import RUNNING, WAITING, Batch, Reaction, RolloutPlan, RolloutView
 from verl_rlhfless.sim.fused import FusedInference
 from verl_rlhfless.sim.leases import Lease, LeaseBook
 from verl_rlhfless.sim.rollout import SimRollout
@@ -27,7 +27,7 @@ class _Greedy:
 
 @dataclass(frozen=True)
 class _GreedyPaper(RlhflessPaper):
-    def policy(self, memory: History) -> _Greedy:  # type: ignore[override]
+    def policy(self, memory: History, batch: Batch) -> _Greedy:  # type: ignore[override]
         return _Greedy()
 
 

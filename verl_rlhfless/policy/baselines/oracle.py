@@ -28,9 +28,9 @@ class Oracle(Ours):
         """Return 1: nothing is uncertain."""
         return 1.0
 
-    def policy(self, memory: Memory) -> OraclePolicy:
-        """Return the decisions during the rollout."""
-        return OraclePolicy(self, memory)
+    def policy(self, memory: Memory, batch: Batch) -> OraclePolicy:
+        """Return the decisions during the rollout of a step."""
+        return OraclePolicy(self, memory, self.predict(memory, batch))
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class OraclePolicy(OursPolicy):
 
     def refine(self, view: RolloutView) -> Prediction:
         """Return the true lengths."""
-        return self.arm.predict(self.memory, view.batch)
+        return self.prior
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class RlhflessPaper:
             reason=f"{count} uniform actors of TP{self.tp}",
         )
 
-    def policy(self, memory: History) -> LocalCut:
+    def policy(self, memory: History, batch: Batch) -> LocalCut:
         """Return the local cut."""
         return LocalCut(self.tau)
 

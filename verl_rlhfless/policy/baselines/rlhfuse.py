@@ -47,6 +47,6 @@ class Rlhfuse(StockSync):
         plan = super().plan(memory, pool, batch)
         return replace(plan, first_look_s=LOOK_S, reason=f"static TP{memory}, R_t={self.share:g}, m={self.num_targets}")
 
-    def policy(self, memory: int) -> RlhfuseCut:  # type: ignore[override]
+    def policy(self, memory: int, batch: Batch) -> RlhfuseCut:  # type: ignore[override]
         """Return the cut rule."""
         return RlhfuseCut(self.share, self.num_targets)

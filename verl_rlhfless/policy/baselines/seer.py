@@ -109,6 +109,6 @@ class Seer(StockSync):
             reason=f"static TP{memory}, probes first, divided rollout",
         )
 
-    def policy(self, memory: int) -> Divided:  # type: ignore[override]
+    def policy(self, memory: int, batch: Batch) -> Divided:  # type: ignore[override]
         """Return the load balancer."""
         return Divided()

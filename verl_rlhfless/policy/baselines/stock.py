@@ -47,7 +47,7 @@ class StockSync:
             reason=f"static colocated fleet, TP{memory}",
         )
 
-    def policy(self, memory: int) -> NoReaction:
+    def policy(self, memory: int, batch: Batch) -> NoReaction:
         """Return a policy that does nothing."""
         return NoReaction()
 
