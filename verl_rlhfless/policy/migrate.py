@@ -65,6 +65,24 @@ class _Crew:
     samples: IntArray
 
 
+@dataclass(frozen=True, slots=True)
+class _Prospect:
+    """A crew, its population, its best futures, and the option that it runs on now."""
+
+    crew: _Crew
+    lane: Lane
+    future: Frontier
+    at: int
+
+    @property
+    def end_s(self) -> float:
+        return float(self.future.time_s[-1, self.at])
+
+    @property
+    def gpu_s(self) -> float:
+        return float(self.future.gpu_s[-1, self.at])
+
+
 def consolidate(view: RolloutView, prediction: Prediction, price: float, limits: tuple[float, int]) -> Change:
     """Return the change of the running fleet that gains most.
 
@@ -82,45 +100,72 @@ def consolidate(view: RolloutView, prediction: Prediction, price: float, limits:
     is_starting = any(r.state == STARTING for r in view.replicas)
     if fresh and not is_starting:
         return _hand_over(view, prediction, crews, fresh, price)
+    how = _how(view, crews, price)
+    prospects = _prospects(view, prediction, crews, how)
+    last = max(prospects, key=lambda prospect: prospect.end_s)
+    if is_starting:
+        return Change(last.end_s)
+    merged = _merge(view, prediction, prospects, how)
+    if merged is not None:
+        return merged
+    best: tuple[float, Change] | None = None
+    for prospect in prospects:
+        priced = -1 if prospect is last else 0
+        gain = float(prospect.future.gain[priced, prospect.at])
+        to = _better(view, prospect, how, (priced, hysteresis, not later))
+        if to is None or (best is not None and gain <= best[0]):
+            continue
+        change = _apply(view, prediction, prospect.crew, (*to, last.end_s))
+        if sum(change.starts) <= view.free_gpus:
+            best = (gain, change)
+    return best[1] if best is not None else Change(last.end_s)
+
+
+def _how(view: RolloutView, crews: list[_Crew], price: float) -> tuple[Options, FloatArray]:
+    """Return where crews may run, and the prices of time: of a crew that has slack, and of the last one."""
     now = tuple((crew.tp, len(crew.replicas)) for crew in crews)
-    options = options_for(view.pool, now, tuple(sorted({tp for tp, _ in now})) if len(crews) > 1 else None)
-    prices = np.array([_SLACK_PRICE, 1.0] if len(crews) > 1 else [1.0]) * price
+    if len(crews) == 1:
+        return options_for(view.pool, now), np.array([price])
+    sizes = tuple(sorted({tp for tp, _ in now}))
+    return options_for(view.pool, now, sizes), np.array([_SLACK_PRICE, 1.0]) * price
+
+
+def _prospects(
+    view: RolloutView, prediction: Prediction, crews: list[_Crew], how: tuple[Options, FloatArray]
+) -> list[_Prospect]:
+    """Return what becomes of each crew; one that is alone may also start replicas and change their size."""
+    options, prices = how
     lanes = [lane_of(view, prediction, crew.samples) for crew in crews]
     if len(crews) > 1:
         futures = shrinking(view.pool, options, lanes, prices)
     else:
         futures = [frontier(view.pool, options, lanes[0], prices)]
     at = [options.index(crew.tp, len(crew.replicas)) for crew in crews]
-    ends = [float(future.time_s[-1, m]) for future, m in zip(futures, at, strict=True)]
-    if is_starting:
-        return Change(max(ends))
-    critical = int(np.argmax(ends))
-    if len(crews) > 1:
-        merged = _merge(view, prediction, (crews, futures, at), (options, prices))
-        if merged is not None:
-            return merged
-    best: tuple[float, Change] | None = None
-    for i, (crew, future, m) in enumerate(zip(crews, futures, at, strict=True)):
-        p = -1 if i == critical else 0
-        gain, to = float(future.gain[p, m]), int(future.first[p, m])
-        is_start = options.tp[to] != options.tp[m] or options.count[to] > options.count[m]
-        if is_start and later:
-            continue  # one start per rollout: no flapping
-        if to == m or gain < hysteresis * (10 if is_start else 1) or (best is not None and gain <= best[0]):
-            continue
-        count = int(options.count[to])
-        if is_start:
-            without = shrinking(view.pool, options, [lanes[i]], prices)[0]
-            if _worth(future, price, m) > (1 - _START_GAIN) * _worth(without, price, m):
-                continue
-        else:
-            count = max(count, _least_replicas(view, crew.tp, len(crew.samples)))
-            if count >= len(crew.replicas):
-                continue
-        change = _apply(view, prediction, crew, (int(options.tp[to]), count, ends[critical]))
-        if sum(change.starts) <= view.free_gpus:
-            best = (gain, change)
-    return best[1] if best is not None else Change(max(ends))
+    return [_Prospect(*parts) for parts in zip(crews, lanes, futures, at, strict=True)]
+
+
+def _better(
+    view: RolloutView, prospect: _Prospect, how: tuple[Options, FloatArray], rule: tuple[int, float, bool]
+) -> tuple[int, int] | None:
+    """Return the tensor-parallel size and the count that a crew should go on with, ``None`` where it stays as it is.
+
+    Args:
+        view: The rollout now.
+        prospect: The crew's.
+        how: Where crews may run, and the prices of time.
+        rule: Which price counts, the least gain, and whether replicas may start.
+    """
+    (options, prices), (priced, least_gain, can_start) = how, rule
+    crew, at, to = prospect.crew, prospect.at, int(prospect.future.first[priced, prospect.at])
+    tp, count, gain = int(options.tp[to]), int(options.count[to]), prospect.future.gain[priced, at]
+    if tp == crew.tp and count <= len(crew.replicas):
+        count = max(count, _least_replicas(view, tp, len(crew.samples)))
+        return (tp, count) if count < len(crew.replicas) and gain >= least_gain else None
+    if not can_start or gain < 10 * least_gain:
+        return None  # one start per rollout: no flapping
+    without = shrinking(view.pool, options, [prospect.lane], prices)[0]
+    pays = _worth(prospect.future, prices[-1], at) <= (1 - _START_GAIN) * _worth(without, prices[-1], at)
+    return (tp, count) if pays else None
 
 
 def _crews(view: RolloutView) -> list[_Crew]:
@@ -158,34 +203,30 @@ def lane_of(view: RolloutView, prediction: Prediction, samples: IntArray) -> Lan
 
 
 def _merge(
-    view: RolloutView,
-    prediction: Prediction,
-    state: tuple[list[_Crew], list[Frontier], list[int]],
-    how: tuple[Options, FloatArray],
+    view: RolloutView, prediction: Prediction, prospects: list[_Prospect], how: tuple[Options, FloatArray]
 ) -> Change | None:
     """Return the best move of one lane's samples onto another lane's replicas, ``None`` when apart is better."""
-    (crews, futures, at), (options, prices) = state, how
-    ends = [float(f.time_s[-1, m]) for f, m in zip(futures, at, strict=True)]
-    costs = [float(f.gpu_s[-1, m]) for f, m in zip(futures, at, strict=True)]
-    apart = prices[-1] * max(ends) + sum(costs)
-    best: tuple[float, int, int, float] | None = None
-    pairs = [(i, j) for i, j in permutations(range(len(crews)), 2) if _may_join(view, crews[i], crews[j])]
-    lanes = [lane_of(view, prediction, np.concatenate((crews[i].samples, crews[j].samples))) for i, j in pairs]
-    for (i, j), both in zip(pairs, shrinking(view.pool, options, lanes, prices) if lanes else (), strict=True):
-        target = crews[j]
-        moved_s = _moved_s(view, crews[i].samples, target)
-        end = float(both.time_s[-1, at[j]]) + moved_s
-        others = [e for k, e in enumerate(ends) if k not in (i, j)]
-        cost = float(both.gpu_s[-1, at[j]]) + moved_s * target.tp * len(target.replicas)
-        cost += sum(c for k, c in enumerate(costs) if k not in (i, j))
-        worth = prices[-1] * max([end, *others]) + cost
+    options, prices = how
+    pairs = [(a, b) for a, b in permutations(prospects, 2) if _may_join(view, a.crew, b.crew)]
+    if not pairs:
+        return None
+    apart = prices[-1] * max(one.end_s for one in prospects) + sum(one.gpu_s for one in prospects)
+    lanes = [lane_of(view, prediction, np.concatenate((a.crew.samples, b.crew.samples))) for a, b in pairs]
+    best: tuple[float, _Crew, _Crew, float] | None = None
+    for (joins, stays), both in zip(pairs, shrinking(view.pool, options, lanes, prices), strict=True):
+        target, others = stays.crew, [one for one in prospects if one is not joins and one is not stays]
+        moved_s = _moved_s(view, joins.crew.samples, target)
+        end_s = float(both.time_s[-1, stays.at]) + moved_s
+        gpu_s = float(both.gpu_s[-1, stays.at]) + moved_s * target.tp * len(target.replicas)
+        gpu_s += sum(one.gpu_s for one in others)
+        worth = prices[-1] * max([end_s, *(one.end_s for one in others)]) + gpu_s
         if worth < apart * (1 - _MERGE_GAIN) and (best is None or worth < best[0]):
-            best = (worth, i, j, end)
+            best = (worth, joins.crew, target, end_s)
     if best is None:
         return None
-    _, i, j, end = best
-    moves = moves_onto(view, prediction, crews[i].samples, crews[j].replicas)
-    return Change(end, (), moves, f"TP{crews[i].tp} joins TP{crews[j].tp}")
+    _, crew, target, end_s = best
+    moves = moves_onto(view, prediction, crew.samples, target.replicas)
+    return Change(end_s, (), moves, f"TP{crew.tp} joins TP{target.tp}")
 
 
 def _may_join(view: RolloutView, crew: _Crew, target: _Crew) -> bool:
