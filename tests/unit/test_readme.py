@@ -41,6 +41,22 @@ def test_coverage_of_predicted_lengths_is_the_recorded_one() -> None:
     assert list(told.groups()) == [f"{100 * min(of):.0f}-{100 * max(of):.0f}" for of in figures]
 
 
+def test_simulated_means_over_long_cells_are_the_recorded_ones() -> None:
+    results = ROOT / "benchmarks" / "results"
+    records = [json.loads((results / f"simulate_wake_{wake}.json").read_text()) for wake in (1, 2, 5, 30)]
+    long = [record["results"]["headline"]["long"] for record in records]
+    rows = [
+        [f"{arms['ours']['x_stock']:.2f}x, {arms['ours']['cost_stock']:.2f}" for arms in long],
+        [f"{arms['ours']['run_cost_stock']:.2f}" for arms in long],
+        *(
+            [f"{arms[arm]['t_best']:.2f}, {arms[arm]['cost_best']:.2f}" for arms in long]
+            for arm in ("ours", "rlhfuse", "oracle_prompts", "oracle")
+        ),
+    ]
+    table = README.split("| Against | wake 1 s | 2 s | 5 s | 30 s |")[1].split("\n\n")[0].splitlines()[2:]
+    assert [[cell.strip() for cell in line.split("|")[2:-1]] for line in table] == rows
+
+
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"make (\w+)", README)) <= targets
