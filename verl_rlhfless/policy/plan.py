@@ -191,15 +191,21 @@ def fill_slots(load: FloatArray, fleet: tuple[int, int], ranked: float) -> IntAr
     order, replica_of = longest_first(np.arange(len(load)), load).tolist(), np.empty(len(load), dtype=np.int64)
     in_time = 0.0
     for _ in range(2):
-        ends, used = [[0.0] * slots for _ in range(num_replicas)], [0.0] * num_replicas
+        ends = [[0.0] * slots for _ in range(num_replicas)]
+        free, used = np.zeros(num_replicas), [0.0] * num_replicas
+        next_free = [(0.0, 0.0, replica) for replica in range(num_replicas)]  # what came since makes entries stale
         for sample in order:
             tokens = float(load[sample])
-            fitting = (r for r, free in enumerate(ends) if free[0] + tokens <= in_time * (1 + 1e-3))
-            replica = next(fitting, None)
-            if replica is None:
-                replica = min(range(num_replicas), key=lambda r: (ends[r][0], used[r]))
+            fits = free + tokens <= in_time * (1 + 1e-3)
+            replica = int(fits.argmax())
+            if not fits[replica]:
+                while next_free[0][:2] != (ends[next_free[0][2]][0], used[next_free[0][2]]):
+                    heapq.heappop(next_free)
+                replica = next_free[0][2]
             heapq.heapreplace(ends[replica], ends[replica][0] + tokens)
             used[replica] += tokens
+            free[replica] = ends[replica][0]
+            heapq.heappush(next_free, (ends[replica][0], used[replica], replica))
             replica_of[sample] = replica
         in_time = ranked * max(map(max, ends))
     return replica_of
