@@ -92,10 +92,10 @@ def consolidate(view: RolloutView, prediction: Prediction, price: float, limits:
         price: GPU-seconds that one second is worth.
         limits: Least gain as a share of what runs meanwhile, and how many replicas the rollout began with.
     """
-    crews = _crews(view)
+    held = num_held(view)
+    crews = _crews(view, held)
     hysteresis, num_first = limits
     later = view.replicas[num_first:]
-    held = num_held(view)
     fresh = [r.replica for r in later if r.state == READY and not held[r.replica]]
     is_starting = any(r.state == STARTING for r in view.replicas)
     if fresh and not is_starting:
@@ -168,9 +168,13 @@ def _better(
     return (tp, count) if pays else None
 
 
-def _crews(view: RolloutView) -> list[_Crew]:
-    """Return the crews: replicas of one size whose numbers of samples are alike (lanes of one size stay apart)."""
-    alive, held = view.alive, num_held(view)
+def _crews(view: RolloutView, held: IntArray) -> list[_Crew]:
+    """Return the crews: replicas of one size whose numbers of samples are alike (lanes of one size stay apart).
+
+    Args:
+        view: The rollout now.
+        held: [R] unfinished samples of each replica.
+    """
     live = [r for r in view.replicas if r.state != GONE and held[r.replica]]
     crews: list[list[int]] = []
     for r in sorted(live, key=lambda r: (r.tp, held[r.replica], r.replica)):
@@ -180,9 +184,14 @@ def _crews(view: RolloutView) -> list[_Crew]:
             crews[-1].append(r.replica)
         else:
             crews.append([r.replica])
+    crew_of = np.full(len(view.replicas) + 1, -1)  # the last for samples that have no replica
+    for crew, ids in enumerate(crews):
+        crew_of[ids] = crew
+    alive = view.alive
+    crew_of_sample = crew_of[view.replica_of[alive]]
     return [
-        _Crew(view.replicas[ids[0]].tp, tuple(sorted(ids)), alive[np.isin(view.replica_of[alive], ids)])
-        for ids in crews
+        _Crew(view.replicas[ids[0]].tp, tuple(sorted(ids)), alive[crew_of_sample == crew])
+        for crew, ids in enumerate(crews)
     ]
 
 
