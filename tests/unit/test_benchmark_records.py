@@ -28,7 +28,6 @@ OF_UNKNOWN_CODE = {
     "columns.json": "hours of paced runs, made before tables were stamped",
     "columns_cold.json": "hours of paced runs, made before tables were stamped",
     "columns_rl_math.json": "hours of paced runs, made before tables were stamped",
-    "demo.json": "made before comparisons were stamped",
     "faults.json": "its commit is in no history; half an hour of faults on real engines",
 }
 """Records that wait to be made again. Their figures were measured; by which code is no longer known."""
