@@ -149,10 +149,11 @@ class Workload:
 
     def __init__(self, perf: Sequence[EnginePerf], width: FloatArray) -> None:
         self.width = width
-        self._slots = np.array([[float(p.limits.max_num_seqs)] for p in perf])
+        slots = np.array([float(p.limits.max_num_seqs) for p in perf])
+        self._per_slot = np.repeat(1 / slots[:, None], len(width), axis=1)  # [R, K]: a product of equal shapes is fast
         self._fixed_s = np.array([p.iteration_s(0, 0) for p in perf])
         full_s = np.array([p.iteration_s(p.limits.max_num_seqs, 0) for p in perf])
-        per_decode_s = (full_s - self._fixed_s) / self._slots[:, 0]
+        per_decode_s = (full_s - self._fixed_s) / slots
         others = ([p.kv_s_per_token for p in perf], [p.prefill_s_per_token for p in perf])
         self._per_token_s = np.array((per_decode_s, *others))
         self.curves = np.zeros((2, len(perf), len(width)))
@@ -203,7 +204,7 @@ class Workload:
 
     def _seconds(self, at: int | slice, curves: FloatArray, volume: FloatArray) -> FloatArray:
         alive, log_none = curves
-        turns = np.maximum(-np.expm1(log_none), alive / self._slots[at])
+        turns = np.maximum(-np.expm1(log_none), alive * self._per_slot[at])
         per_token_s = self._per_token_s[:, at].reshape(3, -1)
         seconds: FloatArray = (turns @ self.width) * self._fixed_s[at] + (volume * per_token_s).sum(axis=0)
         return seconds
@@ -273,7 +274,7 @@ def assign(work: Workload, units: Units, book: PrefixBook | None = None) -> list
     for unit in np.lexsort((leaders, -lasts)).tolist():
         if book is not None:
             known = book.known_tokens(int(leaders[unit]))
-        replica = replica_of[unit] = int(np.argmin(work.end_with_s(units, unit, known)))
+        replica = replica_of[unit] = int(work.end_with_s(units, unit, known).argmin())
         work.add(replica, units, unit)
         if book is not None:
             work.volume[2, replica] -= book.known_tokens(int(leaders[unit]))[replica]

@@ -48,24 +48,29 @@ def balanced_groups(batch: Batch, load: FloatArray, capacity: Sequence[float]) -
     num_groups = len(batch.prompt_ids)
     group_load = np.bincount(batch.group_of, weights=load, minlength=num_groups)
     share = np.bincount(batch.group_of, minlength=num_groups)
-    replica_of = np.full(batch.num_samples, -1, dtype=np.int64)
-    members = np.argsort(batch.group_of, kind="stable")
-    ends = np.cumsum(share)
     heap = [(0.0, replica) for replica in range(len(capacity))]
     limit = group_load.sum() / sum(capacity)
     largest = limit * max(capacity)  # even share of the fastest replica
     pieces = np.minimum(np.ceil(group_load / largest), share).astype(np.int64) if largest > 0 else np.ones_like(share)
     order = np.lexsort((np.arange(num_groups), -group_load))
-    for group, end, size, heavy in zip(
-        order.tolist(), ends[order].tolist(), share[order].tolist(), pieces[order].tolist(), strict=True
-    ):
-        samples = members[end - size : end]
-        parts = [samples] if heavy <= 1 else np.array_split(samples, heavy)
-        for part in parts:
-            used, replica = heapq.heappop(heap)
-            replica_of[part] = replica
-            added = float(load[part].sum() if heavy > 1 else group_load[group])
-            heapq.heappush(heap, (used + added / capacity[replica], replica))
+
+    def give(added: float) -> int:
+        """Return the least loaded replica, which takes a load."""
+        used, replica = heap[0]
+        heapq.heapreplace(heap, (used + added / capacity[replica], replica))
+        return replica
+
+    of_group = np.zeros(num_groups, dtype=np.int64)
+    of_part: list[tuple[IntArray, int]] = []
+    for group, added, heavy in zip(order.tolist(), group_load[order].tolist(), pieces[order].tolist(), strict=True):
+        if heavy <= 1:
+            of_group[group] = give(added)
+            continue
+        for part in np.array_split(np.flatnonzero(batch.group_of == group), heavy):
+            of_part.append((part, give(float(load[part].sum()))))
+    replica_of: IntArray = of_group[batch.group_of]
+    for part, replica in of_part:
+        replica_of[part] = replica
     return replica_of
 
 
