@@ -28,6 +28,9 @@ FORMAT = "rlhfless-lengths/3"
 PRIOR_SHARE_OF_CAP = 1 / 10
 """Median response on the very first step, as a share of the longest allowed one: the only guess that is not learnt."""
 
+KNOWN_SIGMA = 0.01
+"""Spread of the logarithm of a length that is known."""
+
 _EWMA_PROMPT, _EWMA_WANDER = 0.5, 0.2
 _MOST_SAMPLES = 512
 """Most samples of earlier steps that count beside a new step's: spreads and tails follow a model that changes."""
@@ -145,7 +148,7 @@ class Prediction:
 def exact(lengths: IntArray) -> Prediction:
     """Return the prediction of samples whose lengths, [B] int64, are known."""
     mu = np.log(np.maximum(lengths, 1) + 0.5)
-    return Prediction(mu, np.full(len(lengths), 0.01), int(lengths.max()) + 1)
+    return Prediction(mu, np.full(len(lengths), KNOWN_SIGMA), int(lengths.max()) + 1)
 
 
 def predict(model: LengthModel, batch: Batch) -> Prediction:
