@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from verl_rlhfless.policy.fuse import CHUNK_TOKENS, fits
-from verl_rlhfless.policy.migrate import Change, fullest, lane_of, moves_onto, num_held
+from verl_rlhfless.policy.migrate import Change, fullest, lane_of, moves_onto
 from verl_rlhfless.policy.predict import Prediction
 from verl_rlhfless.policy.snapshot import FINISHED, READY, FloatArray, IntArray, PoolSnapshot, RolloutView
-from verl_rlhfless.policy.stages import Lane, Options, options_for, stage_times
+from verl_rlhfless.policy.stages import Lane, Options, longest_depth, options_for, stage_times
 
 _PATIENCE = 0.1
 """Share of the best gain that may be left to a later cut: that one rests on predictions which have yet to come true."""
@@ -110,16 +110,14 @@ def price_cuts(pool: PoolSnapshot, lane: Lane, fleet: tuple[int, int], inference
 
 def _tokens(lane: Lane) -> float:
     """Return the tokens that a lane's samples will have, prompts included."""
-    return float(lane.alive[0] * lane.context + (lane.alive * np.diff(lane.edges)).sum())
+    return float(lane.alive[0] * lane.context + (lane.alive * lane.width).sum())
 
 
 def _tokens_in_time(lane: Lane) -> float:
     """Return the tokens of the samples that end early enough for inference beside the rollout."""
-    middle = (lane.edges[:-1] + lane.edges[1:]) / 2
-    end = lane.edges[1:][np.flatnonzero(lane.alive >= min(0.5, lane.alive[0]))[-1]]
-    late = float(np.interp(_IN_TIME * end, middle, lane.alive))
-    ending = -np.diff(np.append(np.maximum(lane.alive, late), late))
-    return float((ending * (lane.context + middle)).sum())
+    late = float(np.interp(_IN_TIME * longest_depth(lane.edges, lane.alive), lane.middle, lane.alive))
+    ending = -np.diff(np.append(np.maximum(lane.alive, late), late))  # [K] samples that end in each interval
+    return float((ending * (lane.context + lane.middle)).sum())
 
 
 def cut_for_inference(view: RolloutView, prediction: Prediction) -> Change:
@@ -129,7 +127,7 @@ def cut_for_inference(view: RolloutView, prediction: Prediction) -> Change:
         view: The rollout now.
         prediction: Lengths given what has been generated.
     """
-    held = num_held(view)
+    held = view.num_held
     live = [r for r in view.replicas if r.state == READY and held[r.replica]]
     if not live:
         return Change(0.0)

@@ -147,7 +147,7 @@ class OursPolicy:
         is_ours, refined = self.arm.migration == "cut_and_migrate", self.refine(view)
         if is_ours and plan.is_resident and self.arm.can_fuse:
             return cut_for_inference(view, refined)
-        change = consolidate(view, refined, plan.price, (self.arm.goal.hysteresis, len(plan.fleet)))
+        change = consolidate(view, refined, plan.price, self.arm.goal.hysteresis, len(plan.fleet))
         if is_ours and not plan.is_resident:
             return change
         moves = cut_by_rule(view, self.arm.migration, self.arm.tau) if self.arm.migration in RULES else ()

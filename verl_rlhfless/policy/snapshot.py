@@ -173,8 +173,14 @@ class RolloutView:
 
     @property
     def alive(self) -> IntArray:
-        """Ids of the samples that are not complete."""
+        """Ids of the samples that are not complete, increasing."""
         return np.flatnonzero(self.state != FINISHED)
+
+    @property
+    def num_held(self) -> IntArray:
+        """Unfinished samples of each replica, [R]."""
+        of = self.replica_of[self.alive]
+        return np.bincount(of[of >= 0], minlength=len(self.replicas))
 
 
 @dataclass(frozen=True, slots=True)
