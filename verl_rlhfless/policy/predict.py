@@ -295,8 +295,8 @@ def _spread_left(model: LengthModel, batch: Batch, is_finished: FloatArray) -> F
 def learn(model: LengthModel, batch: Batch, lengths: IntArray) -> LengthModel:
     """Return the model after a step whose lengths, [B] int64, are all known.
 
-    Level and trend follow by a filter of their own; spreads, slope, recall and tail are means that weigh a step by its
-    samples, against at most ``_MOST_SAMPLES`` of earlier ones.
+    Level and trend follow by a filter of their own; spreads, slope, recall and the curve of errors are means that weigh
+    a step by its samples, against at most ``_MOST_SAMPLES`` of earlier ones.
     """
     log_length = np.log(np.maximum(lengths, 1))
     log_prompt = np.log(np.maximum(batch.prompt_tokens, 1))
@@ -314,10 +314,6 @@ def learn(model: LengthModel, batch: Batch, lengths: IntArray) -> LengthModel:
     variance = np.maximum(scale.within**2 + unknown[batch.group_of] - left, LEAST_WITHIN**2)
     assert new.level is not None
     seen = group_length - new.level - new.slope * (group_prompt - new.log_prompt)
-    effects = dict(model.effects)
-    told = seen * _told(new, group_sizes(batch))
-    for prompt, value in zip(batch.prompt_ids, told.tolist(), strict=True):
-        effects[prompt] = _mix(effects[prompt], value, _EWMA_PROMPT) if prompt in effects else value
     return replace(
         new,
         recall=_mix(model.recall, _recall(model, batch.prompt_ids, seen), rate),
@@ -325,7 +321,7 @@ def learn(model: LengthModel, batch: Batch, lengths: IntArray) -> LengthModel:
             model.survival, (log_length - mu) / np.sqrt(variance), lengths >= batch.max_response_tokens, rate
         ),
         longest=max(_LONGEST_KEPT * model.longest, float(lengths.max())) if batch.num_samples >= _TAIL_SAMPLES else 0.0,
-        effects=effects,
+        effects=_remembered(model.effects, batch.prompt_ids, seen * _told(new, group_sizes(batch))),
         num_samples=known + batch.num_samples,
     )
 
@@ -372,6 +368,14 @@ def _weights(model: LengthModel, batch: Batch) -> tuple[FloatArray, float]:
 def _mix(old: float, new: float, rate: float) -> float:
     """Return the mean in which the new value has the weight ``rate``."""
     return (1 - rate) * old + rate * new
+
+
+def _remembered(effects: Mapping[str, float], prompt_ids: tuple[str, ...], seen: FloatArray) -> dict[str, float]:
+    """Return the effects of prompts after a visit of ``prompt_ids``, [G], with the effects ``seen``, [G]."""
+    after = dict(effects)
+    for prompt, value in zip(prompt_ids, seen.tolist(), strict=True):
+        after[prompt] = _mix(after[prompt], value, _EWMA_PROMPT) if prompt in after else value
+    return after
 
 
 def _recall(model: LengthModel, prompt_ids: tuple[str, ...], seen: FloatArray) -> float:
