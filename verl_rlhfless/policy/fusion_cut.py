@@ -77,25 +77,20 @@ class Cuts:
 def price_cuts(pool: PoolSnapshot, lane: Lane, fleet: tuple[int, int], inference: Inference) -> Cuts:
     """Return what every cut of a fleet takes.
 
+    Inference runs on the GPUs that the cut frees, from when the models are loaded there, and on those that are free
+    already. It does no more than what finishes in time; the trainer does the rest after the rollout.
+
     Args:
         pool: Performance of replicas and trainer.
         lane: The samples that are left.
         fleet: Tensor-parallel size, and how many replicas of it have samples.
         inference: What is done, and what waits, of the other phases.
     """
-    (tp, count), trainer = fleet, pool.trainer
+    tp, count = fleet
     every = options_for(pool, (fleet,), (tp,))
     counts = every.count[every.count <= count]
-    stage_s = stage_times(pool, Options(np.full(len(counts), tp), counts), lane)
-    before_s = np.cumsum(stage_s[:, -1]) - stage_s[:, -1]
-    after_s = np.cumsum(stage_s[::-1], axis=0)[::-1]
-    moved = np.concatenate((lane.alive[:1], lane.alive[:-1]))[:, None] * (1 - counts / count)
-    contexts = (lane.context + lane.edges[:-1]).tolist()
-    move_s = np.array([pool.perf[tp].move_s(context, pool.has_kv_transfer) for context in contexts])
-    tail_s = moved * move_s[:, None] / counts + after_s
-    rollout_s = before_s[:, None] + tail_s
-
-    tokens = inference.finished_tokens + _tokens(lane)
+    rollout_s, tail_s = _rollout_s(pool, lane, fleet, counts)
+    trainer, tokens = pool.trainer, inference.finished_tokens + _tokens(lane)
     mean = tokens / inference.num_samples
     rate = trainer.fuse_tokens_per_s(mean)
     lost_s = CHUNK_TOKENS / 2 / rate  # with the chunk that the end of the rollout finds
@@ -106,6 +101,24 @@ def price_cuts(pool: PoolSnapshot, lane: Lane, fleet: tuple[int, int], inference
     left = np.maximum(tokens - (inference.finished_tokens - inference.waiting_tokens) - done, 1.0)
     left_s = [[trainer.inference_s(each, mean) for each in row] for row in left.tolist()]
     return Cuts(counts, rollout_s, rollout_s + np.array(left_s))
+
+
+def _rollout_s(
+    pool: PoolSnapshot, lane: Lane, fleet: tuple[int, int], counts: IntArray
+) -> tuple[FloatArray, FloatArray]:
+    """Return the seconds until the last sample ends, from now and from the cut on, [K, M] each.
+
+    The whole fleet decodes until depth k. What is cut there is recomputed by those that go on, side by side.
+    """
+    tp, count = fleet
+    stage_s = stage_times(pool, Options(np.full(len(counts), tp), counts), lane)
+    before_s = np.cumsum(stage_s[:, -1]) - stage_s[:, -1]
+    after_s = np.cumsum(stage_s[::-1], axis=0)[::-1]
+    moved = np.concatenate((lane.alive[:1], lane.alive[:-1]))[:, None] * (1 - counts / count)
+    contexts = (lane.context + lane.edges[:-1]).tolist()
+    move_s = np.array([pool.perf[tp].move_s(context, pool.has_kv_transfer) for context in contexts])
+    tail_s = moved * move_s[:, None] / counts + after_s
+    return before_s[:, None] + tail_s, tail_s
 
 
 def _tokens(lane: Lane) -> float:

@@ -17,6 +17,7 @@ from verl_rlhfless.policy.dispatch import rebind
 from verl_rlhfless.policy.snapshot import (
     FINISHED,
     HELD,
+    NEVER,
     READY,
     RUNNING,
     WAITING,
@@ -91,7 +92,7 @@ class SimRollout:
     async def wait(self, until_s: float) -> None:
         """Return at ``until_s`` or when a replica became ready or was lost or every sample finished."""
         waiter = self._waiter = self.env.event()
-        if until_s < 1e11:
+        if until_s < NEVER:
             self.book.after(max(0.0, until_s - self.now_s()), lambda: _fire(waiter))
         await _Until(waiter)
 
