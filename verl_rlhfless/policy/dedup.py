@@ -88,7 +88,7 @@ def batch_prefixes(batch: Batch) -> BatchPrefixes:
             levels.setdefault(name, []).append((tokens, len(weight)))
             weight.append(tokens - below)
             below = tokens
-    prompt_tokens = batch.prompt_tokens[np.unique(batch.group_of, return_index=True)[1]].tolist()
+    prompt_tokens = batch.prompt_tokens[batch.leaders].tolist()
     prompts = []
     for prefix, tokens in zip(shared, prompt_tokens, strict=True):
         spans = [span for upto, span in levels.get(prefix.name, ()) if upto <= prefix.tokens]

@@ -62,6 +62,11 @@ class Batch:
         """Samples of the batch (B)."""
         return len(self.group_of)
 
+    @property
+    def leaders(self) -> IntArray:
+        """First sample of each group, [G]; every group has one."""
+        return np.unique(self.group_of, return_index=True)[1]
+
 
 @dataclass(frozen=True, slots=True)
 class PoolSnapshot:
