@@ -25,13 +25,14 @@ from verl_rlhfless.policy.affinity import PrefixBook
 from verl_rlhfless.policy.perf import EnginePerf
 from verl_rlhfless.policy.predict import Prediction
 from verl_rlhfless.policy.snapshot import FINISHED, Batch, FloatArray, IntArray, RolloutView
+from verl_rlhfless.policy.stages import middle_of
 
 _NUM_DEPTHS, _FEW_DEPTHS = 32, 16
 _MANY_ROWS = 4096
-"""Of more rows than these, the curves of replicas are smooth enough for few depths (within 0.5 % of their seconds)."""
+"""With more rows, the curves of replicas are smooth enough for few depths (within 0.5 % of their seconds)."""
 
 _FINER_AT_START = 1.5
-"""Exponent of the depths: intervals are narrower where samples have just begun, since most end early."""
+"""Exponent of the depths: intervals are narrower near the present, where more samples are alive."""
 
 _LEAST_ALIVE = 1e-9
 """Least probability that a sample is alive where it stands, and least one that it has ended: finite ratios and logs."""
@@ -41,8 +42,8 @@ _BLOCK = 1024  # rows whose curves are computed together: what they take stays i
 _ALIVE, _LOG_NONE = 0, 1
 """Rows of ``curves``: expected samples that are alive, and the log of the probability that none is."""
 
-_DECODES, _READS, _PREFILLS = 0, 1, 2
-"""Rows of ``volume``: tokens to decode, tokens of context to read for them, tokens to prefill before the first one."""
+_PREFILLS = 2
+"""Row of ``volume`` with tokens to prefill; before it are tokens to decode, and tokens of context to read for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class Outlook:
         depths = _NUM_DEPTHS if len(leaders) <= _MANY_ROWS else _FEW_DEPTHS
         longest = prediction.cap - reached.min(initial=prediction.cap)
         edges = longest * np.linspace(0.0, 1.0, depths + 1) ** _FINER_AT_START
-        width, middle = np.diff(edges), (edges[1:] + edges[:-1]) / 2
+        width, middle = np.diff(edges), middle_of(edges)
         curves = np.empty((2, len(leaders), depths))
         for begin in range(0, len(leaders), _BLOCK):
             rows = slice(begin, begin + _BLOCK)

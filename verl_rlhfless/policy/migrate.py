@@ -168,6 +168,7 @@ def _prospects(view: RolloutView, prediction: Prediction, crews: list[_Crew], te
 
 
 def _last(prospects: list[_Prospect]) -> _Prospect:
+    """Return the one that ends last."""
     return max(prospects, key=lambda prospect: prospect.end_s)
 
 
@@ -211,7 +212,11 @@ def _better(view: RolloutView, prospect: _Prospect, terms: _Terms, priced: int) 
 
 
 def _crews(view: RolloutView) -> list[_Crew]:
-    """Return the crews: replicas of one size whose numbers of samples are alike (lanes of one size stay apart)."""
+    """Return the crews: replicas of one size whose numbers of samples are alike (lanes of one size stay apart).
+
+    From the emptiest replica on, each joins the crew before it while its samples are at most ``_ALIKE`` times, and as
+    many more than, those of that crew's first one.
+    """
     held = view.num_held
     live = [r for r in view.replicas if r.state != GONE and held[r.replica]]
     crews: list[list[int]] = []

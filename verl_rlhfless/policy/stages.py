@@ -26,7 +26,7 @@ NUM_DEPTHS = 18
 """Intervals of depth (K): a fleet changes between two of them, if at all."""
 
 _FINER_AT_START = 2.2
-"""Exponent of the depths: intervals are narrower where most samples end."""
+"""Exponent of the depths: intervals are narrower at the start, where more samples are alive."""
 
 _FORBIDDEN = 1e15
 """GPU-seconds of a change that must not be."""
