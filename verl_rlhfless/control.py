@@ -74,6 +74,7 @@ def _rescue(view: RolloutView, plan: RolloutPlan) -> Reaction | None:
 
 
 def _enact(reaction: Reaction, view: RolloutView, ports: RolloutPorts, record: RolloutRecord) -> None:
+    """Do what a policy decided on ``view``, starts first since moves may name their replicas, and record it."""
     if reaction.starts:
         ports.pool.start(reaction.starts)
     for move in reaction.moves:

@@ -58,8 +58,9 @@ class Section:
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            if RULE in item.metadata:
-                item.metadata[RULE](f"{self.KEY}.{item.name}", getattr(self, item.name))
+            rule: Rule | None = item.metadata.get(RULE)
+            if rule is not None:
+                rule(f"{self.KEY}.{item.name}", getattr(self, item.name))
 
 
 def build(cls: type[_T], values: object, key: str) -> _T:

@@ -116,6 +116,7 @@ def read_trace(path: str | Path) -> Iterator[TraceStep]:
 
 
 def _steps(path: Path, header: TraceHeader) -> Iterator[TraceStep]:
+    """Yield the steps that follow the header, in increasing order."""
     previous: int | None = None
     for line in _lines(path):
         if line.number == 1:
@@ -130,6 +131,7 @@ def _steps(path: Path, header: TraceHeader) -> Iterator[TraceStep]:
 
 
 def _lines(path: Path) -> Iterator[_Line]:
+    """Yield the lines of a file, numbered from 1; whatever keeps it from being read is a ``DataError``."""
     number = 0
     try:
         with _open(path) as file:
@@ -144,6 +146,7 @@ def _lines(path: Path) -> Iterator[_Line]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file, unpacked if it is gzipped, whatever its name."""
     with open(path, "rb") as file:
         is_gzip = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
         file.seek(0)
@@ -163,9 +166,11 @@ class _Line:
     raw: bytes
 
     def fail(self, rule: str) -> NoReturn:
+        """Refuse the line: it breaks a rule, which is told with the value."""
         raise DataError(f"{self.path}, line {self.number}: {rule}.")
 
     def header(self) -> TraceHeader:
+        """Return the header that this line is."""
         record = self._object(self._parse(), "the header", _HEADER_KEYS)
         if record["format"] != FORMAT:
             self.fail(f"format={_short(record['format'])}: must be {FORMAT!r}")
@@ -181,6 +186,7 @@ class _Line:
         return TraceHeader(max_response_tokens=limit, n=n, kind=record["kind"], **texts)
 
     def step(self, header: TraceHeader) -> TraceStep:
+        """Return the step that this line is."""
         record = self._object(self._parse(), "a step", _STEP_KEYS)
         groups = record["groups"]
         if not isinstance(groups, list) or not groups:
@@ -212,6 +218,7 @@ class _Line:
         return TraceGroup(prompt_id, prompt_tokens, response_tokens, **options)
 
     def _options(self, record: Mapping[str, Any], key: str, num_samples: int) -> dict[str, Any]:
+        """Return the optional fields of a ``TraceGroup`` that a group has."""
         options: dict[str, Any] = {}
         if "prefix_id" in record:
             options["prefix_id"] = self._text(record["prefix_id"], f"{key}.prefix_id")

@@ -53,9 +53,9 @@ def affine_groups(batch: Batch, load: FloatArray, num_replicas: int, prefill_loa
     num_groups = len(batch.prompt_ids)
     book, used = PrefixBook(batch, num_replicas), np.zeros(num_replicas)
     group_load = np.bincount(batch.group_of, weights=load, minlength=num_groups)
-    prompt = batch.prompt_tokens[np.unique(batch.group_of, return_index=True)[1]]
+    prompt = batch.prompt_tokens[batch.leaders]
     members = np.split(np.argsort(batch.group_of, kind="stable"), np.cumsum(np.bincount(batch.group_of))[:-1])
-    even = group_load.sum() / num_replicas
+    even = group_load.sum() / num_replicas  # a heavier group is split
     replica_of = np.empty(batch.num_samples, dtype=np.int64)
     for group in np.lexsort((np.arange(num_groups), -group_load)).tolist():
         pieces = max(1, min(len(members[group]), int(np.ceil(group_load[group] / max(even, 1e-9)))))

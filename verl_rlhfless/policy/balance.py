@@ -5,6 +5,9 @@ further depth, and how likely any is. An iteration costs a fixed time while any 
 and a part per token of context; more requests than run at once take turns. A request that is probably long therefore
 belongs where few others are.
 
+What samples add to this work is additive: they are summed over any set of samples (``WorkUnits``) and over any set of
+units on a replica (``Workload``), so that a unit is priced on R replicas in O(R * K), whatever they have already.
+
 Invariants: pure; ties go to the lower sample id, then to the lower replica id.
 """
 
@@ -14,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,27 +25,41 @@ from verl_rlhfless.policy.affinity import PrefixBook
 from verl_rlhfless.policy.perf import EnginePerf
 from verl_rlhfless.policy.predict import Prediction
 from verl_rlhfless.policy.snapshot import FINISHED, Batch, FloatArray, IntArray, RolloutView
+from verl_rlhfless.policy.stages import middle_of
 
-_DEPTHS, _FEW = 32, 16
-_MANY = 4096
-"""Of more than these, the curves of replicas are smooth enough for few depths (within 0.5 % of their seconds)."""
+_NUM_DEPTHS, _FEW_DEPTHS = 32, 16
+_MANY_ROWS = 4096
+"""With more rows, the curves of replicas are smooth enough for few depths (within 0.5 % of their seconds)."""
+
+_FINER_AT_START = 1.5
+"""Exponent of the depths: intervals are narrower near the present, where more samples are alive."""
+
+_LEAST_ALIVE = 1e-9
+"""Least probability that a sample is alive where it stands, and least one that it has ended: finite ratios and logs."""
 
 _BLOCK = 1024  # rows whose curves are computed together: what they take stays in the processor's cache
+
+_ALIVE, _LOG_NONE = 0, 1
+"""Rows of ``curves``: expected samples that are alive, and the log of the probability that none is."""
+
+_PREFILLS = 2
+"""Row of ``volume`` with tokens to prefill; before it are tokens to decode, and tokens of context to read for them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What is expected of samples from now on.
+    """What is expected of N samples from now on.
 
-    Neighbours that look alike, such as siblings that wait, share a row.
+    Neighbours that look alike, such as siblings that wait, share one of M rows.
 
     Attributes:
-        samples: [N] their ids, in the order that suits the caller.
-        row_of: [N] row of each; increasing.
-        width: [K] tokens between two depths.
-        curves: [2, M, K] float64 of each row, at each depth: the probability that a sample is alive, and the log of the
-            probability that it is not.
-        volume: [2, M] float64 of each row: tokens that a sample decodes, and tokens of context that it reads for them.
+        samples: [N] int64 ids, in the order that suits the caller.
+        row_of: [N] int64, row of each sample; never decreasing.
+        width: [K] tokens of each interval of further depth, the same for all rows.
+        curves: [2, M, K] float64 of one sample of each row, in the middle of each interval: the probability that it is
+            alive, and the log of the probability that it is not.
+        volume: [2, M] float64 of one sample of each row: tokens that it decodes, and tokens of context that it reads
+            for them, each as expected.
     """
 
     samples: IntArray
@@ -52,57 +70,61 @@ class Outlook:
 
     @classmethod
     def build(cls, prediction: Prediction, batch: Batch, generated: IntArray, samples: IntArray) -> Outlook:
-        """Return the outlook on ``samples``, none of which is complete; ``generated`` is [B] tokens so far."""
+        """Return the outlook on ``samples``, [N] ids of which none is complete; ``generated`` is [B] tokens so far."""
         reached = np.minimum(generated[samples], prediction.cap - 1).astype(np.float64)
         context = (batch.prompt_tokens + generated)[samples].astype(np.float64)
         looks = np.stack((prediction.mu[samples], prediction.sigma[samples], reached, context))
         is_new = (np.diff(looks, prepend=-1.0) != 0).any(axis=0)
         reached, context, leaders = reached[is_new], context[is_new], samples[is_new]
-        depths = _DEPTHS if len(leaders) <= _MANY else _FEW
-        edges = (prediction.cap - reached.min(initial=prediction.cap)) * np.linspace(0.0, 1.0, depths + 1) ** 1.5
-        width, middle = np.diff(edges), (edges[1:] + edges[:-1]) / 2
+        depths = _NUM_DEPTHS if len(leaders) <= _MANY_ROWS else _FEW_DEPTHS
+        longest = prediction.cap - reached.min(initial=prediction.cap)
+        edges = longest * np.linspace(0.0, 1.0, depths + 1) ** _FINER_AT_START
+        width, middle = np.diff(edges), middle_of(edges)
         curves = np.empty((2, len(leaders), depths))
         for begin in range(0, len(leaders), _BLOCK):
             rows = slice(begin, begin + _BLOCK)
             part, depth = prediction.of(leaders[rows]), reached[rows, None]
-            now = np.maximum(part.alive_at(depth), 1e-9)
-            alive = np.minimum(part.alive_at(depth + middle) / now, 1.0)
-            curves[0, rows], curves[1, rows] = alive, np.log1p(-np.minimum(alive, 1 - 1e-9))
-        decodes = curves[0] @ width
-        reads = context * decodes + curves[0] @ (middle * width)
+            now = np.maximum(part.alive_at(depth), _LEAST_ALIVE)
+            alive = np.minimum(part.alive_at(depth + middle) / now, 1.0)  # given that it got as far as it is
+            curves[_ALIVE, rows] = alive
+            curves[_LOG_NONE, rows] = np.log1p(-np.minimum(alive, 1 - _LEAST_ALIVE))
+        decodes = curves[_ALIVE] @ width
+        reads = context * decodes + curves[_ALIVE] @ (middle * width)
         return cls(samples, np.cumsum(is_new) - 1, width, curves, np.stack((decodes, reads)))
 
-    def units(self, part: slice, first: IntArray, prefill: FloatArray) -> Units:
-        """Return the samples of a part as units, each from ``first``, [U], of the part on.
+    def units(self, part: slice, first: IntArray, prefill: FloatArray) -> WorkUnits:
+        """Return the samples at some positions as U units, each a run of them.
 
         Args:
-            part: Which positions.
-            first: Increasing, from 0.
+            part: Which of the N positions.
+            first: [U] where each unit begins, counted from the part's own beginning; increasing from 0.
             prefill: [U] tokens that have to be computed before a unit decodes.
         """
         samples, row_of = self.samples[part], self.row_of[part]
         begins = np.diff(row_of, prepend=-1) != 0
         begins[first] = True
-        run = np.flatnonzero(begins)  # alike, and of one unit
+        run = np.flatnonzero(begins)  # where samples begin that are alike and of one unit
         count, rows = np.diff(run, append=len(samples)).astype(np.float64), row_of[run]
-        if len(run) == len(first):
+        if len(run) == len(first):  # every unit is one run
             curves, volume = self.curves[:, rows] * count[:, None], self.volume[:, rows] * count
         else:
-            parts = [slice(*ends) for ends in pairwise([*np.searchsorted(run, first).tolist(), len(run)])]
-            curves = np.stack([count[part] @ self.curves[:, rows[part]] for part in parts], axis=1)
-            volume = np.stack([self.volume[:, rows[part]] @ count[part] for part in parts], axis=1)
-        return Units(samples, first, curves, np.concatenate((volume, prefill[None])))
+            runs_of = [slice(*ends) for ends in pairwise([*np.searchsorted(run, first).tolist(), len(run)])]
+            curves = np.stack([count[runs] @ self.curves[:, rows[runs]] for runs in runs_of], axis=1)
+            volume = np.stack([self.volume[:, rows[runs]] @ count[runs] for runs in runs_of], axis=1)
+        return WorkUnits(samples, first, curves, np.concatenate((volume, prefill[None])))
 
 
 @dataclass(frozen=True, slots=True)
-class Units:
-    """Sets of samples, U of them, each placed as a whole, as what they add to a replica's work.
+class WorkUnits:
+    """U sets of samples, each placed as a whole, and what each adds to a replica's work.
 
     Attributes:
-        samples: [N] ids, one unit's after the other's.
-        first: [U] where each begins in ``samples``.
-        curves: [2, U, K] as in ``Outlook``, summed.
-        volume: [3, U] tokens to decode, tokens of context to read for them, tokens to prefill before the first decode.
+        samples: [N] int64 ids, one unit's after the other's.
+        first: [U] int64, where each unit begins in ``samples``.
+        curves: [2, U, K] float64 at each further depth: expected samples that are alive, and the log of the probability
+            that none is (a sum of logs, as samples end independently).
+        volume: [3, U] float64 tokens to decode, tokens of context to read for them, tokens to prefill before the first
+            decode.
     """
 
     samples: IntArray
@@ -112,7 +134,7 @@ class Units:
 
     @property
     def leaders(self) -> IntArray:
-        """The first sample of each, [U]."""
+        """Id of the first sample of each, [U]."""
         return self.samples[self.first]
 
     @property
@@ -124,27 +146,27 @@ class Units:
         """Return the ids of a unit's samples."""
         return self.samples[self.first[unit] :][: self.sizes[unit]]
 
-    def with_prefill(self, tokens: FloatArray | float) -> Units:
+    def with_prefill(self, tokens: FloatArray | float) -> WorkUnits:
         """Return the same units with other tokens, [U], to prefill."""
         volume = self.volume.copy()
-        volume[2] = tokens
+        volume[_PREFILLS] = tokens
         return replace(self, volume=volume)
 
-    def without(self, unit: int) -> Units:
+    def without(self, unit: int) -> WorkUnits:
         """Return all units but one."""
         rest = np.arange(len(self.first)) != unit
         samples = self.samples[np.repeat(rest, self.sizes)]
         sizes = self.sizes[rest]
-        return Units(samples, np.cumsum(sizes) - sizes, self.curves[:, rest], self.volume[:, rest])
+        return WorkUnits(samples, np.cumsum(sizes) - sizes, self.curves[:, rest], self.volume[:, rest])
 
 
 class Workload:
     """What each of R replicas still has to do; grows with every unit that is added.
 
     Attributes:
-        width: [K] tokens between two depths.
-        curves: [2, R, K] as in ``Units``.
-        volume: [3, R] as in ``Units``.
+        width: [K] tokens of each interval of further depth.
+        curves: [2, R, K] as in ``WorkUnits``.
+        volume: [3, R] as in ``WorkUnits``.
     """
 
     def __init__(self, perf: Sequence[EnginePerf], width: FloatArray) -> None:
@@ -154,8 +176,8 @@ class Workload:
         self._fixed_s = np.array([p.iteration_s(0, 0) for p in perf])
         full_s = np.array([p.iteration_s(p.limits.max_num_seqs, 0) for p in perf])
         per_decode_s = (full_s - self._fixed_s) / slots
-        others = ([p.kv_s_per_token for p in perf], [p.prefill_s_per_token for p in perf])
-        self._per_token_s = np.array((per_decode_s, *others))
+        per_read_s, per_prefill_s = [p.kv_s_per_token for p in perf], [p.prefill_s_per_token for p in perf]
+        self._per_token_s = np.array((per_decode_s, per_read_s, per_prefill_s))  # [3, R], rows as those of volume
         self.curves = np.zeros((2, len(perf), len(width)))
         self.volume = np.zeros((3, len(perf)))
 
@@ -164,12 +186,16 @@ class Workload:
         """How many replicas there are (R)."""
         return len(self._fixed_s)
 
-    def add(self, replica: int, units: Units, unit: int) -> None:
+    def add(self, replica: int, units: WorkUnits, unit: int) -> None:
         """Give a replica a unit."""
         self.curves[:, replica] += units.curves[:, unit]
         self.volume[:, replica] += units.volume[:, unit]
 
-    def remove(self, replica: int, units: Units, unit: int) -> None:
+    def add_prefill(self, replica: int | slice, tokens: FloatArray | float) -> None:
+        """Give replicas tokens to prefill; negative ones are taken from them."""
+        self.volume[_PREFILLS, replica] += tokens
+
+    def remove(self, replica: int, units: WorkUnits, unit: int) -> None:
         """Take from a replica what ``add`` gave."""
         self.curves[:, replica] -= units.curves[:, unit]
         self.volume[:, replica] -= units.volume[:, unit]
@@ -178,17 +204,17 @@ class Workload:
         """Return [R] expected seconds until each replica is done."""
         return self._seconds(slice(None), self.curves, self.volume)
 
-    def end_with_s(self, units: Units, unit: int, known_tokens: FloatArray | float = 0.0) -> FloatArray:
+    def end_with_s(self, units: WorkUnits, unit: int, known_tokens: FloatArray | float = 0.0) -> FloatArray:
         """Return [R] expected seconds until each replica is done if it alone took a unit as well.
 
-        Of the unit's prefill each replica has ``known_tokens`` already.
+        Of the unit's prefill each replica has ``known_tokens``, [R], already.
         """
         volume = self.volume + units.volume[:, unit, None]
-        volume[2] -= known_tokens
+        volume[_PREFILLS] -= known_tokens
         return self._seconds(slice(None), self.curves + units.curves[:, unit, None], volume)
 
     def end_after_move_s(
-        self, source: int, target: int, units: Units, prefill: FloatArray
+        self, source: int, target: int, units: WorkUnits, prefill: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
         """Return [U] seconds of source and of target for each of the source's units, if that one alone moved.
 
@@ -203,6 +229,12 @@ class Workload:
         return stays, self._seconds(target, more + units.curves, taken + units.with_prefill(prefill).volume)
 
     def _seconds(self, at: int | slice, curves: FloatArray, volume: FloatArray) -> FloatArray:
+        """Return the expected seconds of some work on the replicas ``at``.
+
+        Iterations are as many as the longest sample has tokens, or more where samples take turns: at each depth the
+        probability that any sample is alive, at least the number of alive ones over the slots. Each takes the fixed
+        time; the rest of the time is in proportion to tokens.
+        """
         alive, log_none = curves
         turns = np.maximum(-np.expm1(log_none), alive * self._per_slot[at])
         per_token_s = self._per_token_s[:, at].reshape(3, -1)
@@ -210,8 +242,20 @@ class Workload:
         return seconds
 
 
+class BestMove(NamedTuple):
+    """Which unit of the last replica should go to the one that ends first, and the share of the time that it saves.
+
+    The time is that until both have ended.
+    """
+
+    source: int
+    unit: int
+    target: int
+    gain: float
+
+
 class Foresight:
-    """What is expected of a rollout from one look on; each part is computed when it is first asked for.
+    """What is expected of a rollout from one look on; each part is computed once, when it is first asked for.
 
     Attributes:
         view: The rollout at that moment.
@@ -228,17 +272,17 @@ class Foresight:
 
     @cached_property
     def outlook(self) -> Outlook:
-        """The outlook on what is unfinished and has a replica: by replica, state, group and id."""
+        """The outlook on what is unfinished and has a replica, sorted by replica, state, group and id."""
         view = self.view
         held = np.flatnonzero((view.state != FINISHED) & (view.replica_of >= 0))
         order = np.lexsort((held, view.batch.group_of[held], view.state[held], view.replica_of[held]))
         return Outlook.build(self.prediction, view.batch, view.generated, held[order])
 
     @cached_property
-    def _held(self) -> tuple[IntArray, Units]:
+    def _held(self) -> tuple[IntArray, WorkUnits]:
         """The replicas that hold samples, and what each holds as one unit, its prompts' computation apart."""
         replica_of = self.view.replica_of[self.outlook.samples]
-        first = bounds(replica_of)
+        first = run_starts(replica_of)
         return replica_of[first], self.outlook.units(slice(None), first, np.zeros(len(first)))
 
     def workload(self) -> Workload:
@@ -253,50 +297,49 @@ class Foresight:
         return float(self.workload().end_s().max(initial=0.0))
 
 
-def bounds(key: IntArray) -> IntArray:
-    """Return where each run of equal values of a key, [N], begins."""
+def run_starts(key: IntArray) -> IntArray:
+    """Return the positions at which runs of equal values of ``key``, [N] and >= 0, begin."""
     return np.flatnonzero(np.diff(key, prepend=-1))
 
 
-def assign(work: Workload, units: Units, book: PrefixBook | None = None) -> list[int]:
-    """Return the replica of each unit; ``work`` takes them.
+def assign(work: Workload, units: WorkUnits, book: PrefixBook | None = None) -> list[int]:
+    """Return the replica of each of U units; ``work`` and ``book`` take them.
 
     What lasts longest goes first, each to the replica that is done first with it.
 
     Args:
         work: What the replicas have already.
         units: What to place.
-        book: Which prompts replicas have; ``None`` when groups share nothing.
+        book: Which shared prefixes replicas have; ``None`` when groups share nothing.
     """
-    lasts = -np.expm1(units.curves[1]) @ work.width
+    longest = -np.expm1(units.curves[_LOG_NONE]) @ work.width  # [U] expected tokens until all of a unit have ended
     leaders, replica_of = units.leaders, [0] * len(units.first)
-    known: FloatArray | float = 0.0
-    for unit in np.lexsort((leaders, -lasts)).tolist():
+    known = np.zeros(work.num_replicas)
+    for unit in np.lexsort((leaders, -longest)).tolist():
+        leader = int(leaders[unit])
         if book is not None:
-            known = book.known_tokens(int(leaders[unit]))
+            known = book.known_tokens(leader)
         replica = replica_of[unit] = int(work.end_with_s(units, unit, known).argmin())
         work.add(replica, units, unit)
         if book is not None:
-            work.volume[2, replica] -= book.known_tokens(int(leaders[unit]))[replica]
-            book.add(int(leaders[unit]), replica)
+            work.add_prefill(replica, -known[replica])
+            book.add(leader, replica)
     return replica_of
 
 
 def best_move(
     work: Workload,
-    held: Callable[[int], Units],
+    held: Callable[[int], WorkUnits],
     targets: Sequence[int],
-    prefill: Callable[[Units, int], FloatArray],
-) -> tuple[int, int, int, float] | None:
-    """Return ``(source, position, target, gain)``: which unit of the last replica should go to the one that ends first.
-
-    ``gain`` is the share of the time that the later of the two saves. ``None`` when no move saves any.
+    prefill: Callable[[WorkUnits, int], FloatArray],
+) -> BestMove | None:
+    """Return the move from the replica that ends last to the target that ends first; ``None`` when none saves time.
 
     Args:
         work: The work of all replicas.
-        held: Units of a replica that may move.
+        held: Returns the units of a replica that may move.
         targets: Replicas that may get one.
-        prefill: [U] tokens that a replica would compute for each unit.
+        prefill: Returns [U] tokens that a replica would compute for each unit.
     """
     end_s = work.end_s()
     source = int(np.argmax(end_s))
@@ -304,7 +347,7 @@ def best_move(
     units = held(source)
     if source == target or not len(units.first):
         return None
-    after_s = np.maximum(*work.end_after_move_s(source, target, units, prefill(units, target)))
-    best = int(np.argmin(after_s))
-    gain = 1.0 - float(after_s[best] / end_s[source])
-    return (source, best, target, gain) if gain > 0 else None
+    later_s = np.maximum(*work.end_after_move_s(source, target, units, prefill(units, target)))
+    unit = int(np.argmin(later_s))
+    gain = 1.0 - float(later_s[unit] / end_s[source])
+    return BestMove(source, unit, target, gain) if gain > 0 else None

@@ -16,7 +16,11 @@ FORMAT = "rlhfless-calibration/1"
 """Of a calibration file, which ``benchmarks.gpu`` writes."""
 
 _ROUNDS = 60
-_STEP = 1e-5
+_STEP = 1e-5  # of a logarithm, for the slopes
+_FIRST_DAMPING, _MORE_DAMPING, _LESS_DAMPING = 1e-3, 4, 3
+"""Levenberg-Marquardt: the damping of the first round, and its factors after a round that failed or helped."""
+
+_LEAST_SAMPLES = 4
 _FITTED = (("hbm", 1.0), ("prefill", 1.0), ("launch_s", 1.0), ("per_seq_s", 1e-2))
 """What is fitted, and its upper limit."""
 _READ = {**dict(_FITTED), "host": 1.0}
@@ -58,17 +62,9 @@ def calibrate(perf: EnginePerf, samples: Sequence[IterationSample]) -> Calibrati
     Raises:
         DataError: Fewer than 4 samples, or one that is not a positive time.
     """
-    if len(samples) < 4:
-        raise DataError(
-            f"calibration needs at least 4 measured iterations, got {len(samples)}. Measure more batch sizes."
-        )
-    for i, sample in enumerate(samples):
-        if not (
-            sample.seconds > 0 and sample.decodes >= 0 and sample.context_tokens >= 0 and sample.prefill_tokens >= 0
-        ):
-            raise DataError(f"calibration sample {i}: {sample}: counts must be >= 0 and seconds > 0. Remove it.")
+    _check(samples)
     start = [getattr(perf.efficiencies, name) for name, _ in _FITTED]
-    values, damping = np.log(np.array(start)), 1e-3
+    values, damping = np.log(np.array(start)), _FIRST_DAMPING
     residual = _residual(perf, samples, values)
     for _ in range(_ROUNDS):
         slopes = np.stack([_residual(perf, samples, values + step) - residual for step in _STEP * np.eye(len(values))])
@@ -78,9 +74,9 @@ def calibrate(perf: EnginePerf, samples: Sequence[IterationSample]) -> Calibrati
         tried = np.minimum(values - change, np.log([top for _, top in _FITTED]))
         found = _residual(perf, samples, tried)
         if found @ found < residual @ residual:
-            values, residual, damping = tried, found, damping / 3
+            values, residual, damping = tried, found, damping / _LESS_DAMPING
         else:
-            damping *= 4
+            damping *= _MORE_DAMPING
     errors = np.expm1(np.abs(residual))
     return Calibration(_with(perf, values), float(errors.mean()), float(errors.max()))
 
@@ -111,13 +107,27 @@ def parse_calibration(values: object, name: str) -> MeasuredEfficiencies:
     return MeasuredEfficiencies(gpu, replace(Efficiencies(), **read))
 
 
+def _check(samples: Sequence[IterationSample]) -> None:
+    if len(samples) < _LEAST_SAMPLES:
+        raise DataError(
+            f"calibration needs at least {_LEAST_SAMPLES} measured iterations, got {len(samples)}. Measure more batch "
+            "sizes."
+        )
+    for i, sample in enumerate(samples):
+        counts = (sample.decodes, sample.context_tokens, sample.prefill_tokens)
+        if not (sample.seconds > 0 and min(counts) >= 0):
+            raise DataError(f"calibration sample {i}: {sample}: counts must be >= 0 and seconds > 0. Remove it.")
+
+
 def _with(perf: EnginePerf, values: FloatArray) -> EnginePerf:
+    """Return the model with ``values``, the logarithms of the fitted efficiencies in the order of ``_FITTED``."""
     hbm, prefill, launch_s, per_seq_s = (float(value) for value in np.exp(values))
     fitted = replace(perf.efficiencies, hbm=hbm, prefill=prefill, launch_s=launch_s, per_seq_s=per_seq_s)
     return replace(perf, efficiencies=fitted)
 
 
 def _residual(perf: EnginePerf, samples: Sequence[IterationSample], values: FloatArray) -> FloatArray:
+    """Return the log of predicted over measured seconds of each sample; prefills begin at a prompt's first token."""
     fitted = _with(perf, values)
     predicted = [
         fitted.iteration_s(

@@ -69,7 +69,11 @@ class BatchPrefixes:
 
 
 def batch_prefixes(batch: Batch) -> BatchPrefixes:
-    """Return the distinct prefixes of a batch: shared ones by name and length, and each group's own rest."""
+    """Return the distinct prefixes of a batch: shared ones by name and length, and each group's own rest.
+
+    Token ids are not known, so a prompt is a list of spans: a shared prefix of 300 tokens, of which another prompt has
+    only the first 100, is two spans of 100 and 200. ``dedup`` takes the spans' numbers for tokens.
+    """
     shared = [prefix or SharedPrefix("", 0) for prefix in batch.prefixes] or [SharedPrefix("", 0)] * len(
         batch.prompt_ids
     )
@@ -84,7 +88,7 @@ def batch_prefixes(batch: Batch) -> BatchPrefixes:
             levels.setdefault(name, []).append((tokens, len(weight)))
             weight.append(tokens - below)
             below = tokens
-    prompt_tokens = batch.prompt_tokens[np.unique(batch.group_of, return_index=True)[1]].tolist()
+    prompt_tokens = batch.prompt_tokens[batch.leaders].tolist()
     prompts = []
     for prefix, tokens in zip(shared, prompt_tokens, strict=True):
         spans = [span for upto, span in levels.get(prefix.name, ()) if upto <= prefix.tokens]
@@ -132,6 +136,7 @@ def expand(tree: PrefixTree) -> list[list[int]]:
 
 
 def _common(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
+    """Return how many tokens two prompts begin with in common."""
     size = min(len(a), len(b))
     differs = a[:size] != b[:size]
     return int(differs.argmax()) if differs.any() else size
@@ -147,6 +152,7 @@ def _split(parent: list[int], tokens: list[NDArray[np.int64]], node: int, keep: 
 
 
 def _parents_first(parent: list[int], tokens: list[NDArray[np.int64]], leaf: list[int]) -> PrefixTree:
+    """Return the tree with its nodes in depth-first order: splits put parents behind their children."""
     children: dict[int, list[int]] = {}
     for node, up in enumerate(parent):
         children.setdefault(up, []).append(node)

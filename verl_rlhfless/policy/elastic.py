@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.migrate import Change, consolidate
 from verl_rlhfless.policy.routing import RoutingPolicy
@@ -47,8 +45,7 @@ class Resizing:
         routed = self.routing.route(view if has_waiting else _without(view, empty_replicas(view)), foresight)
         change = Change(0.0)
         if not routed.moves and self.consolidates and _is_settled(view):
-            limits = (self.goal.hysteresis, len(plan.fleet))
-            change = consolidate(view, foresight.prediction, plan.price, limits)
+            change = consolidate(view, foresight.prediction, plan.price, self.goal.hysteresis, len(plan.fleet))
         moves = routed.moves or change.moves
         ended = () if routed.moves or change.starts else empty_replicas(view, moves)
         return replace(
@@ -76,8 +73,7 @@ def empty_replicas(view: RolloutView, moves: tuple[Move, ...] = ()) -> tuple[int
         meant[move.samples] = move.replica
     used = set(meant[view.state != FINISHED].tolist())
     left = {move.replica for move in moves}
-    alive = (view.replica_of >= 0) & (view.state != FINISHED)
-    held = np.bincount(view.replica_of[alive], minlength=len(view.replicas))
+    held = view.num_held
     return tuple(
         r.replica
         for r in view.replicas

@@ -20,9 +20,18 @@ from verl_rlhfless.policy.snapshot import IntArray, PoolSnapshot, RolloutView
 CHUNK_TOKENS = 4096
 """Tokens that a freed GPU takes at once: enough to be bound by compute, and little is lost when the rollout ends."""
 
+_NUM_GPUS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+"""Numbers of GPUs that are priced, besides all of them."""
+
+_WEIGHTS_SHARE = 0.8
+"""Most of a GPU's memory that weights may take: activations need the rest."""
+
 
 def fuse_gpus(view: RolloutView, remaining_s: float, price: float, is_leased: bool) -> int:
     """Return how many fusible GPUs should begin inference now; 0 = they are worth more given back.
+
+    What they infer until the rollout ends, the trainer need not: that shortens the step. Against it stand the
+    GPU-seconds in which they only start. Inference itself costs the same on either.
 
     Args:
         view: The rollout.
@@ -40,7 +49,7 @@ def fuse_gpus(view: RolloutView, remaining_s: float, price: float, is_leased: bo
     start_s = load_s + times.wake_s + times.grant_s
     untaken = view.fuse_tokens - rate * view.fusing_gpus * max(0.0, remaining_s)
     best, best_gain = 0, 0.0
-    for count in sorted({1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, view.fusible_gpus}):
+    for count in sorted({*_NUM_GPUS, view.fusible_gpus}):
         if count > view.fusible_gpus:
             break
         tokens = min(max(0.0, untaken), rate * count * max(0.0, remaining_s - start_s))
@@ -53,7 +62,7 @@ def fuse_gpus(view: RolloutView, remaining_s: float, price: float, is_leased: bo
 
 def fits(pool: PoolSnapshot) -> bool:
     """Return whether one GPU holds the weights of every forward-only model, which fused inference needs."""
-    return pool.trainer.fuse_bytes < 0.8 * pool.trainer.gpu.memory_bytes
+    return pool.trainer.fuse_bytes < _WEIGHTS_SHARE * pool.trainer.gpu.memory_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +77,7 @@ class CallCost:
 
 
 def fit_cost(calls: Sequence[tuple[int, float]]) -> CallCost:
-    """Return the cost that fits measured calls ``(tokens, seconds)`` best, neither part of it negative.
+    """Return the cost that fits measured calls ``(tokens, seconds)`` best (least squares), neither part negative.
 
     Where the calls don't tell the parts apart (one size, a first call slower than larger ones) all is taken to be for
     tokens: a chunk too many costs less than none at all.

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from verl_rlhfless.policy.fuse import CHUNK_TOKENS, fits
-from verl_rlhfless.policy.migrate import Change, fullest, lane_of, moves_onto, num_held
+from verl_rlhfless.policy.migrate import Change, fullest, lane_of, moves_onto
 from verl_rlhfless.policy.predict import Prediction
 from verl_rlhfless.policy.snapshot import FINISHED, READY, FloatArray, IntArray, PoolSnapshot, RolloutView
-from verl_rlhfless.policy.stages import Lane, Options, options_for, stage_times
+from verl_rlhfless.policy.stages import Lane, Options, longest_depth, options_for, stage_times
 
 _PATIENCE = 0.1
 """Share of the best gain that may be left to a later cut: that one rests on predictions which have yet to come true."""
@@ -77,25 +77,20 @@ class Cuts:
 def price_cuts(pool: PoolSnapshot, lane: Lane, fleet: tuple[int, int], inference: Inference) -> Cuts:
     """Return what every cut of a fleet takes.
 
+    Inference runs on the GPUs that the cut frees, from when the models are loaded there, and on those that are free
+    already. It does no more than what finishes in time; the trainer does the rest after the rollout.
+
     Args:
         pool: Performance of replicas and trainer.
         lane: The samples that are left.
         fleet: Tensor-parallel size, and how many replicas of it have samples.
         inference: What is done, and what waits, of the other phases.
     """
-    (tp, count), trainer = fleet, pool.trainer
+    tp, count = fleet
     every = options_for(pool, (fleet,), (tp,))
     counts = every.count[every.count <= count]
-    stage_s = stage_times(pool, Options(np.full(len(counts), tp), counts), lane)
-    before_s = np.cumsum(stage_s[:, -1]) - stage_s[:, -1]
-    after_s = np.cumsum(stage_s[::-1], axis=0)[::-1]
-    moved = np.concatenate((lane.alive[:1], lane.alive[:-1]))[:, None] * (1 - counts / count)
-    contexts = (lane.context + lane.edges[:-1]).tolist()
-    move_s = np.array([pool.perf[tp].move_s(context, pool.has_kv_transfer) for context in contexts])
-    tail_s = moved * move_s[:, None] / counts + after_s
-    rollout_s = before_s[:, None] + tail_s
-
-    tokens = inference.finished_tokens + _tokens(lane)
+    rollout_s, tail_s = _rollout_s(pool, lane, fleet, counts)
+    trainer, tokens = pool.trainer, inference.finished_tokens + _tokens(lane)
     mean = tokens / inference.num_samples
     rate = trainer.fuse_tokens_per_s(mean)
     lost_s = CHUNK_TOKENS / 2 / rate  # with the chunk that the end of the rollout finds
@@ -108,18 +103,34 @@ def price_cuts(pool: PoolSnapshot, lane: Lane, fleet: tuple[int, int], inference
     return Cuts(counts, rollout_s, rollout_s + np.array(left_s))
 
 
+def _rollout_s(
+    pool: PoolSnapshot, lane: Lane, fleet: tuple[int, int], counts: IntArray
+) -> tuple[FloatArray, FloatArray]:
+    """Return the seconds until the last sample ends, from now and from the cut on, [K, M] each.
+
+    The whole fleet decodes until depth k. What is cut there is recomputed by those that go on, side by side.
+    """
+    tp, count = fleet
+    stage_s = stage_times(pool, Options(np.full(len(counts), tp), counts), lane)
+    before_s = np.cumsum(stage_s[:, -1]) - stage_s[:, -1]
+    after_s = np.cumsum(stage_s[::-1], axis=0)[::-1]
+    moved = np.concatenate((lane.alive[:1], lane.alive[:-1]))[:, None] * (1 - counts / count)
+    contexts = (lane.context + lane.edges[:-1]).tolist()
+    move_s = np.array([pool.perf[tp].move_s(context, pool.has_kv_transfer) for context in contexts])
+    tail_s = moved * move_s[:, None] / counts + after_s
+    return before_s[:, None] + tail_s, tail_s
+
+
 def _tokens(lane: Lane) -> float:
     """Return the tokens that a lane's samples will have, prompts included."""
-    return float(lane.alive[0] * lane.context + (lane.alive * np.diff(lane.edges)).sum())
+    return float(lane.alive[0] * lane.context + (lane.alive * lane.width).sum())
 
 
 def _tokens_in_time(lane: Lane) -> float:
     """Return the tokens of the samples that end early enough for inference beside the rollout."""
-    middle = (lane.edges[:-1] + lane.edges[1:]) / 2
-    end = lane.edges[1:][np.flatnonzero(lane.alive >= min(0.5, lane.alive[0]))[-1]]
-    late = float(np.interp(_IN_TIME * end, middle, lane.alive))
-    ending = -np.diff(np.append(np.maximum(lane.alive, late), late))
-    return float((ending * (lane.context + middle)).sum())
+    late = float(np.interp(_IN_TIME * longest_depth(lane.edges, lane.alive), lane.middle, lane.alive))
+    ending = -np.diff(np.append(np.maximum(lane.alive, late), late))  # [K] samples that end in each interval
+    return float((ending * (lane.context + lane.middle)).sum())
 
 
 def cut_for_inference(view: RolloutView, prediction: Prediction) -> Change:
@@ -129,7 +140,7 @@ def cut_for_inference(view: RolloutView, prediction: Prediction) -> Change:
         view: The rollout now.
         prediction: Lengths given what has been generated.
     """
-    held = num_held(view)
+    held = view.num_held
     live = [r for r in view.replicas if r.state == READY and held[r.replica]]
     if not live:
         return Change(0.0)

@@ -11,6 +11,9 @@ from verl_rlhfless.policy.snapshot import Batch, FloatArray, IntArray
 LEAST_BETWEEN, LEAST_WITHIN = 0.1, 0.05
 """Least standard deviations of log lengths that a step is believed."""
 
+_RIDGE = 4.0
+"""Penalty of a slope, in squared log prompt tokens for each unit of the spread between prompts."""
+
 
 def group_sizes(batch: Batch) -> IntArray:
     """Return [G] how many samples each prompt has; 1 where it has none."""
@@ -26,6 +29,9 @@ def group_means(batch: Batch, values: FloatArray) -> FloatArray:
 
 def spreads(batch: Batch, values: FloatArray, believed: tuple[float, float]) -> tuple[float, float]:
     """Return the standard deviations between prompts and within groups that a step shows (analysis of variance).
+
+    Within: squared deviations from the groups' means over their degrees of freedom. Between: the variance of those
+    means is ``between^2 + within^2 * mean(1 / size)``, solved for the first.
 
     Args:
         batch: The prompts.
@@ -45,6 +51,12 @@ def spreads(batch: Batch, values: FloatArray, believed: tuple[float, float]) -> 
 
 
 def ridge_slope(x: FloatArray, y: FloatArray, between: float) -> float:
-    """Return the regression slope of ``y`` over ``x``, shrunk to zero when prompts vary little or are few."""
+    """Return the regression slope of ``y`` over ``x``, both [G], shrunk to zero when prompts vary little or are few.
+
+    Args:
+        x: Mean log prompt tokens of each group.
+        y: Its mean log length.
+        between: Standard deviation of prompt effects: where it is large, a slope is easily found by chance.
+    """
     dx = x - x.mean()
-    return float(dx @ (y - y.mean()) / (dx @ dx + 4.0 * between))
+    return float(dx @ (y - y.mean()) / (dx @ dx + _RIDGE * between))

@@ -23,7 +23,11 @@ from verl_rlhfless.policy.transitions import TrainerPerf
 FORMAT = "rlhfless-costs/1"
 
 _LATEST = 5
+"""Measurements of a figure that are kept."""
+
 _LEAST_SAMPLES = 8
+"""Least measured iterations of a size from which its speed is fitted."""
+
 _STARTS = ("wake_s", "warm_start_s", "cold_start_s")
 _SECONDS = ("grant_s", *_STARTS, "load_s", "release_s", "publish_s", "suspend_s", "resume_s")
 _SPEEDS = ("hbm", "prefill", "launch_s", "per_seq_s")
@@ -125,7 +129,7 @@ def _non_negative(value: object) -> float:
 
 
 def learn_step(model: CostModel, pool: PoolSnapshot, done: tuple[Batch, IntArray], times: StepTimes) -> CostModel:
-    """Return the model after a step.
+    """Return the model after a step; a step counts each figure once, by the mean of what was measured in it.
 
     Args:
         model: What was measured before.
@@ -207,6 +211,7 @@ def _with_moves(trainer: TrainerPerf, suspend_s: float, resume_s: float) -> Trai
 
 
 def _applied(model: CostModel, tp: int, perf: EnginePerf) -> EnginePerf:
+    """Return a replica with the measured speed of its size, else of the nearest one by ratio."""
     if not model.speeds:
         return perf
     nearest = min(model.speeds, key=lambda known: (abs(math.log(known / tp)), known))
@@ -214,12 +219,14 @@ def _applied(model: CostModel, tp: int, perf: EnginePerf) -> EnginePerf:
 
 
 def _scaled(perf: EnginePerf, factors: Sequence[float]) -> EnginePerf:
+    """Return a replica whose ``_SPEEDS``, none zero, are multiplied by ``factors`` (empty: by one)."""
     of = {name: max(getattr(perf.efficiencies, name), _LEAST) for name in _SPEEDS}
     scaled = {name: of[name] * factor for name, factor in zip(_SPEEDS, factors, strict=True)} if factors else of
     return replace(perf, efficiencies=replace(perf.efficiencies, **scaled))
 
 
 def _with_load(perf: EnginePerf, load_s: float | None) -> EnginePerf:
+    """Return a replica that loads its weights in ``load_s``; ``None`` = as modelled."""
     if load_s is None:
         return perf
     host = perf.efficiencies.host * perf.load_s / max(load_s, _LEAST)

@@ -32,6 +32,12 @@ _FEW = 16.0
 _GROWTH = 0.2
 """Longest pause as a share of the rollout so far: an early prediction of what remains may be far too long."""
 
+_FIRST_LOOK_S, _LEAST_PAUSE_S = 1.0, 0.5
+"""When the first look is, and the shortest time between two."""
+
+_MOST_CAUTION = 1.5
+"""Most caution: a few unlucky steps must not end elasticity."""
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -96,7 +102,7 @@ class Ours:
         payback = self.goal.payback * self.doubt(memory)
         goal = replace(self.goal, slack_s=_REPAY * memory.saved_s, caution=memory.caution, payback=payback)
         plan = plan_fleet(pool, batch, self.predict(memory, batch), goal, can_fuse=self.can_fuse)
-        return replace(plan, first_look_s=1.0, rebinds_turns=True)
+        return replace(plan, first_look_s=_FIRST_LOOK_S, rebinds_turns=True)
 
     def policy(self, memory: Memory, batch: Batch) -> OursPolicy:
         """Return the decisions during the rollout of a step."""
@@ -121,6 +127,8 @@ class OursPolicy:
     """Looks a fixed number of times per predicted remaining time: refine, consolidate, fuse.
 
     Attributes:
+        arm: What decides, and by which rules.
+        memory: What earlier steps left.
         prior: The prediction before the step's first token.
     """
 
@@ -140,14 +148,15 @@ class OursPolicy:
         fused = 0
         if self.arm.can_fuse and not reserved:
             fused = fuse_gpus(view, change.remaining_s, plan.price, plan.is_resident)
-        pause = max(0.5, min(change.remaining_s / _LOOKS, _GROWTH * view.now_s))
+        pause = max(_LEAST_PAUSE_S, min(change.remaining_s / _LOOKS, _GROWTH * view.now_s))
         return Reaction(view.now_s + pause, change.starts, change.moves, fused, change.reason, change.releases)
 
     def _change(self, view: RolloutView, plan: RolloutPlan) -> Change:
+        """Return the change of the fleet under the arm's migration, and how long the rollout still takes."""
         is_ours, refined = self.arm.migration == "cut_and_migrate", self.refine(view)
         if is_ours and plan.is_resident and self.arm.can_fuse:
             return cut_for_inference(view, refined)
-        change = consolidate(view, refined, plan.price, (self.arm.goal.hysteresis, len(plan.fleet)))
+        change = consolidate(view, refined, plan.price, self.arm.goal.hysteresis, len(plan.fleet))
         if is_ours and not plan.is_resident:
             return change
         moves = cut_by_rule(view, self.arm.migration, self.arm.tau) if self.arm.migration in RULES else ()
@@ -160,8 +169,9 @@ def _learn_caution(caution: float, outcome: Outcome, static_s: float) -> float:
     if plan is None or plan.is_resident or plan.predicted_step_s is None or plan.static_step_s is None:
         return caution
     seen = (outcome.step_s / static_s) / (plan.predicted_step_s / caution / plan.static_step_s)
-    return float(np.clip((1 - _CAUTION_RATE) * caution + _CAUTION_RATE * seen, 1.0, 1.5))
+    return float(np.clip((1 - _CAUTION_RATE) * caution + _CAUTION_RATE * seen, 1.0, _MOST_CAUTION))
 
 
 def _learn_static(factor: float | None, seen: float) -> float:
+    """Return the static factor after a resident step that took ``seen`` times what the model says of it."""
     return seen if factor is None else (1 - _CAUTION_RATE) * factor + _CAUTION_RATE * seen

@@ -30,8 +30,7 @@ def local_cut(view: RolloutView, tau: float) -> tuple[Move, ...]:
     fewest requests first.
     """
     total = np.bincount(view.replica_of[view.replica_of >= 0], minlength=len(view.replicas))
-    alive = view.alive
-    left = np.bincount(view.replica_of[alive], minlength=len(view.replicas))
+    alive, left = view.alive, view.num_held
     live = [r for r in view.replicas if r.state == READY and left[r.replica]]
     cut = [r for r in live if 1 - left[r.replica] / max(total[r.replica], 1) >= tau]
     keep = [r for r in live if r not in cut]
@@ -56,7 +55,7 @@ def global_cut(view: RolloutView, threshold: int, num_targets: int) -> tuple[Mov
     alive = view.alive
     if len(alive) > threshold or not len(alive):
         return ()
-    left = np.bincount(view.replica_of[alive], minlength=len(view.replicas))
+    left = view.num_held
     order = sorted(range(len(view.replicas)), key=lambda r: (-left[r], r))
     targets = [r for r in order if view.replicas[r].state == READY][:num_targets]
     samples = alive[~np.isin(view.replica_of[alive], targets)]

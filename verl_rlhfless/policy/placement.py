@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from verl_rlhfless.policy.affinity import PrefixBook
-from verl_rlhfless.policy.balance import Outlook, Workload, assign, bounds
+from verl_rlhfless.policy.balance import Outlook, Workload, assign, run_starts
 from verl_rlhfless.policy.perf import EnginePerf
 from verl_rlhfless.policy.predict import Prediction
 from verl_rlhfless.policy.snapshot import Batch, IntArray
@@ -19,20 +19,23 @@ from verl_rlhfless.policy.snapshot import Batch, IntArray
 _LEAST_GAIN = 0.08
 """Least share of the time that a split must save: predictions are no better."""
 
-_UNITS_PER_REPLICA = 8  # units are small enough to even out
+_UNITS_PER_REPLICA = 8
+"""With as many units for each replica, they are small enough to even out: groups are not split further."""
+
 _SPLITS = (1, 2, 4, 8, 16)
+"""Pieces of a group that are tried in turn."""
 
 
 def place(batch: Batch, prediction: Prediction, perf: Sequence[EnginePerf], keeps_groups: bool) -> IntArray:
-    """Return the replica of each sample, [B], on idle replicas.
+    """Return the replica of each sample, [B] int64, on idle replicas.
 
-    Groups are split into ever smaller pieces while that lets the last replica end sooner, the prompts that are then
-    computed more than once included.
+    Groups are split into ever smaller pieces, and the fewest pieces win that no further split beats by the least gain.
+    The time counts the prompts that are then computed more than once.
 
     Args:
         batch: The prompts.
-        prediction: Their lengths.
-        perf: Performance of each replica.
+        prediction: Their lengths, [B].
+        perf: Performance of each of R replicas.
         keeps_groups: Whether siblings find their prompt computed; without, every sample is placed for itself.
     """
     samples = np.argsort(batch.group_of, kind="stable")
@@ -56,17 +59,17 @@ def place(batch: Batch, prediction: Prediction, perf: Sequence[EnginePerf], keep
 
 
 def pieces_of(group_of: IntArray, pieces: int) -> IntArray:
-    """Return where each piece begins when every group is cut into so many, as equal as can be.
+    """Return [U] positions where pieces begin when every group is cut into ``pieces``, as equal as can be.
 
     Args:
-        group_of: [N] increasing.
+        group_of: [N] int64, never decreasing.
         pieces: At least 1; a smaller group is cut into its samples.
     """
-    start = bounds(group_of)
+    start = run_starts(group_of)
     size = np.diff(start, append=len(group_of))
-    cuts = np.minimum(pieces, size)
-    group = np.repeat(np.arange(len(start)), cuts)
-    piece = np.arange(len(group)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
-    small, longer = np.divmod(size, cuts)  # the first `longer` pieces have one sample more
+    count = np.minimum(pieces, size)
+    group = np.repeat(np.arange(len(start)), count)  # of each piece
+    piece = np.arange(len(group)) - np.repeat(np.cumsum(count) - count, count)  # its number within the group
+    small, longer = np.divmod(size, count)  # the first `longer` pieces have one sample more
     first: IntArray = start[group] + piece * small[group] + np.minimum(piece, longer[group])
     return first

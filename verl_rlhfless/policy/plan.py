@@ -35,13 +35,21 @@ _HURRY = 3.0
 _TIE = 0.007
 """Objectives this close are equal as far as a prediction can tell: the faster fleet is taken."""
 
+_LEAST_WEIGHT = 1e-6
+"""Least weight of cost, so that a second is worth finitely many GPU-seconds."""
+
+_ON_TIME = 1 + 1e-3
+"""Factor by which a sample may end after the last one expected: a thousandth is no delay."""
+
 
 def time_price(pool: PoolSnapshot, goal: Goal) -> float:
     """Return how many GPU-seconds one second is worth.
 
-    ``(1 - w) / w * C_ref / T_ref``, and a static fleet costs the budget. A trainer that keeps its lease costs as long.
+    The objective is ``(1 - w) * T / T_ref + w * C / C_ref``, so that a second weighs as much as
+    ``(1 - w) / w * C_ref / T_ref`` GPU-seconds, and a static fleet leases its GPUs all the time: ``C_ref / T_ref`` is
+    their number. A trainer that keeps its lease beside the replicas costs its own GPUs in every second, too.
     """
-    weight = max(goal.cost_weight, 1e-6)
+    weight = max(goal.cost_weight, _LEAST_WEIGHT)
     held = pool.trainer.num_gpus if pool.keeps_trainer else 0
     return (1 - weight) / weight * (static_gpus(pool) + held) + held
 
@@ -92,6 +100,11 @@ def plan_fleet(
 
 
 def _options(pool: PoolSnapshot, goal: Goal) -> Options:
+    """Return what a lane may run on: the static fleets and the asked numbers of replicas among them.
+
+    Raises:
+        ConfigError: No size fits on a node.
+    """
     static = static_fleets(pool)
     if not static:
         raise too_wide(min(pool.perf), static_gpus(pool), pool.gpus_per_node)
@@ -118,31 +131,40 @@ def _resident_fleets(options: Options, costs: StepCosts, ref: Reference, goal: G
 
 def _choose(candidates: list[Candidate], static: tuple[Reference, float], goal: Goal) -> tuple[Candidate, str]:
     """Return the best candidate and why; ``static`` holds the reference and the GPU-seconds of leaving it."""
-    ref, transition_gpu_s = static
-
-    def objective(c: Candidate) -> float:
-        return goal.objective(c.step_s / ref.step_s, c.gpu_s / ref.gpu_s)
-
     if not candidates:
         raise too_few(goal)
     allowed = [c for c in candidates if goal.allows(c.step_s, c.gpu_s)]
     if not allowed:
         raise infeasible(goal, [(c.step_s, c.gpu_s) for c in candidates])
-    if goal.is_notslower:
-        limit_s = ref.step_s + goal.slack_s
-        paying = [c for c in allowed if c.is_resident or c.gpu_s <= ref.gpu_s - goal.payback * transition_gpu_s]
-        best = min((c for c in paying if c.step_s <= limit_s), key=lambda c: (c.gpu_s, c.step_s), default=None)
-        if best is None:
-            fastest = min(paying or allowed, key=lambda c: (c.step_s, c.gpu_s))
-            why = f"to catch up {-goal.slack_s:.1f} s" if goal.slack_s < 0 else "none is as fast as static's"
-            return fastest, f"the fastest: {why}"
-        return best, "least cost with a step no longer than static's"
+    return (_choose_notslower if goal.is_notslower else _choose_weighted)(allowed, static, goal)
+
+
+def _choose_notslower(allowed: list[Candidate], static: tuple[Reference, float], goal: Goal) -> tuple[Candidate, str]:
+    """Return the cheapest candidate that is as fast as the static fleet and repays leaving it, else the fastest."""
+    ref, transition_gpu_s = static
+    limit_s = ref.step_s + goal.slack_s
+    paying = [c for c in allowed if c.is_resident or c.gpu_s <= ref.gpu_s - goal.payback * transition_gpu_s]
+    best = min((c for c in paying if c.step_s <= limit_s), key=lambda c: (c.gpu_s, c.step_s), default=None)
+    if best is None:
+        fastest = min(paying or allowed, key=lambda c: (c.step_s, c.gpu_s))
+        why = f"to catch up {-goal.slack_s:.1f} s" if goal.slack_s < 0 else "none is as fast as static's"
+        return fastest, f"the fastest: {why}"
+    return best, "least cost with a step no longer than static's"
+
+
+def _choose_weighted(allowed: list[Candidate], static: tuple[Reference, float], goal: Goal) -> tuple[Candidate, str]:
+    """Return the candidate with the least objective; the best resident one if an elastic one does not repay leaving."""
+    ref, transition_gpu_s = static
+
+    def objective(c: Candidate) -> float:
+        return goal.objective(c.step_s / ref.step_s, c.gpu_s / ref.gpu_s)
+
     least = min(objective(c) for c in allowed)
     ties = [c for c in allowed if objective(c) <= least * (1 + _TIE)]
     best = min(ties, key=lambda c: (round(c.step_s, 3), c.gpu_s))  # a millisecond is no time that GPUs may cost
     resident = min((c for c in allowed if c.is_resident), key=objective, default=None)
     if resident is not None and not best.is_resident:
-        gain = (objective(resident) - objective(best)) * ref.gpu_s / max(goal.cost_weight, 1e-6)
+        gain = (objective(resident) - objective(best)) * ref.gpu_s / max(goal.cost_weight, _LEAST_WEIGHT)
         if gain < goal.payback * transition_gpu_s:
             needed = f"{goal.payback:.1f} x {transition_gpu_s:.0f} of transition"
             return resident, f"a gain worth {gain:.0f} GPU s does not repay {needed}"
@@ -151,7 +173,10 @@ def _choose(candidates: list[Candidate], static: tuple[Reference, float], goal: 
 
 
 def _place(pool: PoolSnapshot, batch: Batch, chosen: Candidate, units: Units) -> IntArray:
-    """Return the replica of each sample: groups stay together, lanes apart, load evened out in a lane."""
+    """Return the replica of each sample, [B]: groups stay together, lanes apart, load evened out in a lane.
+
+    Lanes take units in their order, longest predicted first, and replica ids in that of the fleet.
+    """
     count = len(chosen.fleet)
     if batch.num_samples <= count:
         return least_requests(batch, count)
@@ -180,35 +205,46 @@ def fill_slots(load: FloatArray, fleet: tuple[int, int], ranked: float) -> IntAr
 
     Longest first, each to the first replica with a slot on which it ends in time, else to the slot that is free first.
     In time is when the last sample ends if all go to the slot that is free first; sooner as far as lengths are not
-    known, which evens load out; a thousandth is no delay. Siblings are alike, so that most of them stay together.
+    known, which evens load out. Siblings are alike, so that most of them stay together.
 
     Args:
         load: [B] predicted tokens of each sample.
         fleet: Equal replicas, and samples that each runs at once.
         ranked: How well the samples are known apart (``rank_share``).
     """
+    order = longest_first(np.arange(len(load)), load)
+    _, last_tokens = _fill_in_time(order, load, fleet, 0.0)
+    return _fill_in_time(order, load, fleet, ranked * last_tokens)[0]
+
+
+def _fill_in_time(order: IntArray, load: FloatArray, fleet: tuple[int, int], in_time: float) -> tuple[IntArray, float]:
+    """Return the replica of each sample, [B], and the end of the last one; times are in tokens of one slot.
+
+    Args:
+        order: [B] ids in the order in which samples take slots.
+        load: [B] predicted tokens of each sample.
+        fleet: Equal replicas, and samples that each runs at once.
+        in_time: When a sample should end; with 0 each goes to the slot that is free first.
+    """
     num_replicas, slots = fleet
-    order, replica_of = longest_first(np.arange(len(load)), load).tolist(), np.empty(len(load), dtype=np.int64)
-    in_time = 0.0
-    for _ in range(2):
-        ends = [[0.0] * slots for _ in range(num_replicas)]
-        free, used = np.zeros(num_replicas), [0.0] * num_replicas
-        next_free = [(0.0, 0.0, replica) for replica in range(num_replicas)]  # what came since makes entries stale
-        for sample in order:
-            tokens = float(load[sample])
-            fits = free + tokens <= in_time * (1 + 1e-3)
-            replica = int(fits.argmax())
-            if not fits[replica]:
-                while next_free[0][:2] != (ends[next_free[0][2]][0], used[next_free[0][2]]):
-                    heapq.heappop(next_free)
-                replica = next_free[0][2]
-            heapq.heapreplace(ends[replica], ends[replica][0] + tokens)
-            used[replica] += tokens
-            free[replica] = ends[replica][0]
-            heapq.heappush(next_free, (ends[replica][0], used[replica], replica))
-            replica_of[sample] = replica
-        in_time = ranked * max(map(max, ends))
-    return replica_of
+    replica_of = np.empty(len(load), dtype=np.int64)
+    ends = [[0.0] * slots for _ in range(num_replicas)]  # of each replica's slots, a heap
+    free, used = np.zeros(num_replicas), [0.0] * num_replicas  # the first of ends, and all tokens, of each replica
+    next_free = [(0.0, 0.0, replica) for replica in range(num_replicas)]  # a heap; a sample leaves an old entry stale
+    for sample in order.tolist():
+        tokens = float(load[sample])
+        fits = free + tokens <= in_time * _ON_TIME
+        replica = int(fits.argmax())
+        if not fits[replica]:
+            while next_free[0][:2] != (ends[next_free[0][2]][0], used[next_free[0][2]]):
+                heapq.heappop(next_free)
+            replica = next_free[0][2]
+        heapq.heapreplace(ends[replica], ends[replica][0] + tokens)
+        used[replica] += tokens
+        free[replica] = ends[replica][0]
+        heapq.heappush(next_free, (ends[replica][0], used[replica], replica))
+        replica_of[sample] = replica
+    return replica_of, max(map(max, ends))
 
 
 def _prefill_load(pool: PoolSnapshot, lane: LaneFleet, batch: Batch, load: FloatArray) -> float:
@@ -219,9 +255,10 @@ def _prefill_load(pool: PoolSnapshot, lane: LaneFleet, batch: Batch, load: Float
 
 
 def _subset(batch: Batch, mask: NDArray[np.bool_]) -> Batch:
-    names, group_of = np.unique(batch.group_of[mask], return_inverse=True)
-    ids = tuple(batch.prompt_ids[g] for g in names.tolist())
-    prefixes = tuple(batch.prefixes[g] for g in names.tolist()) if batch.prefixes else ()
+    """Return the samples of a batch where ``mask``, [B], holds, and the groups that have any."""
+    groups, group_of = np.unique(batch.group_of[mask], return_inverse=True)
+    ids = tuple(batch.prompt_ids[g] for g in groups.tolist())
+    prefixes = tuple(batch.prefixes[g] for g in groups.tolist()) if batch.prefixes else ()
     return replace(
         batch,
         prompt_ids=ids,

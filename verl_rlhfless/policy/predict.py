@@ -28,15 +28,40 @@ FORMAT = "rlhfless-lengths/3"
 PRIOR_SHARE_OF_CAP = 1 / 10
 """Median response on the very first step, as a share of the longest allowed one: the only guess that is not learnt."""
 
+KNOWN_SIGMA = 0.01
+"""Spread of the logarithm of a length that is known."""
+
 _EWMA_PROMPT, _EWMA_WANDER = 0.5, 0.2
+"""Weights of the latest visit in a prompt's effect, and of the latest step in how far the level wanders."""
+
 _MOST_SAMPLES = 512
 """Most samples of earlier steps that count beside a new step's: spreads and tails follow a model that changes."""
 
 _EM_ROUNDS = 3
+_UNSHIFTED_SAMPLES = 4.0
+"""Samples of no shift that count beside a step's own: the first ones to end must not move all others."""
+
 _TREND_KEPT, _TREND_RATE = 0.8, 0.25
+"""Damping of the trend from step to step, and the share of a followed surprise that it takes up."""
+
 _LEAST_WANDER = 0.02
+"""Least standard deviation of the level's changes: it must follow when lengths begin to drift."""
+
+_MOST_RECALL = 0.95
+"""Most of a prompt's effect that counts as known, however well effects came back: the rest keeps intervals wide."""
+
+_LEAST_RECURRING = 8
+"""Fewer prompts that were visited before say nothing about how well effects come back."""
+
 _TAIL_MARGIN = 1.25
+"""How far beyond the longest response of late steps a tail may go."""
+
 _TAIL_SAMPLES = 256
+"""Samples of a step from which on its longest response bounds the tail."""
+
+_LONGEST_KEPT = 0.8
+"""Share of the longest response so far that still counts after a step without one as long."""
+
 _NORMAL = residuals_of(NORMAL)
 
 
@@ -107,7 +132,14 @@ def _finite(value: object) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Lengths up to ``cap``: their log is ``mu + sigma * error``, both [B] float64, with the errors' distribution."""
+    """Lengths of B samples, as a distribution of each: ``log(length) = mu + sigma * error``, up to ``cap``.
+
+    Attributes:
+        mu: [B] float64, centre of the log length (natural logarithm of tokens).
+        sigma: [B] float64, scale of its error.
+        cap: Most tokens of a response.
+        errors: Distribution of the standardised errors, the same for all.
+    """
 
     mu: FloatArray
     sigma: FloatArray
@@ -125,7 +157,7 @@ class Prediction:
         return tokens
 
     def mean(self, reached: IntArray | None = None) -> FloatArray:
-        """Return [B] float64 expected tokens, given that a sample is longer than ``reached``."""
+        """Return [B] float64 expected tokens, given that a sample is longer than ``reached``, [B] (``None``: any)."""
         log_tokens = self.mu[:, None] + self.errors.nodes * self.sigma[:, None]
         mean: FloatArray = np.exp(np.minimum(log_tokens, math.log(self.cap))).mean(axis=1)
         if reached is None:
@@ -136,7 +168,11 @@ class Prediction:
         return tokens
 
     def alive_at(self, depth: FloatArray) -> FloatArray:
-        """Return [B, K] float64: probability that a sample is longer than each depth (tokens)."""
+        """Return [B, K] float64: probability that a sample is longer than each depth.
+
+        Args:
+            depth: [K] tokens, or [B, 1] or [B, K] for depths of each sample's own.
+        """
         z = (np.log(np.maximum(depth, 1e-9)) - self.mu[:, None]) / self.sigma[:, None]
         alive: FloatArray = np.where(depth < self.cap, self.errors.beyond(z), 0.0)
         return alive
@@ -145,7 +181,7 @@ class Prediction:
 def exact(lengths: IntArray) -> Prediction:
     """Return the prediction of samples whose lengths, [B] int64, are known."""
     mu = np.log(np.maximum(lengths, 1) + 0.5)
-    return Prediction(mu, np.full(len(lengths), 0.01), int(lengths.max()) + 1)
+    return Prediction(mu, np.full(len(lengths), KNOWN_SIGMA), int(lengths.max()) + 1)
 
 
 def predict(model: LengthModel, batch: Batch) -> Prediction:
@@ -165,18 +201,21 @@ def _expected(model: LengthModel, batch: Batch) -> tuple[FloatArray, FloatArray]
         mu = model.level + model.trend + model.slope * (log_prompt - model.log_prompt)
     is_known = np.array([prompt in model.effects for prompt in batch.prompt_ids])
     effect = np.array([model.effects.get(prompt, 0.0) for prompt in batch.prompt_ids])
-    explained = is_known * min(model.recall, 0.95) ** 2 * _told(model, batch)
+    explained = is_known * min(model.recall, _MOST_RECALL) ** 2 * _told(model, group_sizes(batch))
     return mu + model.recall * effect[batch.group_of], model.between**2 * (1 - explained)
 
 
-def _told(model: LengthModel, batch: Batch) -> FloatArray:
-    """Return the share of each prompt's effect, [G], that the mean of its samples tells."""
-    told: FloatArray = model.between**2 / (model.between**2 + model.within**2 / group_sizes(batch))
+def _told(model: LengthModel, num_samples: IntArray) -> FloatArray:
+    """Return the share of a prompt's effect that the mean of so many of its samples (any shape, >= 1) tells.
+
+    The rest is their noise: ``between^2 / (between^2 + within^2 / n)``, the reliability of a mean.
+    """
+    told: FloatArray = model.between**2 / (model.between**2 + model.within**2 / num_samples)
     return told
 
 
 def _reach(model: LengthModel, cap: int, seen: int) -> int:
-    """Return how far the tail goes.
+    """Return how many tokens the tail goes to, at most ``cap``, where ``seen`` have been reached in this step.
 
     Log-normal tails without end would have the planner wait for samples that never come.
     """
@@ -190,9 +229,8 @@ def refine(
 ) -> Prediction:
     """Return the prediction given what has been generated so far.
 
-    Finished siblings are observations, unfinished ones are censored at what they have: each is imputed by its
-    conditional mean, then the shift of the whole distribution and the groups' effects are re-estimated, a few rounds
-    of EM for a Tobit random-effects model.
+    Finished siblings are observations, unfinished ones are censored at what they have. Without any finished sample no
+    interval gets narrower.
 
     Args:
         model: What was learnt from finished steps.
@@ -200,6 +238,20 @@ def refine(
         batch: The prompts.
         generated: [B] tokens so far.
         is_finished: [B] 1.0 where the sample is complete.
+    """
+    mu = _shifted(model, prior, batch, generated, is_finished)
+    sigma = np.minimum(prior.sigma, _spread_left(model, batch, is_finished))
+    cap = _reach(model, batch.max_response_tokens, int(generated.max()))
+    return replace(prior, mu=mu, sigma=sigma, cap=max(prior.cap, cap))
+
+
+def _shifted(
+    model: LengthModel, prior: Prediction, batch: Batch, generated: IntArray, is_finished: FloatArray
+) -> FloatArray:
+    """Return the new ``mu``, [B]: moved by the shift of the whole distribution and, if unfinished, by its siblings.
+
+    A few rounds of EM for a Tobit random-effects model: each censored sample is imputed by its conditional mean (E),
+    then the shift and the groups' effects are estimated anew (M). Arguments as in ``refine``.
     """
     groups = len(batch.prompt_ids)
     size = np.bincount(batch.group_of, minlength=groups)
@@ -211,28 +263,41 @@ def refine(
     group_of, mu, sigma, seen = batch.group_of[rows], prior.mu[rows], prior.sigma[rows], seen[rows]
     is_capped = is_finished[rows] > 0
     others = np.maximum(size - 1, 0)[group_of]  # what a sample has itself says nothing more about what it has left
-    reliability = model.between**2 / (model.between**2 + model.within**2 / np.maximum(others, 1))
+    reliability = _told(model, np.maximum(others, 1))
     shift, effect = 0.0, np.zeros(len(rows))
     for _ in range(_EM_ROUNDS):
         expected = mu + shift + effect
         imputed = expected + sigma * prior.errors.gentle_beyond((seen - expected) / sigma)
         residual = np.where(is_capped, np.maximum(seen, imputed), imputed) - mu
         residual_sum = known_sum + np.bincount(group_of, weights=residual, minlength=groups)
-        shift = float(residual_sum.sum() / (batch.num_samples + 4.0))
+        shift = float(residual_sum.sum() / (batch.num_samples + _UNSHIFTED_SAMPLES))
         effect = reliability * (residual_sum[group_of] - residual - shift * others) / np.maximum(others, 1)
     shifted = prior.mu + shift
     shifted[rows] += effect
-    finished = np.bincount(batch.group_of, weights=is_finished, minlength=groups)
+    return shifted
+
+
+def _spread_left(model: LengthModel, batch: Batch, is_finished: FloatArray) -> FloatArray:
+    """Return the scale of the error, [B], that is left when some samples have finished.
+
+    The noise of a sample, of variance w^2, stays. With f finished siblings the variance b^2 of a prompt effect becomes
+    ``b^2 / (1 + f * b^2 / w^2)``, and each group adds ``f / (f * b^2 + w^2)`` to the precision of the level (normal
+    posteriors).
+    """
+    finished = np.bincount(batch.group_of, weights=is_finished, minlength=len(batch.prompt_ids))
     between = model.between**2 / (1 + finished * model.between**2 / model.within**2)
     told = np.sum(finished / (finished * model.between**2 + model.within**2))
     level = 1 / (1 / (model.doubt**2 + model.wander**2) + told)
-    sigma = np.minimum(prior.sigma, np.sqrt(model.within**2 + between[batch.group_of] + level))
-    cap = _reach(model, batch.max_response_tokens, int(generated.max()))
-    return replace(prior, mu=shifted, sigma=sigma, cap=max(prior.cap, cap))
+    spread: FloatArray = np.sqrt(model.within**2 + between[batch.group_of] + level)
+    return spread
 
 
 def learn(model: LengthModel, batch: Batch, lengths: IntArray) -> LengthModel:
-    """Return the model after a step whose lengths, [B] int64, are all known."""
+    """Return the model after a step whose lengths, [B] int64, are all known.
+
+    Level and trend follow by a filter of their own; spreads, slope, recall and the curve of errors are means that weigh
+    a step by its samples, against at most ``_MOST_SAMPLES`` of earlier ones.
+    """
     log_length = np.log(np.maximum(lengths, 1))
     log_prompt = np.log(np.maximum(batch.prompt_tokens, 1))
     group_length, group_prompt = group_means(batch, log_length), group_means(batch, log_prompt)
@@ -242,23 +307,21 @@ def learn(model: LengthModel, batch: Batch, lengths: IntArray) -> LengthModel:
     new = replace(model, between=_mix(model.between, between, rate), within=_mix(model.within, within, rate))
     new = _with_level(new, batch, group_length, float(log_prompt.mean()))
     new = replace(new, slope=_mix(model.slope, ridge_slope(group_prompt, group_length, between), rate))
+    # errors are standardised by what is known after the step; the first step's spreads are its own, not the guesses
     scale = new if model.level is not None else replace(new, between=between, within=within)
     mu, unknown = _expected(replace(scale, trend=0.0), batch)
     left = _weights(new, batch)[1] - new.doubt**2  # of a mean that the level did not wholly follow: no sample's error
     variance = np.maximum(scale.within**2 + unknown[batch.group_of] - left, LEAST_WITHIN**2)
     assert new.level is not None
     seen = group_length - new.level - new.slope * (group_prompt - new.log_prompt)
-    effects = dict(model.effects)
-    for prompt, value in zip(batch.prompt_ids, (seen * _told(new, batch)).tolist(), strict=True):
-        effects[prompt] = _mix(effects[prompt], value, _EWMA_PROMPT) if prompt in effects else value
     return replace(
         new,
         recall=_mix(model.recall, _recall(model, batch.prompt_ids, seen), rate),
         survival=learn_residuals(
             model.survival, (log_length - mu) / np.sqrt(variance), lengths >= batch.max_response_tokens, rate
         ),
-        longest=max(0.8 * model.longest, float(lengths.max())) if batch.num_samples >= _TAIL_SAMPLES else 0.0,
-        effects=effects,
+        longest=max(_LONGEST_KEPT * model.longest, float(lengths.max())) if batch.num_samples >= _TAIL_SAMPLES else 0.0,
+        effects=_remembered(model.effects, batch.prompt_ids, seen * _told(new, group_sizes(batch))),
         num_samples=known + batch.num_samples,
     )
 
@@ -266,8 +329,10 @@ def learn(model: LengthModel, batch: Batch, lengths: IntArray) -> LengthModel:
 def _with_level(model: LengthModel, batch: Batch, group_length: FloatArray, log_prompt: float) -> LengthModel:
     """Return the model whose level has followed a step: a Kalman filter with a damped trend (Holt).
 
-    What the step's few prompts and samples leave open counts as noise; a surprise beyond it says that the level
-    wanders, and so at once how far to follow.
+    The level is expected to be ``level + trend``, with the variance ``doubt^2 + wander^2``. A step shows it with
+    ``noise``: the variance of what its few prompts and samples leave open. So it follows the surprise by the gain
+    ``(doubt^2 + wander^2) / (noise + doubt^2 + wander^2)``, and its variance becomes ``gain * noise``. A surprise
+    beyond noise and doubt says that the level wanders, and so at once how far to follow.
 
     Args:
         model: Before, but for the spreads.
@@ -301,15 +366,32 @@ def _weights(model: LengthModel, batch: Batch) -> tuple[FloatArray, float]:
 
 
 def _mix(old: float, new: float, rate: float) -> float:
+    """Return the mean in which the new value has the weight ``rate``."""
     return (1 - rate) * old + rate * new
 
 
+def _remembered(effects: Mapping[str, float], prompt_ids: tuple[str, ...], seen: FloatArray) -> dict[str, float]:
+    """Return the effects of prompts after a visit of ``prompt_ids``, [G], with the effects ``seen``, [G]."""
+    after = dict(effects)
+    for prompt, value in zip(prompt_ids, seen.tolist(), strict=True):
+        after[prompt] = _mix(after[prompt], value, _EWMA_PROMPT) if prompt in after else value
+    return after
+
+
 def _recall(model: LengthModel, prompt_ids: tuple[str, ...], seen: FloatArray) -> float:
-    """Return how much of the remembered effects came back; the old value when too few prompts recur."""
+    """Return how much of the remembered effects came back; the old value when too few prompts recur.
+
+    The slope, from 0 to 1, of the regression of new effects on remembered ones through the origin.
+
+    Args:
+        model: Before the step.
+        prompt_ids: [G] prompts of the step.
+        seen: [G] their effects in it.
+    """
     pairs = [
         (model.effects[p], value) for p, value in zip(prompt_ids, seen.tolist(), strict=True) if p in model.effects
     ]
-    if len(pairs) < 8:
+    if len(pairs) < _LEAST_RECURRING:
         return model.recall
     old, new = np.array(pairs).T
     return float(np.clip(old @ new / (old @ old + 1e-9), 0.0, 1.0))

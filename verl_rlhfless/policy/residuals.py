@@ -19,13 +19,22 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float64]
 
 _LOW, _HIGH = -6.0, 8.0
+"""Least and largest standardised error that is told apart."""
+
 _KNOTS = np.linspace(_LOW, _HIGH, 57)
+"""Where a curve is kept, four knots a unit; between two of them its logarithm is linear."""
+
 _PER_UNIT = 256
+"""Points of a unit in the tables that look-ups read."""
+
+_NUM_NODES = 16
 _FINE = np.linspace(_LOW, _HIGH, round((_HIGH - _LOW) * _PER_UNIT) + 1)
 _LEAST = 1e-12
+"""Least survival, so that what follows from it is finite."""
 
 
 def _normal(z: FloatArray) -> FloatArray:
+    """Return the normal distribution's survival at each of ``z``, [K]."""
     return np.array([0.5 * math.erfc(value / math.sqrt(2)) for value in z.tolist()])
 
 
@@ -41,13 +50,14 @@ class Residuals:
 
     @cached_property
     def _curve(self) -> FloatArray:
+        """Survival at each point of ``_FINE``."""
         knots = np.log(np.maximum(self.survival, _LEAST))
         curve: FloatArray = np.exp(np.interp(_FINE, _KNOTS, knots))
         return curve
 
     @cached_property
     def _beyond(self) -> FloatArray:
-        """Mean error of those beyond each point."""
+        """Mean error of those beyond each point z: z and the area under the survival beyond it, over that at z."""
         area = (self._curve[1:] + self._curve[:-1]) / 2 / _PER_UNIT
         rest = np.concatenate((np.cumsum(area[::-1])[::-1], [0.0]))
         beyond: FloatArray = _FINE + rest / self._curve
@@ -55,6 +65,7 @@ class Residuals:
 
     def beyond(self, z: FloatArray) -> FloatArray:
         """Return the probability of an error larger than ``z``, any shape."""
+        # the nearest point of the table: half a point is added, the rest is cut off
         nearest = np.clip((z - (_LOW - 0.5 / _PER_UNIT)) * _PER_UNIT, 0.0, len(_FINE) - 1.0)
         return self._curve.take(nearest.astype(np.intp))
 
@@ -65,6 +76,7 @@ class Residuals:
 
     @cached_property
     def _gentle(self) -> FloatArray:
+        """``_beyond``, lowered so that its distance from the point never grows from one point to the next."""
         gentle: FloatArray = _FINE + np.minimum.accumulate(self._beyond - _FINE)
         return gentle
 
@@ -83,12 +95,13 @@ class Residuals:
     @cached_property
     def nodes(self) -> FloatArray:
         """16 errors that stand for equal shares of all."""
-        shares = 1 - (np.arange(16) + 0.5) / 16
+        shares = 1 - (np.arange(_NUM_NODES) + 0.5) / _NUM_NODES
         nodes: FloatArray = np.interp(shares, self._curve[::-1], _FINE[::-1])[::-1].copy()
         return nodes
 
 
 def _interpolated(table: FloatArray, z: FloatArray) -> FloatArray:
+    """Return a table's values at ``z``, any shape, linear between the points of ``_FINE``, constant beyond them."""
     position = np.clip((z - _LOW) * _PER_UNIT, 0.0, len(table) - 1.0)
     left = np.minimum(position.astype(np.intp), len(table) - 2)
     low = table.take(left)
@@ -105,16 +118,18 @@ def residuals_of(survival: tuple[float, ...]) -> Residuals:
 def learn_residuals(
     old: tuple[float, ...], error: FloatArray, is_clipped: NDArray[np.bool_], rate: float
 ) -> tuple[float, ...]:
-    """Return the survival curve after a step.
+    """Return the survival curve after a step: the mean of the old one and of the step's own (Kaplan-Meier).
+
+    Beyond the step's largest error, where it says nothing, its curve goes on in proportion to the normal one.
 
     Args:
         old: Before.
         error: [B] standardised errors.
-        is_clipped: [B] whether the response reached the cap, so that its error is at least this large (Kaplan-Meier).
+        is_clipped: [B] whether the response reached the cap, so that its error is at least this large.
         rate: Weight of the step.
     """
     error = error - error.mean()
-    order = np.lexsort((is_clipped, error))
+    order = np.lexsort((is_clipped, error))  # at equal errors those that ended come before those that were clipped
     at_risk = np.arange(len(error), 0, -1)
     left = np.cumprod(1 - np.where(is_clipped[order], 0.0, 1.0) / at_risk)
     sorted_error = error[order]

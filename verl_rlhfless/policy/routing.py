@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from verl_rlhfless.policy.arm import Outcome
-from verl_rlhfless.policy.balance import Foresight, Units, best_move, bounds
+from verl_rlhfless.policy.balance import Foresight, WorkUnits, best_move, run_starts
 from verl_rlhfless.policy.dispatch import least_requests, longest_first
 from verl_rlhfless.policy.paper_rules import RULES, cut_by_rule
 from verl_rlhfless.policy.placement import place
-from verl_rlhfless.policy.predict import LengthModel, Prediction, learn, predict, refine
+from verl_rlhfless.policy.predict import KNOWN_SIGMA, LengthModel, Prediction, learn, predict, refine
 from verl_rlhfless.policy.snapshot import (
     FINISHED,
     READY,
@@ -35,13 +36,18 @@ from verl_rlhfless.policy.snapshot import (
 
 _LEAST_GAIN = 0.08
 """Least share of the time left that the moves of a look must save together: predictions are no better."""
-_LEAST_STEP = {WAITING: 0.08, RUNNING: 0.05}
+
+_LEAST_MOVE_GAIN = {WAITING: 0.08, RUNNING: 0.05}
 """Least share that each of them must save: a prompt is computed twice, a cut sample stands still on its way."""
 
+_MOST_MOVES = {WAITING: 64, RUNNING: 8}
+"""Samples that one look moves, until its last unit is whole: what is known of progress is up to one interval old."""
+
 _LOOK_S = 0.5
-_SAMPLES_PER_LOOK = 8192  # a look takes about 1 us a sample: with more of them, looks are as much rarer
-_EXACT = 0.01  # spread of the log of a length that is known
-_MOST_MOVES = {WAITING: 64, RUNNING: 8}  # progress is up to one interval old: some moves, then look again
+"""Seconds between two looks."""
+
+_SAMPLES_PER_LOOK = 8192
+"""A look takes about 1 us a sample: with more of them, looks are as much rarer."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Routing:
         learns: Whether lengths are predicted from history and siblings; without, all samples look alike.
         tau: Share of finished samples at which the two papers' rules cut.
         seed: Of the random dispatcher.
+        is_resident: Whether the replicas are the trainer's own, which keep their lease when they are empty.
         truth: [B] int64, true lengths of the step that is planned: the control arm of a benchmark.
     """
 
@@ -73,8 +80,8 @@ class Routing:
     def predict(self, memory: LengthModel, batch: Batch) -> Prediction:
         """Return the prediction before the step's first token."""
         if self.truth is not None:
-            exact = np.full(batch.num_samples, _EXACT)
-            return Prediction(np.log(self.truth + 0.5), exact, batch.max_response_tokens + 1)
+            sigma = np.full(batch.num_samples, KNOWN_SIGMA)
+            return Prediction(np.log(self.truth + 0.5), sigma, batch.max_response_tokens + 1)
         return predict(memory, batch)
 
     def begin(self, pool: PoolSnapshot, first: Batch) -> LengthModel:
@@ -91,6 +98,7 @@ class Routing:
         return self._planned(batch, prediction, self._place(pool, batch, prediction))
 
     def _planned(self, batch: Batch, prediction: Prediction, replica_of: IntArray) -> RolloutPlan:
+        """Return the plan of a placement; only the dispatcher by length submits the longest samples first."""
         order = np.arange(batch.num_samples)
         if self.dispatcher == "length_bucket":
             order = longest_first(order, prediction.mu)
@@ -122,6 +130,7 @@ class Routing:
         return replace(placed, price=planned.price, predicted_step_s=expected_s, reason=reason)
 
     def _place(self, pool: PoolSnapshot, batch: Batch, prediction: Prediction) -> IntArray:
+        """Return the replica of each sample, [B]."""
         count = len(self.fleet)
         if self.dispatcher == "length_bucket":
             perf = [pool.perf[tp] for tp in self.fleet]
@@ -145,6 +154,8 @@ class RoutingPolicy:
     """Looks often, and moves what lets the last replica end sooner: what waits first, what runs only if it pays.
 
     Attributes:
+        arm: What decides, and by which rules.
+        memory: Lengths of earlier steps.
         prior: The prediction before the step's first token.
     """
 
@@ -179,27 +190,34 @@ class RoutingPolicy:
         return Reaction(view.now_s + pause_s, moves=moves, reason=reason if moves else "")
 
     def _migrate(self, view: RolloutView, foresight: Foresight) -> tuple[Move, ...]:
+        """Return the moves of running samples under the arm's migration."""
         if self.arm.migration in RULES:
             return cut_by_rule(view, self.arm.migration, self.arm.tau)
         return self._even_out(view, foresight, RUNNING) if self.arm.migration == "cut_and_migrate" else ()
 
     def _even_out(self, view: RolloutView, foresight: Foresight, state: int) -> tuple[Move, ...]:
-        """Return the moves of what is in one state, one by one the best, when they save enough together."""
+        """Return the moves of what is in one state, the best one first, when they save enough together.
+
+        Args:
+            view: The rollout now.
+            foresight: What is expected of it.
+            state: ``WAITING`` or ``RUNNING``.
+        """
         ready = [replica.replica for replica in view.replicas if replica.state == READY]
         if not ready or not (view.state == state).any():
             return ()
-        movable = _Movable(foresight, state, state == WAITING and self.arm.keeps_groups)
-        moved: dict[int, int] = {}
+        movable = _Movable(foresight, state, keeps_groups=state == WAITING and self.arm.keeps_groups)
+        target_of: dict[int, int] = {}
         before_s = movable.work.end_s().max()
-        while len(moved) < _MOST_MOVES[state]:
+        while len(target_of) < _MOST_MOVES[state]:
             found = best_move(movable.work, movable.units_of, ready, movable.prefill)
-            if found is None or found[3] < _LEAST_STEP[state]:
+            if found is None or found.gain < _LEAST_MOVE_GAIN[state]:
                 break
-            source, unit, target, _ = found
-            moved.update(dict.fromkeys(movable.move(source, unit, target).tolist(), target))
+            samples = movable.move(found.source, found.unit, found.target)
+            target_of.update(dict.fromkeys(samples.tolist(), found.target))
         if movable.work.end_s().max() > before_s * (1 - _LEAST_GAIN):
             return ()
-        return _moves(np.array(list(moved), dtype=np.int64), np.array(list(moved.values()), dtype=np.int64))
+        return _moves(target_of)
 
 
 class _Movable:
@@ -212,33 +230,34 @@ class _Movable:
         work: What every replica has to do, after the moves so far.
     """
 
-    def __init__(self, foresight: Foresight, state: int, keeps_groups: bool) -> None:
+    def __init__(self, foresight: Foresight, state: int, *, keeps_groups: bool) -> None:
         view, self._outlook, self._keeps_groups = foresight.view, foresight.outlook, keeps_groups
         self._prompt, self._response = view.batch.prompt_tokens, view.generated.astype(np.float64)
         self._group_of, num_groups = view.batch.group_of, len(view.batch.prompt_ids)
-        began = ((view.state == RUNNING) | (view.state == FINISHED)) & (view.replica_of >= 0)
-        self._is_known = np.zeros((len(view.replicas), num_groups), dtype=bool)
-        self._is_known[view.replica_of[began], self._group_of[began]] = True
-        self._rows = np.flatnonzero(view.state[self._outlook.samples] == state)
-        samples = self._outlook.samples[self._rows]
+        self._has_prompt = _computed_prompts(view)
+        self._positions = np.flatnonzero(view.state[self._outlook.samples] == state)
+        samples = self._outlook.samples[self._positions]
         self._replica_of = view.replica_of[samples]
         first = self._starts(self._replica_of * num_groups + self._group_of[samples])
         at = self._replica_of[first]
         self.work = foresight.workload()
-        self.work.volume[2] += np.bincount(at, self._prompts(samples[first], at), self.work.num_replicas)
-        self._units: dict[int, Units] = {}
+        prompts = np.bincount(at, self._prompts(samples[first], at), self.work.num_replicas)
+        self.work.add_prefill(slice(None), prompts.astype(np.float64))
+        self._units: dict[int, WorkUnits] = {}
 
-    def units_of(self, replica: int) -> Units:
+    def units_of(self, replica: int) -> WorkUnits:
         """Return the units that may still leave a replica."""
         if replica not in self._units:
-            rows = self._rows[self._replica_of == replica]  # in a row, since they are sorted by replica and state
-            samples = self._outlook.samples[rows]
+            at = self._positions[
+                self._replica_of == replica
+            ]  # side by side: the outlook is sorted by replica and state
+            samples = self._outlook.samples[at]
             first = self._starts(self._group_of[samples])
-            part = slice(rows[0], rows[-1] + 1) if len(rows) else slice(0)
+            part = slice(at[0], at[-1] + 1) if len(at) else slice(0)
             self._units[replica] = self._outlook.units(part, first, self._prompts(samples[first], replica))
         return self._units[replica]
 
-    def prefill(self, units: Units, replica: int) -> FloatArray:
+    def prefill(self, units: WorkUnits, replica: int) -> FloatArray:
         """Return [U] tokens that another replica computes for units that move to it."""
         responses: FloatArray = np.add.reduceat(self._response[units.samples], units.first)
         return self._prompts(units.leaders, replica) + responses
@@ -252,12 +271,24 @@ class _Movable:
         return units.members(unit)
 
     def _starts(self, key: IntArray) -> IntArray:
-        return bounds(key) if self._keeps_groups else np.arange(len(key))
+        """Return where units begin among samples that are sorted by ``key``: with each new key, or with each sample."""
+        return run_starts(key) if self._keeps_groups else np.arange(len(key))
 
     def _prompts(self, leaders: IntArray, replica: IntArray | int) -> FloatArray:
-        tokens: FloatArray = np.where(self._is_known[replica, self._group_of[leaders]], 0.0, self._prompt[leaders])
+        """Return [U] prompt tokens that the replica of each unit still computes for it."""
+        tokens: FloatArray = np.where(self._has_prompt[replica, self._group_of[leaders]], 0.0, self._prompt[leaders])
         return tokens
 
 
-def _moves(samples: IntArray, targets: IntArray) -> tuple[Move, ...]:
+def _computed_prompts(view: RolloutView) -> NDArray[np.bool_]:
+    """Return [R, G] whether a replica has computed a group's prompt, for any of its samples."""
+    began = ((view.state == RUNNING) | (view.state == FINISHED)) & (view.replica_of >= 0)
+    has_prompt = np.zeros((len(view.replicas), len(view.batch.prompt_ids)), dtype=bool)
+    has_prompt[view.replica_of[began], view.batch.group_of[began]] = True
+    return has_prompt
+
+
+def _moves(target_of: Mapping[int, int]) -> tuple[Move, ...]:
+    """Return the moves that bring each sample to its target, one for each target."""
+    samples, targets = (np.array(list(ids), dtype=np.int64) for ids in (target_of.keys(), target_of.values()))
     return tuple(Move(np.sort(samples[targets == target]), int(target)) for target in np.unique(targets).tolist())

@@ -101,18 +101,7 @@ def parse_model_config(values: Mapping[str, Any], name: str) -> ModelShape:
             raise ConfigError(
                 f"{name}: {key}", values[key], "mixture-of-experts models are not modelled", "Use a dense model."
             )
-    heads = _positive(values, "num_attention_heads", name)
-    hidden = _positive(values, "hidden_size", name)
-    kv_heads = _positive(values, "num_key_value_heads", name) if "num_key_value_heads" in values else heads
-    if heads % kv_heads:
-        raise ConfigError(
-            f"{name}: num_key_value_heads", kv_heads, f"must divide num_attention_heads={heads}", "Correct it."
-        )
-    if values.get("head_dim") is None and hidden % heads:
-        raise ConfigError(
-            f"{name}: hidden_size", hidden, f"must be a multiple of num_attention_heads={heads}", "Or give head_dim."
-        )
-    head_dim = _positive(values, "head_dim", name) if values.get("head_dim") is not None else hidden // heads
+    hidden, heads, kv_heads, head_dim = _attention(values, name)
     tied = values.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         raise ConfigError(f"{name}: tie_word_embeddings", tied, "must be true or false", "Correct it.")
@@ -127,6 +116,23 @@ def parse_model_config(values: Mapping[str, Any], name: str) -> ModelShape:
         vocab=_positive(values, "vocab_size", name),
         is_tied=tied,
     )
+
+
+def _attention(values: Mapping[str, Any], name: str) -> tuple[int, int, int, int]:
+    """Return hidden size, heads, KV heads (as many as heads if not given) and the size of a head."""
+    heads = _positive(values, "num_attention_heads", name)
+    hidden = _positive(values, "hidden_size", name)
+    kv_heads = _positive(values, "num_key_value_heads", name) if "num_key_value_heads" in values else heads
+    if heads % kv_heads:
+        raise ConfigError(
+            f"{name}: num_key_value_heads", kv_heads, f"must divide num_attention_heads={heads}", "Correct it."
+        )
+    if values.get("head_dim") is None and hidden % heads:
+        raise ConfigError(
+            f"{name}: hidden_size", hidden, f"must be a multiple of num_attention_heads={heads}", "Or give head_dim."
+        )
+    head_dim = _positive(values, "head_dim", name) if values.get("head_dim") is not None else hidden // heads
+    return hidden, heads, kv_heads, head_dim
 
 
 def _positive(values: Mapping[str, Any], key: str, name: str) -> int:

@@ -23,6 +23,10 @@ HELD, WAITING, RUNNING, FINISHED = 0, 1, 2, 3
 """States of a sample: no replica yet, queued at one, decoding or in prefill, complete."""
 
 STARTING, READY, GONE = "starting", "ready", "gone"
+"""States of a replica, as far as a policy tells them apart; ``GONE`` also stands for one that was lost."""
+
+NEVER = 1e12
+"""Time of a look that is not to be [s]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,11 @@ class Batch:
     def num_samples(self) -> int:
         """Samples of the batch (B)."""
         return len(self.group_of)
+
+    @property
+    def leaders(self) -> IntArray:
+        """First sample of each group, [G]; every group has one."""
+        return np.unique(self.group_of, return_index=True)[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +128,7 @@ class RolloutPlan:
     is_static: bool
     has_kv_pool: bool = False
     rebinds_turns: bool = False
-    first_look_s: float = 1e12
+    first_look_s: float = NEVER
     price: float = 0.0
     predicted_step_s: float | None = None
     predicted_gpu_s: float | None = None
@@ -131,7 +140,16 @@ class RolloutPlan:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """One replica at the moment of a look."""
+    """One replica at the moment of a look.
+
+    Attributes:
+        replica: Its id, the position in ``RolloutView.replicas``.
+        tp: Tensor-parallel size.
+        state: ``STARTING``, ``READY`` or ``GONE``.
+        num_waiting: Requests that its engine has queued.
+        num_running: Requests that decode or are in prefill.
+        context_tokens: Prompt and generated tokens of what decodes.
+    """
 
     replica: int
     tp: int
@@ -147,6 +165,8 @@ class RolloutView:
 
     Attributes:
         now_s: Seconds since the rollout began (weights published).
+        batch: The prompts.
+        pool: What could be leased when the step was planned.
         generated: [B] int64, response tokens so far.
         state: [B] int8, ``HELD`` .. ``FINISHED``.
         replica_of: [B] int64, -1 = none.
@@ -173,8 +193,14 @@ class RolloutView:
 
     @property
     def alive(self) -> IntArray:
-        """Ids of the samples that are not complete."""
+        """Ids of the samples that are not complete, increasing."""
         return np.flatnonzero(self.state != FINISHED)
+
+    @property
+    def num_held(self) -> IntArray:
+        """Unfinished samples of each replica, [R]."""
+        of = self.replica_of[self.alive]
+        return np.bincount(of[of >= 0], minlength=len(self.replicas))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,4 @@
-"""The time and cost of running a population of samples on a fleet that may change as samples finish.
-
-A dynamic programme over depth.
+"""Time and cost of running a population of samples on a fleet that may change as samples finish: dynamic programming.
 
 All samples of a lane decode side by side, so "how far" is one number: the depth, tokens generated so far. Between two
 depths the lane runs one option (tensor-parallel size x count); at a depth it may shrink (the cut samples are
@@ -25,11 +23,21 @@ from numpy.typing import NDArray
 from verl_rlhfless.policy.snapshot import FloatArray, IntArray, PoolSnapshot
 
 NUM_DEPTHS = 18
+"""Intervals of depth (K): a fleet changes between two of them, if at all."""
+
+_FINER_AT_START = 2.2
+"""Exponent of the depths: intervals are narrower at the start, where more samples are alive."""
+
+_FORBIDDEN = 1e15
+"""GPU-seconds of a change that must not be."""
+
+_TINY = 1e-9
+"""Least divisor, where nothing is left to divide."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Homogeneous fleets a lane may run on: ``tp`` and ``count`` are [M] int64, ``gpus`` their product."""
+    """M homogeneous fleets that a lane may run on, sorted by size: ``tp`` and ``count`` are [M] int64."""
 
     tp: NDArray[np.int64]
     count: NDArray[np.int64]
@@ -41,23 +49,26 @@ class Options:
 
     @cached_property
     def sizes(self) -> list[tuple[int, slice]]:
-        """Where the options of each tensor-parallel size stand; they are sorted by it."""
+        """Each tensor-parallel size, and the slice of the options that have it."""
         tps, first = np.unique(self.tp, return_index=True)
         ends = [*first.tolist()[1:], len(self.tp)]
         return [(tp, slice(*part)) for tp, *part in zip(tps.tolist(), first.tolist(), ends, strict=True)]
 
     def by_size(self, value: Callable[[int], float]) -> FloatArray:
-        """Return [M] from what a tensor-parallel size alone decides."""
+        """Return [M] values that a tensor-parallel size alone decides."""
         return np.repeat([value(tp) for tp, _ in self.sizes], [part.stop - part.start for _, part in self.sizes])
 
     @cached_property
     def blocks(self) -> tuple[Options, ...]:
-        """The options of each size."""
+        """The options of each size, in the order of ``sizes``."""
         return tuple(Options(self.tp[part], self.count[part]) for _, part in self.sizes)
 
     @cached_property
     def changes(self) -> tuple[FloatArray, IntArray]:
-        """Of a change from option i to j, [M, M]: the share of samples that is cut, and GPUs with fresh replicas."""
+        """Of a change from option i to j, [M, M]: the share of samples that is cut, and GPUs with fresh replicas.
+
+        Between n and N > n replicas of one size, either way, ``1 - n / N`` of the samples move; to another size all.
+        """
         is_same_tp = self.tp[:, None] == self.tp
         ratio = self.count[:, None] / self.count
         cut = 1 - np.where(is_same_tp, np.minimum(1.0 / ratio, ratio), 0.0)
@@ -89,14 +100,26 @@ class Lane:
     is_any: FloatArray
     ranked: float
 
+    @property
+    def width(self) -> FloatArray:
+        """Tokens of each interval, [K]."""
+        return np.diff(self.edges)
+
+    @property
+    def middle(self) -> FloatArray:
+        """Depth in the middle of each interval, [K]."""
+        return middle_of(self.edges)
+
 
 @dataclass(frozen=True, slots=True)
 class Frontier:
-    """Best futures by (price of time, option to start with).
+    """Best futures by price of time (P) and option to start with (M).
 
-    ``time_s`` and ``gpu_s`` are [P, M]; ``first`` [P, M] is the option of the first interval (it differs from the
-    start where changing at once pays) and ``gain`` what changing at once saves against changing after the first
-    interval or later, as a share of what the first interval is worth.
+    Attributes:
+        time_s / gpu_s: [P, M] expected seconds and GPU-seconds until the last sample ends.
+        first: [P, M] option of the first interval; it differs from the start where changing at once pays.
+        gain: [P, M] what changing at once saves against changing after the first interval or later, as a share of what
+            the first interval is worth.
     """
 
     time_s: FloatArray
@@ -135,7 +158,23 @@ def rank_share(mu: FloatArray, sigma: FloatArray) -> float:
 
 def depth_edges(max_tokens: int) -> FloatArray:
     """Return [K+1] depths from 0 to ``max_tokens``, finer at the start."""
-    return max_tokens * np.linspace(0.0, 1.0, NUM_DEPTHS + 1) ** 2.2
+    return max_tokens * np.linspace(0.0, 1.0, NUM_DEPTHS + 1) ** _FINER_AT_START
+
+
+def middle_of(edges: FloatArray) -> FloatArray:
+    """Return [K] depths in the middle of the intervals between [K+1] ``edges``."""
+    middle: FloatArray = (edges[:-1] + edges[1:]) / 2
+    return middle
+
+
+def longest_depth(edges: FloatArray, alive: FloatArray) -> float:
+    """Return the depth at which the longest of a population probably ends: half a sample is alive until then.
+
+    Args:
+        edges: [K+1] depths.
+        alive: [K] expected samples alive in the middle of each interval.
+    """
+    return float(edges[1:][np.flatnonzero(alive >= min(0.5, alive[0]))[-1]])
 
 
 def frontier(pool: PoolSnapshot, options: Options, lane: Lane, prices: FloatArray) -> Frontier:
@@ -147,7 +186,7 @@ def frontier(pool: PoolSnapshot, options: Options, lane: Lane, prices: FloatArra
         lane: The population.
         prices: [P] GPU-seconds that one second is worth.
     """
-    return _frontiers(pool, options, (lane,), prices, ((slice(None), options),), can_start=True)[0]
+    return _frontiers(pool, options, (lane,), prices, can_start=True)[0]
 
 
 def shrinking(pool: PoolSnapshot, options: Options, lanes: Sequence[Lane], prices: FloatArray) -> list[Frontier]:
@@ -155,33 +194,31 @@ def shrinking(pool: PoolSnapshot, options: Options, lanes: Sequence[Lane], price
 
     Arguments as in ``frontier``.
     """
-    parts = tuple((part, block) for (_, part), block in zip(options.sizes, options.blocks, strict=True))
-    return _frontiers(pool, options, lanes, prices, parts, can_start=False)
+    return _frontiers(pool, options, lanes, prices, can_start=False)
 
 
 def _frontiers(
-    pool: PoolSnapshot,
-    options: Options,
-    lanes: Sequence[Lane],
-    prices: FloatArray,
-    blocks: tuple[tuple[slice, Options], ...],
-    *,
-    can_start: bool,
+    pool: PoolSnapshot, options: Options, lanes: Sequence[Lane], prices: FloatArray, *, can_start: bool
 ) -> list[Frontier]:
-    """Return the futures of each lane; changes stay inside a block of options."""
+    """Return the futures of each lane; where nothing may start, changes stay among the options of one size."""
+    if can_start:
+        blocks = [(slice(0, len(options.tp)), options)]
+    else:
+        blocks = [(part, block) for (_, part), block in zip(options.sizes, options.blocks, strict=True)]
     shape = (len(lanes), len(prices), len(options.tp))
     time_s, gpu_s, gain = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     first = np.zeros(shape, dtype=np.int64)
     stage_s = np.stack([stage_times(pool, options, lane) for lane in lanes])
     alive, is_any = np.stack([lane.alive for lane in lanes]), np.stack([lane.is_any for lane in lanes])
     context = np.array([lane.context for lane in lanes])
-    depth = np.stack([np.concatenate(([0.0], (lane.edges[:-1] + lane.edges[1:])[:-1] / 2)) for lane in lanes])
+    # [L, K] where a change before each interval finds the samples: in the middle of the interval before
+    depth = np.stack([np.concatenate(([0.0], lane.middle[:-1])) for lane in lanes])
     moved = alive * (context[:, None] + depth) * is_any
     for part, block in blocks:
         moves = _Moves.build(pool, block, max(float(context.mean()), 1.0), can_start=can_start)
         best = _viterbi(stage_s[:, :, part], (is_any, moved), moves, prices)
         time_s[:, :, part], gpu_s[:, :, part], gain[:, :, part] = best[0], best[1], best[3]
-        first[:, :, part] = (part.start or 0) + best[2]
+        first[:, :, part] = part.start + best[2]
     start_s = np.array([lane.prefill_tokens for lane in lanes])[:, None, None] * _prefill(pool, options) / options.count
     time_s, gpu_s = time_s + start_s, gpu_s + start_s * options.gpus
     return [Frontier(*row) for row in zip(time_s, gpu_s, first, gain, strict=True)]
@@ -192,6 +229,12 @@ def _viterbi(
 ) -> tuple[FloatArray, FloatArray, IntArray, FloatArray]:
     """Return seconds, GPU-seconds, first option and gain, each [L, P, M], of the best future from depth 0.
 
+    From the last interval back to the first, what is worth least from option i on::
+
+        value[k, i] = min over j of change[k, i, j] + stage[k, j] + value[k + 1, j]
+
+    all in GPU-seconds, with those that time is worth. A start does not add to the time: the lane runs on meanwhile.
+
     Args:
         stage_s: [L, K, M] seconds of each interval on each option.
         population: [L, K] probability that any sample is alive, and tokens that a change would move.
@@ -199,23 +242,24 @@ def _viterbi(
         prices: [P] GPU-seconds that one second is worth.
     """
     is_any, moved = population
-    worth_of_time = prices[:, None]
+    worth_of_time = prices[:, None]  # [P, 1]
     change_s = moved[:, :, None, None] * moves.s_per_token
     per_token = moves.gpu_s_per_token + prices[:, None, None] * moves.s_per_token
     tokens, is_any = moved[:, :, None, None, None], is_any[:, :, None, None, None]
-    stage = stage_s[:, :, None, :]
+    stage = stage_s[:, :, None, :]  # [L, K, 1, M]
     stage_worth = stage * (moves.gpus + worth_of_time)
     time_s = np.zeros((len(stage_s), len(prices), len(moves.gpus)))
     value, lane, row = np.zeros_like(time_s), np.arange(len(stage_s))[:, None, None], np.arange(len(prices))[:, None]
     own = np.arange(len(moves.gpus))
     for k in range(stage_s.shape[1] - 1, -1, -1):
-        worth = stage_worth[:, k] + value
+        worth = stage_worth[:, k] + value  # [L, P, M] of going on with an option, the change to it apart
         total = tokens[:, k] * per_token  # [L, P, M, M] small enough to stay in the processor's cache
         total += is_any[:, k] * moves.start_gpu_s
         total += worth[:, :, None, :]
         best = total.argmin(axis=3)
         value = total[lane, row, own, best]
         time_s = (stage[:, k] + time_s)[lane, row, best] + change_s[:, k][lane, own, best]
+    # at depth 0, staying costs `worth` and the best change `value`
     gain = (worth - value) / np.maximum(stage_worth[:, 0], 1e-12)
     return time_s, value - worth_of_time * time_s, best, gain
 
@@ -230,21 +274,19 @@ def stay(pool: PoolSnapshot, options: Options, lane: Lane) -> tuple[FloatArray, 
 def stage_times(pool: PoolSnapshot, options: Options, lane: Lane) -> FloatArray:
     """Return [K, M] expected seconds of each interval on each option.
 
-    Weighted by the chance that anything is alive.
+    Those of the samples expected to be alive given that any is, times the probability that any is.
     """
-    width = np.diff(lane.edges)
-    middle = (lane.edges[:-1] + lane.edges[1:]) / 2
-    given = np.maximum(lane.alive / np.maximum(lane.is_any, 1e-9), 1.0)
+    given = np.maximum(lane.alive / np.maximum(lane.is_any, _TINY), 1.0)
     slots = options.by_size(lambda tp: pool.perf[tp].limits.max_num_seqs)
     mean = _queued_follow(given[:, None] / options.count, slots, options, lane)
     # a sample is on one replica: the fullest, which ends last, runs the mean rounded up
     running = np.maximum(np.minimum(np.ceil(mean - 1e-9), slots), mean)
     fullest = np.where(options.count > 1, running, mean)
-    context = (lane.context + middle)[:, None]
+    context = (lane.context + lane.middle)[:, None]
     stage = np.empty_like(mean)
     for tp, part in options.sizes:
         stage[:, part] = pool.perf[tp].fluid_iteration_s(fullest[:, part], context)
-    expected: FloatArray = stage * (width * lane.is_any)[:, None]
+    expected: FloatArray = stage * (lane.width * lane.is_any)[:, None]
     return expected
 
 
@@ -255,6 +297,9 @@ def _queued_follow(mean: FloatArray, slots: FloatArray, options: Options, lane: 
     what waits is short and fits in beside the longest, as far as slots are free by then; it begins where the first one
     ends, which is as deep as the longest that waits, so that it ends no earlier than twice as deep.
 
+    Work (samples times tokens) that is ``over`` the slots thus goes where slots are ``free``, in proportion to what is
+    free there: the share ``ranked`` of it, as only what is known apart can be ordered.
+
     Args:
         mean: [K, M] samples of each interval on one of an option's replicas.
         slots: [M] samples that a replica runs at once.
@@ -264,23 +309,29 @@ def _queued_follow(mean: FloatArray, slots: FloatArray, options: Options, lane: 
     over, free = np.maximum(mean - slots, 0.0), np.maximum(slots - mean, 0.0)
     if not over.any():
         return mean
-    tokens = np.diff(lane.edges) * lane.is_any
-    queued, room = tokens @ over, np.maximum(tokens @ free, 1e-9)
+    tokens = lane.width * lane.is_any  # [K]; below all [M]
+    queued, room = tokens @ over, np.maximum(tokens @ free, _TINY)
+    # how much deeper than the lane what waits would end: twice the depth of the longest that waits, less the lane's
     late = np.maximum(2 * (tokens @ np.minimum(over * options.count, 1.0)) - tokens.sum(), 0.0)
     follow = lane.ranked * np.maximum(np.minimum(room, queued - slots * late), 0.0)
-    placed: FloatArray = mean - over * (follow / np.maximum(queued, 1e-9)) + free * (follow / room)
+    placed: FloatArray = mean - over * (follow / np.maximum(queued, _TINY)) + free * (follow / room)
     return placed
 
 
 def _prefill(pool: PoolSnapshot, options: Options) -> FloatArray:
+    """Return [M] seconds of one replica for a prompt token."""
     return options.by_size(lambda tp: pool.perf[tp].prefill_s_per_token)
 
 
 @dataclass(frozen=True, slots=True)
 class _Moves:
-    """What a change from option i to j takes, [M, M]: per token of moved context, and to start fresh replicas.
+    """What a change from option i to j takes.
 
-    Huge = forbidden.
+    Attributes:
+        gpus: [M] GPUs of each option.
+        s_per_token: [M, M] seconds for each token of the lane's context at that depth, the share that is cut included.
+        gpu_s_per_token: [M, M] the same in GPU-seconds of option j.
+        start_gpu_s: [M, M] GPU-seconds of fresh replicas until they are usable; ``_FORBIDDEN`` where not allowed.
     """
 
     gpus: IntArray
@@ -298,5 +349,5 @@ class _Moves:
         warm = options.by_size(lambda tp: pool.warm.get(tp, 0))
         start = np.where(fresh <= warm[None, :], times.wake_s, times.cold_start_s) + load[None, :]
         is_allowed = (fresh == 0) | (can_start & (gpus[:, None] + fresh <= pool.num_gpus))
-        start_gpu_s = np.where(is_allowed, fresh * start, 1e15)
+        start_gpu_s = np.where(is_allowed, fresh * start, _FORBIDDEN)
         return cls(gpus, s_per_token, s_per_token * gpus[None, :], start_gpu_s)

@@ -31,7 +31,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Seconds around the rollout of one batch; ``can_fuse`` says whether freed GPUs may take inference."""
+    """What a step of one batch takes around its rollout.
+
+    Attributes:
+        pool: What may be leased, and what it takes.
+        units: The batch with its predicted lengths.
+        tokens: Prompt and expected response tokens of the batch.
+        can_fuse: Whether freed GPUs may take inference.
+    """
 
     pool: PoolSnapshot
     units: Units
@@ -46,6 +53,7 @@ class StepCosts:
 
     @property
     def _context(self) -> float:
+        """Expected tokens of a sample, prompt included."""
         return self.tokens / float(self.units.size.sum())
 
     @property
@@ -109,7 +117,8 @@ class StepCosts:
     def fused(self, rollout_s: FloatArray, rollout_gpu_s: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Return the seconds that fusion takes off each step, and the GPU-seconds that it adds.
 
-        Inference costs the same GPU-seconds on freed GPUs as on the trainer; waking and loading come on top.
+        Inference costs the same GPU-seconds on freed GPUs as on the trainer; waking and loading come on top. Arguments
+        and results have one shape: predicted seconds and GPU-seconds of rollouts.
         """
         if not self.can_fuse:
             return np.zeros_like(rollout_s), np.zeros_like(rollout_s)

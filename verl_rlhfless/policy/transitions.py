@@ -23,10 +23,10 @@ class LeaseTimes:
 
     Attributes:
         grant_s: Request to grant (nothing is leased yet); a free placement group took 5 ms on the prototype.
-        wake_s: A parked engine becomes usable: grant and engine wake, weights not included.
-        cold_start_s: A new engine process becomes usable, weights not included.
+        wake_s: Grant to usable of a parked engine, weights not included.
+        cold_start_s: Grant to usable of a new engine process, weights not included.
         park_s: Engine to sleep and lease returned.
-        resume_s: The trainer's ranks get their lease and wake, state copy not included.
+        resume_s: Grant to usable of the trainer's ranks, state copy not included.
         hybrid_wake_s: Stock's wake of a colocated engine.
         hybrid_sleep_s: Stock's sleep of a colocated engine.
         publish_bytes_per_s: Gathering the sharded weights into host memory.
@@ -101,6 +101,7 @@ class TrainerPerf:
     slowness: float = 1.0
 
     def _forward_flops(self, tokens: float, mean_context: float) -> float:
+        """Return the FLOPs of one forward pass; a token attends to half of the mean context, in the mean."""
         attention = 4 * self.shape.layers * self.shape.heads * self.shape.head_dim * mean_context / 2
         return tokens * (2 * self.shape.matmul_params + attention)
 
@@ -116,12 +117,21 @@ class TrainerPerf:
         return min(self.gpu.peer_bytes_per_s, self.gpus_per_node * self.gpu.network_bytes_per_s)
 
     def _gather_s(self, passes: float) -> float:
+        """Return the seconds in which every rank gathers all weights ``passes`` times (ring all-gather)."""
         sent = self.shape.weight_bytes * (self.num_gpus - 1) / self.num_gpus
         return passes * sent / (self._link_bytes_per_s * self.efficiencies.peer)
 
-    def _pass_s(self, tokens: float, mean_context: float, factor: tuple[float, float, float]) -> float:
-        flops_factor, gathers, mfu = factor
-        compute = flops_factor * self._forward_flops(tokens, mean_context) / (self.num_gpus * self.gpu.flops * mfu)
+    def _pass_s(self, tokens: float, mean_context: float, *, forwards: float, gathers: float, mfu: float) -> float:
+        """Return the seconds of a pass over the batch: of compute, or of gathering weights where that takes longer.
+
+        Args:
+            tokens: Prompt and response tokens of the batch.
+            mean_context: Tokens of a sample.
+            forwards: FLOPs in units of a forward pass.
+            gathers: How often a micro-batch needs all weights.
+            mfu: Share of peak FLOP/s.
+        """
+        compute = forwards * self._forward_flops(tokens, mean_context) / (self.num_gpus * self.gpu.flops * mfu)
         micro_batches = max(1.0, tokens / self.num_gpus / self.recipe.micro_tokens)
         return max(compute, self._gather_s(gathers) * micro_batches)  # FSDP prefetches the next layer's shards
 
@@ -129,15 +139,16 @@ class TrainerPerf:
         """Return the seconds of all forward-only phases over ``tokens`` (0 tokens: 0 seconds)."""
         if tokens <= 0:
             return 0.0
-        one = self._pass_s(tokens, mean_context, (1.0, 1.0, self.recipe.mfu_infer))
+        one = self._pass_s(tokens, mean_context, forwards=1.0, gathers=1.0, mfu=self.recipe.mfu_infer)
         return self.slowness * self.recipe.inference_passes * (one + self.recipe.phase_s)
 
     def update_s(self, tokens: float, mean_context: float) -> float:
         """Return the seconds of the actor's (and the critic's) update.
 
-        Forward, recomputed forward, backward, optimizer.
+        Forward, recomputed forward and backward, which is worth two; then the optimizer, which reads and writes all
+        state once.
         """
-        one = self._pass_s(tokens, mean_context, (4.0, 3.0, self.recipe.mfu_train))
+        one = self._pass_s(tokens, mean_context, forwards=4.0, gathers=3.0, mfu=self.recipe.mfu_train)
         state = FSDP_STATE_BYTES_PER_PARAM * self.shape.params / self.num_gpus
         optimizer = 2 * state / (self.gpu.hbm_bytes_per_s * self.efficiencies.hbm)
         return self.slowness * (1 + int(self.recipe.has_critic)) * (one + optimizer + self.recipe.phase_s)

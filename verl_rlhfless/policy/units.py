@@ -8,7 +8,7 @@ import numpy as np
 
 from verl_rlhfless.policy.predict import Prediction
 from verl_rlhfless.policy.snapshot import Batch, FloatArray, IntArray
-from verl_rlhfless.policy.stages import Lane, depth_edges, rank_share
+from verl_rlhfless.policy.stages import Lane, depth_edges, longest_depth, middle_of, rank_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Units:
         order = np.lexsort((first, -(prior.mu[first] + prior.sigma[first])))
         edges = depth_edges(prior.cap)
         each = prior.of(first)
-        alive = each.alive_at((edges[1:] + edges[:-1]) / 2)
+        alive = each.alive_at(middle_of(edges))
         return cls(
             size=size,
             prompt=batch.prompt_tokens[first].astype(float),
@@ -84,7 +84,6 @@ class Units:
     def early_share(self, share: float) -> float:
         """Return the share of the expected tokens in samples that end within ``share`` of the longest one's depth."""
         alive, width = self.alive.sum(axis=0), np.diff(self.edges)
-        reach = self.edges[1:][np.flatnonzero(alive >= min(0.5, alive[0]))[-1]]
-        left = float(np.interp(share * reach, (self.edges[1:] + self.edges[:-1]) / 2, alive))
-        inside = float((np.maximum(alive - left, 0.0) * width).sum())
+        late = float(np.interp(share * longest_depth(self.edges, alive), middle_of(self.edges), alive))
+        inside = float((np.maximum(alive - late, 0.0) * width).sum())
         return inside / max(float((alive * width).sum()), 1e-9)

@@ -20,7 +20,10 @@ from verl_rlhfless.policy.snapshot import Batch, FloatArray, PoolSnapshot
 from verl_rlhfless.sim.workload import StepData
 
 _NUM_DEPTHS = 8
+"""Parts of a response; what a sample holds is taken from the beginning of each."""
+
 _NUM_MULTIPLIERS = 16
+"""Multipliers of the time limit that are tried, besides 0: each gives a lower bound, the largest one counts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,15 @@ from verl_rlhfless.sim.run import ArmRun
 from verl_rlhfless.sim.workload import StepData
 
 _TUNING_STEPS = 2
+"""Steps on which baselines are tuned."""
+
+_STATE_SHARE = 0.9
+"""Most of its GPUs' memory that the trainer's state may take: a sleeping engine needs the rest."""
+
+_EIGHTHS = (1, 2, 3, 4, 6, 8)
+"""Numbers of actors that the published RLHFless is tuned over, in eighths of those that fit."""
+
+_MOST_CANDIDATES = 24
 
 
 def load_model(name_or_path: str) -> ModelShape:
@@ -78,7 +87,8 @@ def make_pool(
         rule = "no tensor-parallel size is legal" if refused is None else refused.rule
         action = "Use GPUs with more memory, a smaller model, or a trace with shorter contexts."
         raise ConfigError("--model", shape.name, rule, action) from refused
-    need, have = optimizer_state_bytes(shape, recipe), 0.9 * cluster.trainer_gpus * cluster.gpu.memory_bytes
+    need = optimizer_state_bytes(shape, recipe)
+    have = _STATE_SHARE * cluster.trainer_gpus * cluster.gpu.memory_bytes
     if need > have:
         raise ConfigError(
             "--cluster",
@@ -95,6 +105,17 @@ class Cell:
     """One trace, cluster and model.
 
     Baselines are tuned on the first two steps with true lengths (in their favour), then held.
+
+    Attributes:
+        data: The steps of the trace.
+        cluster: Nodes and prices.
+        shape: The model.
+        times: Seconds of leases and starts.
+        goal: What our arms optimise; its weight of cost also ranks the baselines' candidates.
+        parked_charge: Share of the price that parked engines' GPUs cost.
+        seed: Shifts the availability trace of preemptible nodes, and draws the random dispatch.
+        recipe: What the trainer computes.
+        efficiencies: Of the GPU type, as shipped or as measured.
     """
 
     data: Sequence[StepData]
@@ -128,6 +149,7 @@ class Cell:
         return ArmRun(arm, self.cluster, self.pool, self.data, self.parked_charge, self.seed).run()
 
     def _short(self, arm: Arm) -> tuple[float, float]:
+        """Return an arm's mean seconds and GPU-seconds of the tuning steps."""
         record = ArmRun(arm, self.cluster, self.pool, self.data[:_TUNING_STEPS]).run()
         return _mean(record, "step_s"), _mean(record, "gpu_s_allocated")
 
@@ -166,27 +188,20 @@ def _mean(record: RunRecord, name: str) -> float:
 
 
 def _rlhfuse(cell: Cell) -> Arm:
+    """Return RLHFuse with the shares and numbers of targets that are best on the tuning steps."""
     count = cell.pool.trainer.num_gpus // cell.best_tp
-    targets = sorted({1, max(1, count // 4), max(1, count // 2), max(1, 3 * count // 4)})
+    targets = sorted({1, *(max(1, quarters * count // 4) for quarters in (1, 2, 3))})
     return cell.tuned([Rlhfuse(cell.best_tp, share=share, num_targets=m) for share in SHARES for m in targets])
 
 
 def _paper(cell: Cell) -> Arm:
+    """Return the published RLHFless with the size and number of actors that are best on the tuning steps."""
     candidates = []
     for tp in cell.pool.perf:
         most = cell.cluster.num_gpus // tp
-        counts = sorted(
-            {
-                most,
-                max(1, 3 * most // 4),
-                max(1, most // 2),
-                max(1, 3 * most // 8),
-                max(1, most // 4),
-                max(1, most // 8),
-            }
-        )
+        counts = sorted({max(1, eighths * most // 8) for eighths in _EIGHTHS})
         candidates += [RlhflessPaper(count, tp) for count in counts]
-    return cell.tuned(candidates[:24])
+    return cell.tuned(candidates[:_MOST_CANDIDATES])
 
 
 def _dispatch(cell: Cell, name: str, **how: Any) -> Arm:

@@ -22,8 +22,8 @@ class Cluster:
     Attributes:
         gpus_per_node: GPUs of each node.
         num_nodes: Nodes, of which the last ``len(outages)`` may be preempted.
-        outages: For each preemptible node, ``(down_s, up_s)`` intervals of the availability trace; it repeats
-            every ``period_s``.
+        outages: For each preemptible node, ``(down_s, up_s)`` intervals of the availability trace in which it is away;
+            it repeats every ``period_s``.
         usd_per_gpu_h: Price of a leased GPU-hour.
         min_billing_s: Least billed seconds of a node once it is in use.
         has_kv_transfer: Whether replicas can pass on the keys and values of moved samples.
@@ -137,6 +137,7 @@ def parse_cluster(values: object, name: str) -> Cluster:
 def _number(
     values: Mapping[str, Any], key: str, name: str, bounds: tuple[float, float], *, is_int: bool = False
 ) -> float:
+    """Return the number of a key, which must lie in ``bounds`` inclusive."""
     value = values.get(key)
     kind = int if is_int else (int, float)
     if isinstance(value, bool) or not isinstance(value, kind) or not bounds[0] <= value <= bounds[1]:
@@ -146,6 +147,7 @@ def _number(
 
 
 def _outages(values: Mapping[str, Any], name: str) -> tuple[tuple[tuple[float, float], ...], ...]:
+    """Return the outages of each preemptible node as floats, none where the file gives none."""
     rule = "must be a list per preemptible node of [down_s, up_s] pairs, increasing and not overlapping"
     raw = values.get("outages", [])
     try:

@@ -26,7 +26,14 @@ from verl_rlhfless.sim.request import Request
 
 
 class _Segment(NamedTuple):
-    """A run of decode iterations of one batch, or (``batch`` 0) one iteration with prefill, or (0) none."""
+    """What an engine does until its next event: one kind of iteration, so that the end follows in closed form.
+
+    Attributes:
+        start_s: When it began [s].
+        iterations: Decode iterations of an unchanged batch; 1 iteration with prefill; 0 to start an idle engine.
+        batch: Requests that decode; 0 where the segment is not pure decode.
+        context: Their summed context at the start [tokens].
+    """
 
     start_s: float
     iterations: int
@@ -38,7 +45,17 @@ class _Segment(NamedTuple):
 class Engine:
     """A replica's engine.
 
-    ``on_leave(request, is_aborted)`` is called at the iteration boundary at which a request leaves.
+    Attributes:
+        env: The simulation.
+        perf: Seconds of iterations, and the KV capacity.
+        on_leave: Called with ``(request, is_aborted)`` at the iteration boundary at which a request leaves.
+        waiting: Requests that are queued, the next one first.
+        decoding: Sample -> request, the youngest last.
+        prefilling: Requests that were admitted and have not their first token yet.
+        busy: ``[start_s, end_s]`` of each time with running requests; without its end while it lasts.
+        prefill_tokens: Tokens that were prefilled so far.
+        num_preemptions: Requests that were preempted so far.
+        is_up: Whether it runs iterations; until then requests queue.
     """
 
     env: simpy.Environment
@@ -55,13 +72,13 @@ class Engine:
     def __post_init__(self) -> None:
         self.prefixes = PrefixCache()
         self.blocks = KvBlocks(self.perf.kv_blocks, self.prefixes)
-        self._iteration = 0
+        self._iteration = 0  # iterations that have ended
         self._offset: dict[int, int] = {}  # generated tokens of a decoding sample minus the iteration
-        self._due: list[tuple[int, int]] = []
-        self._aborting: set[int] = set()
-        self._version = 0
-        self._segment: _Segment | None = None
-        self._is_cut = False
+        self._due: list[tuple[int, int]] = []  # heap of (iteration that ends a turn, sample); entries may be stale
+        self._aborting: set[int] = set()  # running samples that leave at the next boundary
+        self._version = 0  # of the scheduled end of a segment: an earlier one no longer counts
+        self._segment: _Segment | None = None  # None = idle
+        self._is_cut = False  # whether the segment already ends at the next boundary
 
     # ---- what the world calls ----
 
@@ -128,12 +145,14 @@ class Engine:
     # ---- iterations ----
 
     def _done_iterations(self) -> int:
+        """Return the decode iterations of the segment that have ended by now."""
         if self._segment is None or not self._segment.batch:
             return 0
         start_s, count, batch, context = self._segment
         return min(count, self.perf.iterations_within(batch, context, self.env.now - start_s))
 
     def _interrupt(self) -> None:
+        """End the segment at the next iteration boundary, where arrivals and aborts take effect."""
         if self._segment is None:
             self._open_busy()
             self._segment = _Segment(self.env.now, 0)
@@ -150,6 +169,7 @@ class Engine:
             self._schedule(max(0.0, end_s - self.env.now))
 
     def _schedule(self, delay: float) -> None:
+        """Let the segment end in ``delay`` seconds, instead of when it was to end so far."""
         self._version += 1
         callbacks = self.env.timeout(delay, self._version).callbacks
         assert callbacks is not None
@@ -170,6 +190,10 @@ class Engine:
         self._next_segment()
 
     def _next_segment(self) -> None:
+        """Begin the next segment: preempt until an iteration fits, admit, then prefill or decode on; or become idle.
+
+        It decodes for as many iterations as surely fit into memory and until the first request is due.
+        """
         self._is_cut = False
         chunk, sure = None, 0
         while not chunk and sure < 1:
@@ -215,6 +239,11 @@ class Engine:
         return (tokens, attended) if tokens else None
 
     def _admit(self, request: Request) -> bool:
+        """Return whether a request may begin its prefill now; if so its blocks are reserved.
+
+        Raises:
+            ValueError: It does not even fit into the empty cache.
+        """
         if len(self.decoding) + len(self.prefilling) >= self.perf.limits.max_num_seqs:
             return False
         context = request.context_tokens
@@ -231,6 +260,7 @@ class Engine:
         return True
 
     def _finish_prefills(self) -> None:
+        """Let the requests that are prefilled decode; the iteration that ended gave them one token."""
         still = []
         for request in self.prefilling:
             if request.to_compute:
@@ -260,12 +290,14 @@ class Engine:
     # ---- leaving ----
 
     def _remove(self, request: Request, *, keeps_session: bool) -> None:
+        """Take a decoding request out, with the tokens that it has generated."""
         del self.decoding[request.sample]
         request.generated = self._offset.pop(request.sample) + self._iteration
         self.blocks.remove(request.context_tokens)
         self.prefixes.drop(request, keeps_session=keeps_session)
 
     def _leave_due(self) -> None:
+        """Let requests leave whose turn ends with this iteration."""
         while self._due:
             due, sample = self._due[0]
             request = self.decoding.get(sample)
@@ -278,6 +310,7 @@ class Engine:
                 self.on_leave(request, False)
 
     def _leave_aborted(self) -> None:
+        """Let aborted requests leave; what is computed of a prefill is lost."""
         for sample in sorted(self._aborting & self.decoding.keys()):
             request = self.decoding[sample]
             self._remove(request, keeps_session=False)

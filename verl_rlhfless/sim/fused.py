@@ -15,7 +15,15 @@ from verl_rlhfless.types import BusySpan
 
 @dataclass(slots=True)
 class _Crew:
-    """Freed GPUs that work together, on a lease of their own or on the trainer's."""
+    """Freed GPUs that work together, on a lease of their own or on the trainer's.
+
+    Attributes:
+        num_gpus: How many they are.
+        ask: The request for a lease of their own.
+        lease: That lease, once it is granted.
+        is_running: Whether they have not ended yet.
+        is_waiting: Whether they wait for the next finished sample, on the trainer's lease.
+    """
 
     num_gpus: int
     ask: Ask | None = None
@@ -25,7 +33,12 @@ class _Crew:
 
 
 class FusedInference:
-    """Implements ``ports.InferenceWorkers``. ``resident_lease`` names the trainer's lease where that is held anyway."""
+    """Implements ``ports.InferenceWorkers``. ``resident_lease`` names the trainer's lease where that is held anyway.
+
+    Attributes:
+        pending_tokens: Tokens of finished samples that nothing has taken yet.
+        done_tokens: Tokens that went through all forward-only phases.
+    """
 
     def __init__(self, book: LeaseBook, trainer: TrainerPerf, resident_lease: str | None) -> None:
         self._book, self._trainer, self._resident_lease = book, trainer, resident_lease
@@ -80,6 +93,7 @@ class FusedInference:
         self._chunk(crew)
 
     def _chunk(self, crew: _Crew) -> None:
+        """Give a crew the next finished samples, ``CHUNK_TOKENS`` a GPU; without any it waits or ends its lease."""
         if not crew.is_running:
             return
         limit, first, tokens = crew.num_gpus * CHUNK_TOKENS, self._next, 0

@@ -23,11 +23,18 @@ class TraceSpec:
     """What to generate.
 
     Attributes:
+        steps_per_epoch: Steps of an epoch.
+        epochs: Visits of each prompt.
+        groups: Prompts of a step.
+        n: Responses per prompt.
         mean: Mean response tokens of the first step, before the cap.
         tail: Standard deviation of the log length (0.7 = hard maths, 1.2 = long chains of thought).
         icc: Share of the log variance that lies between prompts.
         drift: Factor by which the mean grows from step to step.
         memory: Correlation of a prompt's effect between epochs.
+        max_response_tokens: Cap of a response.
+        prompt_tokens: Mean tokens of a prompt.
+        seed: The same one gives the same bytes.
     """
 
     steps_per_epoch: int = 4
@@ -110,6 +117,7 @@ def write_trace(spec: TraceSpec, path: Path) -> float:
 
 
 def _lengths(spec: TraceSpec, rng: np.random.Generator, level: float, effect: float) -> list[int]:
+    """Return the lengths of one prompt's responses: log-normal around ``level``, correlated by the prompt's effect."""
     noise = math.sqrt(spec.icc) * effect + math.sqrt(1 - spec.icc) * rng.standard_normal(spec.n)
     lengths = np.clip(np.rint(np.exp(level + spec.tail * noise)), 1, spec.max_response_tokens)
     return [int(v) for v in lengths]

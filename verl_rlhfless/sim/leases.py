@@ -23,7 +23,7 @@ Gpu = tuple[int, int]
 
 @dataclass(slots=True)
 class Lease:
-    """A hold on GPUs."""
+    """A hold on GPUs; times as in ``types.LeaseSpan``."""
 
     lease_id: str
     role: str
@@ -59,13 +59,13 @@ class LeaseBook:
         self._up = [True] * self.cluster.num_nodes
         self._bills = [NodeBill(self.cluster.min_billing_s) for _ in range(self.cluster.num_nodes)]
         self._queue: deque[Ask] = deque()
-        self._asked: set[Ask] = set()
-        self._parked: set[tuple[int, int, int]] = set()
-        self._free_since: dict[Gpu, float] = {}
-        self._parked_gpu_s = 0.0
-        self._held: list[Lease] = []
-        self._num_settled = (0, 0)
-        self._is_serving = False
+        self._asked: set[Ask] = set()  # not granted and not withdrawn, those that are not in the queue yet too
+        self._parked: set[tuple[int, int, int]] = set()  # (node, first GPU, tensor-parallel size) of sleeping engines
+        self._free_since: dict[Gpu, float] = {}  # GPUs that were leased before
+        self._parked_gpu_s = 0.0  # since the last settle_parked
+        self._held: list[Lease] = []  # at the last settle
+        self._num_settled = (0, 0)  # leases and busy spans at the last settle
+        self._is_serving = False  # a grant may release, and a release serves
 
     @property
     def num_free(self) -> int:
@@ -186,6 +186,7 @@ class LeaseBook:
         return total
 
     def _count_parked(self, gpu: Gpu) -> None:
+        """Count the time since a GPU became free if an engine sleeps on it."""
         if any(node == gpu[0] and first <= gpu[1] < first + tp for node, first, tp in self._parked):
             self._parked_gpu_s += self.env.now - self._free_since[gpu]
 
@@ -206,6 +207,7 @@ class LeaseBook:
         self._serve()
 
     def _serve(self) -> None:
+        """Grant what is queued, in order, until a request has to wait."""
         if self._is_serving:
             return
         self._is_serving = True
@@ -214,6 +216,7 @@ class LeaseBook:
         self._is_serving = False
 
     def _grant(self, role: str, gpus: tuple[Gpu, ...]) -> Lease:
+        """Return a new lease on free GPUs, from now on."""
         for node, gpu in gpus:
             self._free[node].remove(gpu)
             self._bills[node].hold(self.env.now)
@@ -225,16 +228,19 @@ class LeaseBook:
         return lease
 
     def _stable_free(self) -> list[Gpu]:
+        """Return the free GPUs outside preemptible nodes, by node and index."""
         stable = self.cluster.trainer_gpus // self.cluster.gpus_per_node
         return [(node, gpu) for node in range(stable) for gpu in sorted(self._free[node])]
 
     def _unpark(self, node: int, first: int, tp: int) -> bool:
+        """Forget an engine that slept there; return whether one did."""
         is_parked = (node, first, tp) in self._parked
         self._parked.discard((node, first, tp))
         return is_parked
 
-    def _slot(self, tp: int) -> tuple[int, int] | None:
-        best: tuple[tuple[bool, int, int, int], tuple[int, int]] | None = None
+    def _slot(self, tp: int) -> Gpu | None:
+        """Return the first of ``tp`` neighbouring free GPUs: where an engine sleeps, else on the fullest node."""
+        best: tuple[tuple[bool, int, int, int], Gpu] | None = None
         for node, free in enumerate(self._free):
             if not self._up[node] or len(free) < tp:
                 continue

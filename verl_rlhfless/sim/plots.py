@@ -26,6 +26,8 @@ _COLUMNS = 3
 _LABEL_GAP = 0.068  # of two labels at least, as a share of a panel's height: as many fit as there are arms
 _LEAST_LOG_RANGE = 3.0  # from this ratio of largest to least on, an axis is logarithmic
 _LOG_TICKS = (1, 1.5, 2, 3, 5, 7)
+_MARGIN = 0.08  # beyond the outermost points, as a share of what the points span
+_TEXT_MARGIN = 0.2  # the same below them, where a line of text stands
 
 Points = Mapping[str, tuple[float, float]]
 
@@ -76,20 +78,20 @@ def _span_arms(axis: Axes, points: Points) -> None:
     """Set scale, limits and ticks: logarithmic where the arms differ by much; below them is room for a line of text."""
     axis.set_xlabel("step [s], simulated", fontsize=9)
     axis.set_ylabel("$ per step, simulated", fontsize=9)
-    for at, (side, room) in enumerate(((axis.xaxis, 0.08), (axis.yaxis, 0.2))):
+    for at, (side, room) in enumerate(((axis.xaxis, _MARGIN), (axis.yaxis, _TEXT_MARGIN))):
         values = [point[at] for point in points.values()]
         low, high = min(values), max(values)
         is_log = high > _LEAST_LOG_RANGE * low > 0
         axis.set(**{f"{'xy'[at]}scale": "log" if is_log else "linear"})
         if is_log:
-            limits = low * (low / high) ** room, high * (high / low) ** 0.08
+            limits = low * (low / high) ** room, high * (high / low) ** _MARGIN
             side.set_major_locator(LogLocator(subs=_LOG_TICKS))
             side.set_minor_locator(NullLocator())
             side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             side.set_label_text(f"{side.get_label_text()}, log scale")
         else:
             reach = max(high - low, 0.05 * high)
-            limits = low - room * reach, high + 0.08 * reach
+            limits = low - room * reach, high + _MARGIN * reach
             side.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axis.set(**{f"{'xy'[at]}lim": limits})
     axis.tick_params(labelsize=8)

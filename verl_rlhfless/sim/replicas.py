@@ -22,7 +22,18 @@ JOURNAL_INTERVAL_S = 0.5
 
 @dataclass(slots=True, eq=False)
 class Replica:
-    """One replica. ``inbound`` counts samples that are on their way to it."""
+    """One replica.
+
+    Attributes:
+        index: Its id.
+        tp: GPUs of its engine.
+        state: ``STARTING``, ``READY`` or ``GONE``.
+        lease: Its own lease; ``None`` before the grant, and on the trainer's.
+        inbound: Samples that are on their way to it.
+        has_served: Whether samples were ever placed on it.
+        is_draining: Whether it gets no more work.
+        link_free_s: When the keys and values that other replicas send it have arrived.
+    """
 
     index: int
     tp: int
@@ -51,7 +62,10 @@ class Replicas:
     """Every replica of one rollout, by id; the mechanics behind ``ports.ReplicaPool``.
 
     Attributes:
-        resident_lease: The trainer's lease, on which resident replicas run.
+        book: Who leases what.
+        pool: Performance, and times of starts.
+        plan: The rollout's plan: whether replicas are resident, and whether they keep their lease when empty.
+        resident_lease: Id of the trainer's lease, on which resident replicas run.
         on_leave: Called with ``(replica, request, is_aborted)`` when a request leaves an engine.
         on_change: Called when a replica that was started later became usable.
     """
@@ -141,6 +155,8 @@ class Replicas:
         return replica
 
     def _granted(self, replica: Replica) -> Callable[[Lease, bool], None]:
+        """Return what to do at a replica's grant: start its engine, or give the lease back if the rollout is over."""
+
         def granted(lease: Lease, is_warm: bool) -> None:
             if replica.state == GONE:
                 self.book.release(lease, replica.tp if is_warm else None)
@@ -153,6 +169,8 @@ class Replicas:
         return granted
 
     def _ready_after(self, replica: Replica, delay_s: float) -> None:
+        """Let a replica become usable in ``delay_s`` seconds, unless it is gone by then."""
+
         def ready() -> None:
             if replica.state != STARTING:
                 return
@@ -167,6 +185,7 @@ class Replicas:
         self.book.after(delay_s, ready)
 
     def _end(self, replica: Replica) -> None:
+        """Let a replica go that is ready and empty; its lease ends when its engine sleeps."""
         if replica.state != READY or not replica.is_empty:
             return
         replica.state = GONE

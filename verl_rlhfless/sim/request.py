@@ -23,6 +23,8 @@ class Request:
         generated: Tokens so far.
         has_kv: Its keys and values came from a pool or over the network and need no recomputation.
         due_iteration: While it decodes, the iteration of its engine that ends its turn.
+        to_compute: While it is in prefill, tokens that are left to compute.
+        start_context: Tokens of its context before these.
     """
 
     sample: int

@@ -17,6 +17,7 @@ from verl_rlhfless.policy.dispatch import rebind
 from verl_rlhfless.policy.snapshot import (
     FINISHED,
     HELD,
+    NEVER,
     READY,
     RUNNING,
     WAITING,
@@ -57,9 +58,9 @@ class SimRollout:
         count = self._left = self.batch.num_samples
         self._generated = np.zeros(count, dtype=np.int64)
         self._state = np.full(count, HELD, dtype=np.int8)
-        self._bound = np.full(count, -1, dtype=np.int64)
-        self._at = [-1] * count
-        self._away: set[int] = set()
+        self._bound = np.full(count, -1, dtype=np.int64)  # the replica that each sample is meant for
+        self._at = [-1] * count  # the replica whose engine has it, or had it last
+        self._away: set[int] = set()  # samples whose keys and values travel, or that may not start yet
         self._turns = {sample: list(reversed(ends)) for sample, ends in step.turn_ends.items()}
         self.finished_s = np.zeros(count)
         prefixes = batch_prefixes(self.batch)
@@ -91,7 +92,7 @@ class SimRollout:
     async def wait(self, until_s: float) -> None:
         """Return at ``until_s`` or when a replica became ready or was lost or every sample finished."""
         waiter = self._waiter = self.env.event()
-        if until_s < 1e11:
+        if until_s < NEVER:
             self.book.after(max(0.0, until_s - self.now_s()), lambda: _fire(waiter))
         await _Until(waiter)
 
@@ -177,6 +178,7 @@ class SimRollout:
     # ---- the way of a sample ----
 
     def _submit(self, request: Request, target: Replica) -> None:
+        """Queue a request at its target's engine."""
         self._state[request.sample] = WAITING
         self._at[request.sample] = target.index
         target.engine.submit(request)
@@ -239,11 +241,13 @@ class SimRollout:
         self._submit(request, target)
 
     def _hold_back(self, min_start_s: FloatArray) -> None:
+        """Keep samples away until they may start, [B] seconds from now."""
         for sample in np.flatnonzero(min_start_s > 0).tolist():
             self._away.add(sample)
             self.book.after(float(min_start_s[sample]), partial(self._arrive, self._requests[sample], None))
 
     def _begin_turn(self, request: Request) -> None:
+        """Let a request run to the end of its next turn."""
         ends = self._turns[request.sample]
         request.target = ends.pop()
         request.is_last_turn = not ends
@@ -283,6 +287,7 @@ class SimRollout:
         self._notify()
 
     def _orphan(self, replica: Replica, request: Request) -> None:
+        """Hold a sample whose replica was lost, with the tokens that were journaled."""
         sample = request.sample
         target = int(self._bound[sample])
         if target != replica.index:

@@ -30,6 +30,8 @@ from verl_rlhfless.types import BusySpan, Window
 
 
 class _Version:
+    """Implements ``ports.WeightStore`` for one step, whose weights have the step's number."""
+
     def __init__(self, version: int) -> None:
         self._version = version
 
@@ -41,8 +43,13 @@ class _Version:
 class ArmRun:
     """One arm on one cluster.
 
-    ``parked_charge`` is the share of the price that a parked engine's GPUs cost (sensitivity); ``seed`` shifts the
-    availability trace of preemptible nodes.
+    Attributes:
+        arm: What decides.
+        cluster: Nodes, prices and outages.
+        pool: What may be leased while every node is up.
+        data: The steps.
+        parked_charge: Share of the price that a parked engine's GPUs cost (sensitivity).
+        seed: Shifts the availability trace of preemptible nodes; 0 = not at all.
     """
 
     arm: Arm
@@ -120,6 +127,7 @@ class ArmRun:
             self._book.withdraw(ask)
 
     def _lease_trainer(self, start_s: float) -> Generator[simpy.Event, Any, None]:
+        """Wait for the trainer's lease, then ``start_s`` seconds until its ranks are usable."""
         env = self._env
         got = env.event()
         num_gpus, delay = self.pool.trainer.num_gpus, self.pool.trainer.times.grant_s
@@ -128,6 +136,7 @@ class ArmRun:
         yield env.timeout(start_s)
 
     def _step(self, step: StepData, memory: Any) -> Generator[simpy.Event, Any, None]:
+        """Run one step: plan, publish and leave where the plan is elastic, rollout, take over, train, record."""
         env, trainer, keeps_trainer = self._env, self.pool.trainer, self.pool.keeps_trainer
         began_s = env.now
         held = trainer.num_gpus if keeps_trainer else 0
@@ -202,6 +211,14 @@ class ArmRun:
         done: tuple[SimRollout, RolloutRecord],
         times: tuple[float, float, float],
     ) -> None:
+        """Append the record of a step that ends now.
+
+        Args:
+            step: Its prompts and lengths.
+            plan: Its plan.
+            done: Its rollout, and what the control loop did.
+            times: When it began, how long the rollout took, and how long the update waited for rewards.
+        """
         (rollout, record), (began, gen_s, waited_s) = done, times
         window = Window(began, self._env.now)
         leases, busy = self._book.settle()
@@ -257,6 +274,7 @@ class ArmRun:
         )
 
     def _outages(self, index: int) -> Generator[simpy.Event, Any, None]:
+        """Take one preemptible node, ``index`` among these, down and up as its availability trace says, for ever."""
         env, node = self._env, self.cluster.num_nodes - len(self.cluster.outages) + index
         shift_s = float(np.random.default_rng(self.seed).uniform(0.0, self.cluster.period_s)) if self.seed else 0.0
         yield env.timeout(shift_s)

@@ -42,6 +42,7 @@ def load_steps(path: str | Path) -> tuple[StepData, ...]:
 
 
 def _step(step: TraceStep, cap: int) -> StepData:
+    """Return a step whose longest possible response has ``cap`` tokens; its samples are numbered group by group."""
     groups = step.groups
     sizes = [len(group.response_tokens) for group in groups]
     lengths = np.array([tokens for group in groups for tokens in group.response_tokens])

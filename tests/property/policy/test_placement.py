@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.property.policy.test_decisions import shuffled
 from tests.property.policy.test_policies import POOL, batches
 from verl_rlhfless.policy.affinity import PrefixBook, affine_groups
-from verl_rlhfless.policy.balance import Outlook, Units, Workload, assign, best_move, bounds
+from verl_rlhfless.policy.balance import Outlook, Workload, WorkUnits, assign, best_move, run_starts
 from verl_rlhfless.policy.dispatch import balanced_groups
 from verl_rlhfless.policy.placement import place
 from verl_rlhfless.policy.predict import exact
@@ -24,7 +24,7 @@ FLEETS = st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=4)
 
 
 @st.composite
-def works(draw: st.DrawFn) -> tuple[Outlook, Workload, list[Units]]:
+def works(draw: st.DrawFn) -> tuple[Outlook, Workload, list[WorkUnits]]:
     """Return an outlook, and the work of one to four replicas with their units, each of some siblings."""
     batch, lengths = draw(batches())
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -34,7 +34,7 @@ def works(draw: st.DrawFn) -> tuple[Outlook, Workload, list[Units]]:
     work, held = Workload([POOL.perf[tp] for tp in fleet], outlook.width), []
     ends = np.searchsorted(replica_of[outlook.samples], range(len(fleet) + 1))
     for replica, (begin, end) in enumerate(pairwise(ends.tolist())):
-        first = bounds(batch.group_of[outlook.samples[begin:end]])
+        first = run_starts(batch.group_of[outlook.samples[begin:end]])
         held.append(outlook.units(slice(begin, end), first, rng.integers(0, 500, len(first)).astype(float)))
         for unit in range(len(first)):
             work.add(replica, held[-1], unit)
@@ -48,7 +48,7 @@ def outlook_on(batch: Batch, lengths: IntArray, samples: IntArray) -> Outlook:
 @settings(max_examples=60)
 @given(works(), st.integers(0, 3), st.floats(0, 500))
 def test_what_is_added_ends_no_earlier_and_as_forecast_and_leaves_nothing_when_it_goes(
-    case: tuple[Outlook, Workload, list[Units]], at: int, prefill: float
+    case: tuple[Outlook, Workload, list[WorkUnits]], at: int, prefill: float
 ) -> None:
     _, work, held = case
     replica = at % work.num_replicas
@@ -67,12 +67,12 @@ def test_the_best_move_takes_from_the_last_replica_and_gains_what_it_says() -> N
 
     @settings(max_examples=80)
     @given(works(), st.floats(0, 3000))
-    def holds(case: tuple[Outlook, Workload, list[Units]], again: float) -> None:
+    def holds(case: tuple[Outlook, Workload, list[WorkUnits]], again: float) -> None:
         nonlocal num_moves
         _, work, held = case
         before_s = work.end_s()
 
-        def prefill(units: Units, replica: int) -> FloatArray:
+        def prefill(units: WorkUnits, replica: int) -> FloatArray:
             return np.full(len(units.first), again)
 
         found = best_move(work, held.__getitem__, range(work.num_replicas), prefill)
@@ -93,7 +93,7 @@ def test_the_best_move_takes_from_the_last_replica_and_gains_what_it_says() -> N
 @settings(max_examples=60)
 @given(works(), st.data())
 def test_without_one_unit_all_others_are_as_before(
-    case: tuple[Outlook, Workload, list[Units]], data: st.DataObject
+    case: tuple[Outlook, Workload, list[WorkUnits]], data: st.DataObject
 ) -> None:
     units = next(units for units in case[2] if len(units.first))
     gone = data.draw(st.integers(0, len(units.first) - 1))
@@ -131,7 +131,7 @@ def test_every_sample_gets_a_place_and_the_last_replica_ends_no_later_than_any_o
 @settings(max_examples=40)
 @given(works(), FLEETS)
 def test_assigned_units_are_all_in_the_workload_afterwards(
-    case: tuple[Outlook, Workload, list[Units]], fleet: list[int]
+    case: tuple[Outlook, Workload, list[WorkUnits]], fleet: list[int]
 ) -> None:
     outlook, _, held = case
     units = next(units for units in held if len(units.first))

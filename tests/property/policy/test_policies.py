@@ -275,7 +275,7 @@ def test_migration_moves_only_unfinished_samples_each_at_most_once() -> None:
         model = learn(LengthModel(), view.batch, np.maximum(view.generated, 1))
         finished = (view.state == FINISHED).astype(float)
         prediction = refine(model, predict(model, view.batch), view.batch, view.generated, finished)
-        change = consolidate(view, prediction, price, (0.02, len(view.replicas)))
+        change = consolidate(view, prediction, price, 0.02, len(view.replicas))
         assert sum(change.starts) <= view.free_gpus
         reactions = {
             "consolidate": change.moves,
@@ -292,7 +292,7 @@ def test_migration_moves_only_unfinished_samples_each_at_most_once() -> None:
                 assert view.replicas[move.replica].state == READY
                 assert (view.replica_of[move.samples] != move.replica).all()
         seen["start"] += bool(change.starts)
-        same = consolidate(view, prediction, price, (0.02, len(view.replicas)))
+        same = consolidate(view, prediction, price, 0.02, len(view.replicas))
         assert [m.samples.tolist() for m in same.moves] == [m.samples.tolist() for m in change.moves]
 
     for seed in range(120):

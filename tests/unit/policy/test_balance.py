@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.unit.policy.paced import POOL
-from verl_rlhfless.policy.balance import Foresight, Outlook, Units, Workload, assign, best_move
+from verl_rlhfless.policy.balance import Foresight, Outlook, Workload, WorkUnits, assign, best_move
 from verl_rlhfless.policy.predict import Prediction, exact
 from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, Batch, FloatArray, ReplicaView, RolloutView
 
@@ -24,7 +24,7 @@ def outlook_on(prediction: Prediction, generated: int = 0, prompt: int = 0) -> O
     return Outlook.build(prediction, batch, np.full(len(ids), generated), ids)
 
 
-def singles(view: Outlook, samples: list[int], prefill: float = 0.0) -> Units:
+def singles(view: Outlook, samples: list[int], prefill: float = 0.0) -> WorkUnits:
     units = view.units(slice(None), np.arange(len(view.samples)), np.full(len(view.samples), prefill))
     for sample in sorted(set(view.samples.tolist()) - set(samples), reverse=True):
         units = units.without(sample)
@@ -75,7 +75,7 @@ def test_the_long_one_is_left_alone() -> None:
 def move(view: Outlook, *held: list[int], again: float = 0.0) -> tuple[int, int, int, float] | None:
     units = [singles(view, part) for part in held]
 
-    def prefill(units: Units, replica: int) -> FloatArray:
+    def prefill(units: WorkUnits, replica: int) -> FloatArray:
         return np.full(len(units.first), again)
 
     return best_move(workload(view, *held), units.__getitem__, range(len(held)), prefill)

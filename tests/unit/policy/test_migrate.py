@@ -37,7 +37,7 @@ def ready(num_left: int, olds: tuple[int, ...], news: tuple[int, ...]) -> tuple[
     )
     view = RolloutView(100.0, batch, POOL, np.full(16, 3000), state, of, replicas, 4, 0, 0, 0)
     lengths = Prediction(np.full(16, np.log(4000.0)), np.full(16, 0.5), 8192)
-    return view, consolidate(view, lengths, 16.0, (0.02, len(olds)))
+    return view, consolidate(view, lengths, 16.0, 0.02, len(olds))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def change(
     """Return the change of a rollout whose lengths are known and of whose replicas the last ``started`` came later."""
     view = rollout(*lanes, free=free, generated=generated, pool=pool)
     left = np.concatenate([np.full(count * num, tokens) for count, _, num, tokens in lanes])
-    return consolidate(view, exact(view.generated + left), price, (hysteresis, len(view.replicas) - started))
+    return consolidate(view, exact(view.generated + left), price, hysteresis, len(view.replicas) - started)
 
 
 def move_counts(change: Change) -> dict[int, int]:
@@ -171,7 +171,7 @@ def test_a_fresh_replica_gets_the_samples_that_lose_least_when_they_are_computed
     view = rollout((1, 2, 8, 3000))
     generated = np.array([900, 100, 800, 200, 700, 300, 600, 400])
     view = replace(view, generated=generated, replicas=(*view.replicas, ReplicaView(1, 2, READY, 0, 0, 0)))
-    (move,) = consolidate(view, exact(generated + 3000), 16.0, (0.02, 1)).moves
+    (move,) = consolidate(view, exact(generated + 3000), 16.0, 0.02, 1).moves
     assert move.replica == 1 and move.samples.tolist() == [1, 3, 5, 7]
 
 

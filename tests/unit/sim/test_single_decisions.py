@@ -92,7 +92,7 @@ def drains(view: RolloutView, lengths: IntArray) -> list[tuple[Move, ...]]:
 def test_which_replicas_are_drained_is_at_most_5_percent_worse_than_any_other_choice(seed: int, slots: int) -> None:
     view, lengths = late_rollout(seed, slots)
     for price in (0.5, 3.0, 16.0, 64.0):
-        change = consolidate(view, exact(lengths), price, (0.02, 3))
+        change = consolidate(view, exact(lengths), price, 0.02, 3)
         worth = [price * end_s + gpu_s for end_s, gpu_s in (rest(view, lengths, m) for m in drains(view, lengths))]
         end_s, gpu_s = rest(view, lengths, change.moves)
         assert price * end_s + gpu_s <= 1.05 * min(worth), (price, change.reason)

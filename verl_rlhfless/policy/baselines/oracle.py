@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from verl_rlhfless.policy.groups import group_means
 from verl_rlhfless.policy.ours import Memory, Ours, OursPolicy
-from verl_rlhfless.policy.predict import Prediction, exact
+from verl_rlhfless.policy.predict import KNOWN_SIGMA, Prediction, exact
 from verl_rlhfless.policy.residuals import NORMAL, learn_residuals, residuals_of
 from verl_rlhfless.policy.snapshot import Batch, IntArray, RolloutView
 
 
 @dataclass(frozen=True)
 class Oracle(Ours):
-    """``lengths`` maps a step's number to the true lengths, [B] int64; ``error`` scales them (sensitivity)."""
+    """``lengths`` maps a step's number to the true lengths, [B] int64."""
 
     lengths: Mapping[int, IntArray] = field(default_factory=dict)
     name: str = "oracle"
@@ -55,7 +56,7 @@ class PromptOracle(Oracle):
         """Return each group's true mean log length, and the distribution of all samples around it."""
         lengths, group_of = self.lengths[batch.step], batch.group_of
         log_length = np.log(lengths + 0.5)
-        mean = (np.bincount(group_of, weights=log_length) / np.bincount(group_of))[group_of]
-        sigma = max(float((log_length - mean).std()), 0.01)
+        mean = group_means(batch, log_length)[group_of]
+        sigma = max(float((log_length - mean).std()), KNOWN_SIGMA)
         curve = learn_residuals(NORMAL, (log_length - mean) / sigma, lengths >= batch.max_response_tokens, rate=1.0)
         return Prediction(mean, np.full(len(mean), sigma), int(lengths.max()) + 1, residuals_of(curve))

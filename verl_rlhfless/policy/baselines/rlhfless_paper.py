@@ -15,11 +15,13 @@ import numpy as np
 
 from verl_rlhfless.policy.arm import Outcome
 from verl_rlhfless.policy.dispatch import equal_length_blocks, longest_first
+from verl_rlhfless.policy.groups import group_means
 from verl_rlhfless.policy.paper_rules import local_cut
 from verl_rlhfless.policy.snapshot import Batch, PoolSnapshot, Reaction, RolloutPlan, RolloutView
 
 LOOK_S = 1.0
 _EWMA = 0.5
+"""Weight of the latest visit in a prompt's mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +82,7 @@ class RlhflessPaper:
 
     def learn(self, memory: History, outcome: Outcome) -> History:
         """Return the history with this step's visits."""
-        groups = len(outcome.batch.prompt_ids)
-        size = np.bincount(outcome.batch.group_of, minlength=groups)
-        seen = np.bincount(outcome.batch.group_of, weights=outcome.lengths, minlength=groups) / np.maximum(size, 1)
+        seen = group_means(outcome.batch, outcome.lengths.astype(np.float64))
         mean = dict(memory.mean)
         for prompt, value in zip(outcome.batch.prompt_ids, seen.tolist(), strict=True):
             mean[prompt] = (1 - _EWMA) * mean[prompt] + _EWMA * value if prompt in mean else value

@@ -72,7 +72,7 @@ def _submit(view: RolloutView, back: IntArray, load: dict[int, int]) -> tuple[Mo
     group_of = view.batch.group_of
     length = np.zeros(len(view.batch.prompt_ids))
     np.maximum.at(length, group_of, view.generated)
-    home = view.replica_of[np.unique(group_of, return_index=True)[1]][group_of]
+    home = view.replica_of[view.batch.leaders][group_of]
     back = longest_first(back, length[group_of])
     moves = []
     for replica, used in sorted(load.items(), key=lambda item: (item[1], item[0])):
@@ -93,8 +93,7 @@ class Seer(StockSync):
     def plan(self, memory: int, pool: PoolSnapshot, batch: Batch) -> RolloutPlan:
         """Return whole groups spread evenly, probes first, and what no engine has a slot for held back."""
         plan = super().plan(memory, pool, batch)
-        first_of_group = np.unique(batch.group_of, return_index=True)[1]
-        is_probe = np.isin(np.arange(batch.num_samples), first_of_group)
+        is_probe = np.isin(np.arange(batch.num_samples), batch.leaders)
         order = np.lexsort((np.arange(batch.num_samples), ~is_probe))
         replica_of = balanced_groups(batch, np.ones(batch.num_samples), [1.0] * len(plan.fleet))
         for replica in range(len(plan.fleet)):

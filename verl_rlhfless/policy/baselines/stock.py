@@ -9,7 +9,7 @@ import numpy as np
 
 from verl_rlhfless.policy.arm import Outcome
 from verl_rlhfless.policy.dispatch import least_requests
-from verl_rlhfless.policy.snapshot import Batch, PoolSnapshot, Reaction, RolloutPlan, RolloutView
+from verl_rlhfless.policy.snapshot import NEVER, Batch, PoolSnapshot, Reaction, RolloutPlan, RolloutView
 
 
 class NoReaction:
@@ -17,7 +17,7 @@ class NoReaction:
 
     def react(self, view: RolloutView, plan: RolloutPlan) -> Reaction:
         """Return nothing to do, and no next look."""
-        return Reaction(next_look_s=1e12)
+        return Reaction(next_look_s=NEVER)
 
 
 @dataclass(frozen=True)
