@@ -172,7 +172,7 @@ class ElasticReplica(vLLMReplica):
         """Return whether the engine or its server is dead, or so busy that it does not answer."""
         try:
             return not await self._answer(self._server_handle.is_alive.remote())
-        except (ray.exceptions.RayActorError, asyncio.TimeoutError):
+        except (ray.exceptions.RayError, asyncio.TimeoutError):
             return True
 
     async def release(self) -> ReleaseReport:

@@ -246,9 +246,15 @@ class RolloutRouter(Router):
         self._look_now()
 
     def lose_server(self, server: str, reason: str) -> None:
-        """Note that a server is dead; its samples get another place at once."""
+        """Note that a server is dead; its samples get another place, and its lease is given back, at once."""
+        if server in self.book.servers.loads:
+            self._reclaim(server)
         super().lose_server(server, reason)
         self._look_now()
+
+    def _reclaim(self, server: str) -> None:
+        if self._routing is not None and self._routing.config.is_elastic:
+            self.desk.reclaim(server)
 
     def _arrived(self, tp: int | None, server: str | None = None) -> int | None:
         """Return the replica of the running rollout and of this size that waits longest for its server, if any does."""

@@ -16,7 +16,7 @@ from verl_rlhfless.errors import ConfigError, ReplicaError
 from verl_rlhfless.live import planner as planner_module
 from verl_rlhfless.live import rollout_router as rollout_module
 from verl_rlhfless.live.announcement import Announcement, Group
-from verl_rlhfless.live.orders import EndReplica, StartReplica
+from verl_rlhfless.live.orders import EndReplica, ReclaimReplica, StartReplica
 from verl_rlhfless.live.planner import LivePlanner
 from verl_rlhfless.live.rollout_router import RolloutRouter
 from verl_rlhfless.live.tickets import Delta, Grant, Outcome, OutcomeKind, RouterSettings, SampleKey, SessionEnd, Ticket
@@ -82,6 +82,10 @@ class World:
         for grant in batch.grants:
             self.where.setdefault(self._tickets[grant.ticket], []).append(grant.server)
         return list(batch.grants)
+
+
+async def orders(world: World, count: int) -> list[Any]:
+    return [await asyncio.wait_for(world.router.wanted(), 5) for _ in range(count)]
 
 
 def on_router(
@@ -261,7 +265,7 @@ def test_the_only_replica_of_an_elastic_fleet_is_replaced() -> None:
         grants = await world.submit(announced)
         await world.router.lose_servers(["host:0"], "killed")
         assert await world.finish(grants, OutcomeKind.LOST) == []
-        assert await asyncio.wait_for(world.router.wanted(), 5) == StartReplica(1)
+        assert await orders(world, 2) == [ReclaimReplica("host:0"), StartReplica(1)]
         await world.router.add_servers({"host:new": Server()})
         again = await world.more()
         assert len(again) == len(grants) and {grant.server for grant in again} == {"host:new"}
@@ -278,6 +282,7 @@ def test_a_fleet_that_loses_one_replica_after_the_other_gives_up() -> None:
         await world.router.announce(announced)
         await world.submit(announced)
         await world.router.lose_servers(["host:0"], "killed")
+        assert await orders(world, 1) == [ReclaimReplica("host:0")]
         for _ in range(world.router.settings.max_retries):
             await asyncio.wait_for(world.router.wanted(), 5)
             await world.router.give_up_expected(1)
@@ -593,7 +598,7 @@ def test_a_lost_replica_beside_the_trainer_is_replaced() -> None:
         grants = await share_trainer(world, announcement())
         await world.router.lose_servers(["host:0", "host:1"], "killed")
         assert await world.finish(grants, OutcomeKind.LOST) == []
-        assert await asyncio.wait_for(world.router.wanted(), 5) == StartReplica(1)
+        assert await orders(world, 3) == [ReclaimReplica("host:0"), ReclaimReplica("host:1"), StartReplica(1)]
         await world.router.add_servers({"host:2": Server()}, 1)
         again = await world.more()
         assert {grant.server for grant in again} == {"host:2"} and len(again) == len(grants)
@@ -645,6 +650,16 @@ def test_gpus_are_free_only_after_the_fleet_confirmed_their_return() -> None:
         assert world.router.desk.free_gpus == free + 1
 
     on_planning_router(check, **TWO)
+
+
+def test_an_order_that_came_too_late_for_its_rollout_is_not_carried_out_in_the_next_one() -> None:
+    async def check(world: World) -> None:
+        world.router.desk.start(1)
+        await world.router.progress("host:0", Delta((), None, is_dead=True))
+        await world.router.expect([1])
+        assert world.router.desk.orders.empty() and world.router.desk.free_gpus == 3
+
+    on_router(check, servers=1, pool="elastic")
 
 
 def test_a_limit_that_later_steps_cannot_meet_does_not_end_the_run() -> None:
