@@ -1,7 +1,7 @@
 """The simulated and the live pool keep the same promises to the control loop, whatever it starts, moves and releases.
 
-Where they differ, nothing is asked: GPUs of an order that is not granted yet count as taken in the live pool alone. What
-waits at a released replica is held in the live pool and served in the simulator; policies leave nothing there.
+Where they differ, nothing is asked: GPUs of an order that is not granted yet count as taken in the live pool alone.
+What waits at a released replica is held in the live pool and served in the simulator; policies leave nothing there.
 """
 
 from __future__ import annotations

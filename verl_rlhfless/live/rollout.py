@@ -22,16 +22,11 @@ class LiveRollout:
         desk: What is up, expected and asked for.
         want: Asks the fleet for a replica of so many GPUs; returns whether one may come.
         step: Training step, 1-based.
-        servers: Names of the servers that are up.
     """
 
-    def __init__(
-        self, router: Router, desk: FleetDesk, want: Callable[[int], bool], step: int, servers: Sequence[str]
-    ) -> None:
+    def __init__(self, router: Router, desk: FleetDesk, want: Callable[[int], bool], step: int) -> None:
         self._router, self._book, self._desk, self._want = router, router.book, desk, want
-        self._expected = list(desk.expected)
         self._version = step - 1  # every token of a step comes from the weights of the step before
-        self._servers = list(servers)
         self._began_s = time.monotonic()
         self._changed = asyncio.Event()
         self._was_dry = False
@@ -64,17 +59,18 @@ class LiveRollout:
     # ---- replicas
 
     def start(self, tps: Sequence[int]) -> None:
-        """Add replicas; those whose server is up are ready, the others are expected or asked for."""
+        """Add replicas; those whose server is up are ready, the others are expected or asked for.
+
+        What is up and expected may have changed since the rollout was planned.
+        """
         for tp in tps:
-            server = next((server for server in self._servers if self._desk.tp_of(server) == tp), None)
+            server = next((name for name in self._book.spare_servers() if self._desk.tp_of(name) == tp), None)
             if server is not None:
-                self._servers.remove(server)
                 self._book.add_replica(tp, server)
                 continue
+            is_on_its_way = self._desk.expected.count(tp) > self._book.num_starting(tp)
             replica = self._book.add_replica(tp)
-            if tp in self._expected:
-                self._expected.remove(tp)
-            elif not self._want(tp):
+            if not is_on_its_way and not self._want(tp):
                 self._book.lose_replica(replica)
 
     def release(self, replicas: Sequence[int]) -> None:

@@ -169,7 +169,7 @@ class RolloutRouter(Router):
         rank = np.empty_like(plan.order)
         rank[plan.order] = np.arange(len(rank))
         self.begin(Rollout(batch, announced.samples(), rank, predicted, pool))
-        self._live = LiveRollout(self, self.desk, self.want_replica, announced.step, servers)
+        self._live = LiveRollout(self, self.desk, self.want_replica, announced.step)
         self._refine = routing.refine
         ports = RolloutPorts(self._live, self._live, self._live, self._live, self._live)
         control = self._run((policy, plan, ports), batch, self._live)
@@ -231,11 +231,19 @@ class RolloutRouter(Router):
         self._restored_costs = CostModel.from_json(text)
 
     async def add_servers(self, servers: dict[str, Any], tp: int | None = None) -> None:
-        """Take servers in; each is one of the replicas that the rollout expects, of ``tp`` GPUs or the recipe's."""
+        """Take servers in; each is one of the replicas that the rollout expects, of ``tp`` GPUs or the recipe's.
+
+        One that died on its way in is lost.
+        """
         await super().add_servers(servers)
         for server in servers:
-            if server in self.book.servers.loads and (replica := self._arrived(tp, server)) is not None:
+            replica, is_up = self._arrived(tp, server), server in self.book.servers.loads
+            if replica is not None and is_up:
                 self.book.replica_ready(replica, server)
+            elif replica is not None:
+                self.book.lose_replica(replica)
+            if not is_up:
+                self._reclaim(server)
         self._look_now()
 
     async def give_up_expected(self, tp: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.exceptions import RayActorError
 
 from tests.unit.live.routed import settings
 from verl_rlhfless.errors import ConfigError, ReplicaError
@@ -19,7 +20,17 @@ from verl_rlhfless.live.announcement import Announcement, Group
 from verl_rlhfless.live.orders import EndReplica, ReclaimReplica, StartReplica
 from verl_rlhfless.live.planner import LivePlanner
 from verl_rlhfless.live.rollout_router import RolloutRouter
-from verl_rlhfless.live.tickets import Delta, Grant, Outcome, OutcomeKind, RouterSettings, SampleKey, SessionEnd, Ticket
+from verl_rlhfless.live.tickets import (
+    Delta,
+    Grant,
+    Outcome,
+    OutcomeKind,
+    RouterSettings,
+    SampleKey,
+    ServerLimits,
+    SessionEnd,
+    Ticket,
+)
 from verl_rlhfless.policy import routing as routing_module
 from verl_rlhfless.policy.learnt import CostModel, ReplicaTimes, Standby, StepTimes
 from verl_rlhfless.policy.predict import LengthModel, learn
@@ -634,6 +645,64 @@ def test_the_router_fills_a_mixed_fleet_by_size_whatever_comes_first() -> None:
         assert [(r.tp, r.state) for r in live.observe().replicas] == [(2, "ready"), (1, "ready")]
         assert world.router.book._announced().replicas[0].server == "wide"
         await world.finish(await world.submit(announced))
+
+    on_router(check, servers=0, pool="elastic")
+
+
+def test_a_replica_that_comes_while_its_rollout_is_planned_serves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = RolloutRouter.begin
+
+    async def check(world: World) -> None:
+        def arrive() -> None:
+            world.router._handles["host:a"] = Server()
+            world.router.book.servers.add("host:a", ServerLimits())
+            assert world.router._arrived(1, "host:a") is None, "nobody waits for it yet"
+
+        def begin_meanwhile(router: RolloutRouter, rollout: Any) -> None:
+            asyncio.get_running_loop().call_soon(arrive)  # an answer that came in: before the control loop's first step
+            begin(router, rollout)
+
+        monkeypatch.setattr(RolloutRouter, "begin", begin_meanwhile)
+        announced = announcement()
+        await world.router.expect([1, 1])
+        await world.router.announce(announced)
+        grants = await world.submit(announced)
+        assert grants and {grant.server for grant in grants} == {"host:a"}
+        await world.router.add_servers({"host:b": Server()}, 1)
+        grants += await world.more()
+        assert len(grants) == 8
+        await world.finish(grants)
+
+    on_router(check, servers=0, pool="elastic", migration="off")
+
+
+@pytest.mark.parametrize("answer", [RayActorError(), None])
+def test_a_server_that_dies_or_hangs_before_it_reports_is_no_replica_that_samples_wait_for(
+    answer: RayActorError | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = SimpleNamespace(current_actor="router")
+    monkeypatch.setattr(rollout_module.ray, "get_runtime_context", lambda: here)
+
+    def report_to(*_: Any) -> asyncio.Future[Any]:
+        report: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if answer is not None:
+            report.set_exception(answer)
+        return report
+
+    async def check(world: World) -> None:
+        announced = announcement()
+        await world.router.expect([1, 1])
+        await world.router.announce(announced)
+        await world.submit(announced)
+        dead = SimpleNamespace(report_to=SimpleNamespace(remote=report_to))
+        await asyncio.wait_for(world.router.add_servers({"host:dead": dead}, 1), 10)
+        assert await orders(world, 1) == [ReclaimReplica("host:dead")]
+        await world.router.add_servers({"host:a": Server()}, 1)
+        grants = await world.more()
+        while len(grants) < 8:
+            grants += await world.more()
+        assert {grant.server for grant in grants} == {"host:a"}
+        await world.finish(grants)
 
     on_router(check, servers=0, pool="elastic")
 
