@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from verl_rlhfless.control import run_rollout
+from verl_rlhfless.control import RolloutRecord, run_rollout
 from verl_rlhfless.errors import ReplicaError
 from verl_rlhfless.live.announcement import Announcement
 from verl_rlhfless.live.orders import FleetDesk, Order
@@ -39,6 +39,8 @@ from verl_rlhfless.ports import RolloutPorts
 from verl_rlhfless.types import FleetDecision
 
 logger = logging.getLogger(__name__)
+
+_NEVER_S = 1e9  # beyond the end of any rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +296,8 @@ class RolloutRouter(Router):
         except Exception as error:  # the trainer is told, when every sample is complete
             logger.exception("rlhfless: step %d: the control loop failed", batch.step)
             failure = f"the control loop of step {batch.step} failed: {error!r}"
-            record = await run_rollout(NoReaction(), replace(plan, fleet=(), first_look_s=0.0), ports)
+            record, further = await self._without_decisions(plan, ports)
+            failure += further
         self._report = RolloutReport(
             step=batch.step,
             num_samples=batch.num_samples,
@@ -308,6 +311,19 @@ class RolloutRouter(Router):
             num_started=self.desk.num_started,
         )
         self._live = None
+
+    async def _without_decisions(self, plan: RolloutPlan, ports: RolloutPorts) -> tuple[RolloutRecord, str]:
+        """Wait for the end of a rollout whose policy failed; return why that failed too, if it did.
+
+        Lost samples move to replicas that live. Once none does, their requests are refused.
+        """
+        try:
+            return await run_rollout(NoReaction(), replace(plan, fleet=(), first_look_s=0.0), ports), ""
+        except Exception as error:
+            logger.exception("rlhfless: nothing brings the samples of a lost replica to another one any more")
+            while not ports.engine.is_done():
+                await ports.clock.wait(_NEVER_S)
+            return RolloutRecord(ports.weights.version()), f", and then {error!r}"
 
     def _learn(self, batch: Batch) -> None:
         assert self._routing is not None

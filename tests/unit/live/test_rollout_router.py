@@ -95,6 +95,12 @@ class World:
         return list(batch.grants)
 
 
+async def settled() -> None:
+    """Return after the looks at what has happened so far."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
 async def orders(world: World, count: int) -> list[Any]:
     return [await asyncio.wait_for(world.router.wanted(), 5) for _ in range(count)]
 
@@ -415,14 +421,36 @@ def test_after_a_failed_policy_nothing_more_is_leased(monkeypatch: pytest.Monkey
         grants = await world.submit(announced)
         monkeypatch.setattr(RoutingPolicy, "react", fail)
         world.router._look_now()
-        for _ in range(20):  # the look, and what follows it
-            await asyncio.sleep(0)
+        await settled()
         await world.finish(grants)
         report = await world.router.report()
         assert report is not None and "ZeroDivisionError" in report.failure
         assert world.router.desk.orders.empty() and report.num_started == 0
 
     on_router(check, pool="elastic")
+
+
+def test_a_fleet_that_is_lost_after_its_policy_failed_is_reported_with_both_failures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("policy")
+
+    async def check(world: World) -> None:
+        announced, router = announcement(), world.router
+        await router.announce(announced)
+        grants = await world.submit(announced)
+        monkeypatch.setattr(RoutingPolicy, "react", fail)
+        router._look_now()
+        await settled()
+        await router.lose_servers(["host:0", "host:1"], "killed")
+        await settled()
+        await world.finish(grants, OutcomeKind.LOST)
+        await router.send(WORKER, [SessionEnd(key) for key in announced.samples()])
+        report = await router.report()
+        assert report is not None and report.step == 1 and "ZeroDivisionError('policy'), and then " in report.failure
+
+    on_router(check)
 
 
 def test_without_any_replica_the_step_is_refused() -> None:
@@ -562,8 +590,7 @@ def test_a_replica_whose_last_sample_ended_is_given_back_while_the_others_decode
         first = [grant for grant in grants if grant.server == "host:0"]
         others = [grant for grant in grants if grant.server != "host:0"]
         assert first and others
-        for _ in range(20):  # the looks at what has happened so far
-            await asyncio.sleep(0)
+        await settled()
         await world.finish(first)
         order = await asyncio.wait_for(world.router.wanted(), 5)
         assert order == EndReplica("host:0")
