@@ -246,7 +246,7 @@ class Fleet:
         if failures:
             if isinstance(failures[0], RlhflessError):
                 raise failures[0]
-            raise ReplicaError(f"a replica could not be released: {failures[0]!r}") from failures[0]
+            raise ReplicaError(f"the fleet did not end in order: {failures[0]!r}") from failures[0]
 
     def make_room_on_hosts(self) -> None:
         """End parked engines where their host lacks memory for the next weight version; call it between rollouts."""
