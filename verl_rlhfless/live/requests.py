@@ -100,6 +100,10 @@ class RequestBook:
         bound = {replica.server for replica in self._announced().replicas}
         return [name for name, load in self.servers.loads.items() if load.is_open and name not in bound]
 
+    def is_starting(self, replica: int) -> bool:
+        """Return whether a replica waits for its server."""
+        return self._announced().replicas[replica].state == STARTING
+
     def num_starting(self, tp: int) -> int:
         """Return how many replicas of this size wait for their server."""
         return sum(replica.state == STARTING and replica.tp == tp for replica in self._announced().replicas)

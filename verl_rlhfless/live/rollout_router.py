@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.control import RolloutRecord, run_rollout
 from verl_rlhfless.errors import ReplicaError
 from verl_rlhfless.live.announcement import Announcement
@@ -171,7 +172,8 @@ class RolloutRouter(Router):
         rank = np.empty_like(plan.order)
         rank[plan.order] = np.arange(len(rank))
         self.begin(Rollout(batch, announced.samples(), rank, predicted, pool))
-        self._live = LiveRollout(self, self.desk, self.want_replica, announced.step)
+        limit_s = start_limit_s(self._routing.config)
+        self._live = LiveRollout(self, self.desk, self.want_replica, announced.step, limit_s)
         self._refine = routing.refine
         ports = RolloutPorts(self._live, self._live, self._live, self._live, self._live)
         control = self._run((policy, plan, ports), batch, self._live)
@@ -310,6 +312,7 @@ class RolloutRouter(Router):
             num_released=live.num_released,
             num_started=self.desk.num_started,
         )
+        live.close()
         self._live = None
 
     async def _without_decisions(self, plan: RolloutPlan, ports: RolloutPorts) -> tuple[RolloutRecord, str]:
@@ -332,6 +335,15 @@ class RolloutRouter(Router):
             if self._routing.remembers:
                 self._lengths = learn(self._lengths, batch, view.generated)
             self._last = batch, view.generated
+
+
+def start_limit_s(config: RlhflessConfig) -> float:
+    """Return a time after which the fleet has told how a start ended [s].
+
+    Twice what its parts may take, and the trainer's way to the host before them.
+    """
+    pool = config.pool
+    return pool.resume_timeout_s + 2 * (pool.grant_timeout_s + pool.start_timeout_s + config.weights.pull_timeout_s)
 
 
 RolloutRouterActor = ray.remote(**ACTOR_OPTIONS)(RolloutRouter)

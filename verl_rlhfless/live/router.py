@@ -95,6 +95,10 @@ class Router:
         self._handles = {name: self._handles[name] for name in self.book.servers.loads}
         self._loop.call_later(_SETTLE_S, self._settle)
 
+    def after(self, delay_s: float, action: Callable[[], None]) -> asyncio.TimerHandle:
+        """Call ``action`` in ``delay_s`` seconds, unless what is returned is cancelled."""
+        return self._loop.call_later(delay_s, action)
+
     def place(self, samples: IntArray, replica: int) -> None:
         """Send samples to a replica: waiting ones at once, running ones by cutting them where they are."""
         for cut in self.book.place(samples, replica):

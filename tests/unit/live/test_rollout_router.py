@@ -734,6 +734,25 @@ def test_a_server_that_dies_or_hangs_before_it_reports_is_no_replica_that_sample
     on_router(check, servers=0, pool="elastic")
 
 
+def test_a_replica_of_which_nothing_is_heard_is_not_waited_for_for_ever() -> None:
+    async def check(world: World) -> None:
+        announced, router = announcement(), world.router
+        router._loop = timers = Timers()  # type: ignore[assignment]
+        await router.expect([1, 1])
+        await router.announce(announced)
+        await router.add_servers({"host:a": Server()}, 1)
+        grants = await world.submit(announced)
+        assert 0 < len(grants) < 8, "the others wait for the second replica"
+        timers.fire()
+        await settled()
+        grants += await world._grants(await router.send(WORKER, []))
+        assert len(grants) == 8 and {grant.server for grant in grants} == {"host:a"}
+        await world.finish(grants)
+        assert router.desk.expected == []
+
+    on_router(check, servers=0, pool="elastic", migration="off", dispatcher="stock")
+
+
 def test_gpus_are_free_only_after_the_fleet_confirmed_their_return() -> None:
     async def check(world: World) -> None:
         announced = announcement()
