@@ -89,8 +89,8 @@ class LiveRollout:
         """Send samples elsewhere that wait for a replica of which nothing was heard: its order may be lost."""
         if self._book.is_starting(replica):
             logger.error(
-                "rlhfless: nothing was heard of the start of replica %d for %g s, so its samples go elsewhere. Look for "
-                "the trainer's errors above.",
+                "rlhfless: nothing was heard of the start of replica %d for %g s, so its samples go elsewhere. Look "
+                "for the trainer's errors above.",
                 replica,
                 self._start_limit_s,
             )
