@@ -35,9 +35,13 @@ def is_running(key: ProcessKey) -> bool:
 
 
 def descendants(pid: int) -> tuple[ProcessKey, ...]:
-    """Return the keys of everything that a process started and that still runs, deepest first."""
-    found = []
-    for child in reversed(psutil.Process(pid).children(recursive=True)):
+    """Return the keys of everything that a process started and that still runs, deepest first; none if it is gone."""
+    found: list[ProcessKey] = []
+    try:
+        children = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return ()
+    for child in reversed(children):
         with contextlib.suppress(psutil.NoSuchProcess):
             found.append((child.pid, child.create_time()))
     return tuple(found)

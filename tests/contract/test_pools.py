@@ -1,8 +1,7 @@
 """The simulated and the live pool keep the same promises to the control loop, whatever it starts, moves and releases.
 
-Where they differ, nothing is asked: GPUs of an order that is not granted yet count as taken in the live pool alone, and
-so do those of a lost replica until another one starts or the rollout ends. What waits at a released replica is held in
-the live pool and served in the simulator; policies leave nothing there.
+Where they differ, nothing is asked: GPUs of an order that is not granted yet count as taken in the live pool alone.
+What waits at a released replica is held in the live pool and served in the simulator; policies leave nothing there.
 """
 
 from __future__ import annotations
@@ -201,6 +200,22 @@ def test_samples_of_a_lost_replica_are_held_with_their_tokens_and_go_on_elsewher
         await world.until(_done)
 
     play(scenario, [900, 900, 900])
+
+
+def test_the_gpu_of_a_lost_replica_is_free_while_the_others_go_on(play: Play) -> None:
+    async def scenario(world: World) -> None:
+        await world.begin(2)
+        world.ports.engine.place(ids(0), 0)
+        world.ports.engine.place(ids(1), 1)
+        await world.until(_all_run)
+        world.lose(0)
+        view = await world.until(lambda view: view.free_gpus == 1)
+        assert [lease.released_s is None for lease in world.leases()] == [False, True]
+        assert view.state[1] == RUNNING, "long before the rollout ends"
+        world.ports.engine.place(ids(0), 1)
+        await world.until(_done)
+
+    play(scenario, [900, 900])
 
 
 def test_a_lost_fleet_is_replaced_on_its_own_gpus_by_a_replica_with_the_next_number(play: Play) -> None:

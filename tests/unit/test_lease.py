@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import NodeDiedError
 
 from verl_rlhfless.errors import LeaseReleaseError, LeaseTimeoutError
 from verl_rlhfless.live import lease as lease_module
@@ -149,3 +150,24 @@ def test_a_wait_ends_with_its_rollout_and_nothing_is_kept(
     with pytest.raises(LeaseTimeoutError, match=r"given up, because the rollout is over\. 0 of 4 GPU are available"):
         Lease.acquire(request, 300, over=over)
     assert removed == [group] and len(waits) == 2
+
+
+def test_a_node_that_dies_between_grant_and_answer_is_a_lease_that_did_not_come(
+    states: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: Any, **__: Any) -> None:
+        raise NodeDiedError("10.0.0.7 is gone")
+
+    removed: list[Any] = []
+    group = SimpleNamespace(wait=lambda timeout_s: True)
+    states.append("REMOVED")
+    monkeypatch.setattr(lease_module, "placement_group", lambda bundles, **_: group)
+    monkeypatch.setattr(lease_module, "remove_placement_group", removed.append)
+    monkeypatch.setattr(lease_module, "PlacementGroupSchedulingStrategy", lambda **_: None)
+    task = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda resource: "answer"))
+    monkeypatch.setattr(lease_module, "_leased_node", task)
+    monkeypatch.setattr(lease_module.ray, "available_resources", lambda: {"GPU": 9.0})
+    monkeypatch.setattr(lease_module.ray, "get", lost)
+    with pytest.raises(LeaseTimeoutError, match=r"lease rlhfless/trainer/on-a-lost-node .*10\.0\.0\.7 is gone"):
+        Lease.acquire(LeaseRequest("on-a-lost-node", "trainer", (1,)), 300)
+    assert removed == [group]

@@ -1,8 +1,9 @@
-"""The sockets of vLLM's processes, which stay behind in the folder for temporary files when an engine is killed.
+"""The sockets and the shared memory of vLLM's processes, which stay behind when an engine is killed.
 
 A connected socket needs no name. So a server's sockets lie in a folder of its own until its engine is up, and the
 folder is removed then: whatever ends the engine later, nothing stays behind. What a server leaves that is killed
-during a start is removed by whoever reaps it, or by the next start on the node.
+during a start is removed by whoever reaps it, or by the next start on the node. Shared memory has names during a start,
+too: whoever ends the processes that map it removes them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,18 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from verl_rlhfless.processes import ProcessKey, end_server, is_running, process_key
+from verl_rlhfless.processes import (
+    ProcessKey,
+    descendants,
+    end_processes,
+    end_server,
+    is_running,
+    process_key,
+)
+from verl_rlhfless.shared_memory import mapped_segments, unlink_segments
 
 _PREFIX = "rlhfless-sockets-"
 _FOLDER_VARIABLE = "VLLM_RPC_BASE_PATH"
@@ -38,11 +47,27 @@ def sockets_without_names() -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def end_engine(processes: Sequence[ProcessKey], timeout_s: float) -> tuple[int, ...]:
+    """End an engine as :func:`~verl_rlhfless.processes.end_processes` does, and remove its shared memory."""
+    segments = _segments_of(processes)
+    survivors = end_processes(processes, timeout_s)
+    unlink_segments(segments)
+    return survivors
+
+
 def reap_server(server: ProcessKey, known: Iterable[ProcessKey], timeout_s: float) -> tuple[int, ...]:
     """End a server and its engine as :func:`~verl_rlhfless.processes.end_server` does, and remove their files."""
+    known = tuple(known)
+    started = descendants(server[0]) if is_running(server) else ()  # else the pid may be another's
+    segments = _segments_of((server, *known, *started))
     survivors = end_server(server, known, timeout_s)
+    unlink_segments(segments)
     shutil.rmtree(_folder_of(server), ignore_errors=True)
     return survivors
+
+
+def _segments_of(processes: Iterable[ProcessKey]) -> set[str]:
+    return mapped_segments(process[0] for process in processes if is_running(process))
 
 
 def _remove_orphans() -> None:

@@ -9,8 +9,9 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Coroutine, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from omegaconf import OmegaConf, open_dict
@@ -18,7 +19,7 @@ from omegaconf import OmegaConf, open_dict
 from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import ReplicaError, RlhflessError
 from verl_rlhfless.live.events import EventLog
-from verl_rlhfless.live.orders import StartReplica
+from verl_rlhfless.live.orders import ReclaimReplica, StartReplica
 from verl_rlhfless.live.parking import ParkingLot
 from verl_rlhfless.live.replica import ElasticReplica, WeightSource
 from verl_rlhfless.live.shared_lease import TrainerDevices
@@ -27,6 +28,7 @@ from verl_rlhfless.policy.learnt import ReplicaTimes, Standby, Way
 from verl_rlhfless.types import DeviceKey, FleetDecision, ReplicaSpec
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class Fleet:
@@ -136,64 +138,51 @@ class Fleet:
     async def _live(
         self, candidates: list[ElasticReplica], weights: WeightSource, num_imports: int, started: Future[list[str]]
     ) -> None:
-        """Start the replicas, then replace lost ones for as long as the router asks."""
+        """Start the replicas, and start and end others for as long as the router asks."""
         orders = asyncio.create_task(self._take_orders(weights))
         try:
             await self._warm_servers.wait_warm(num_imports, self._config.pool.start_timeout_s)
             started.set_result(await self._start_all(candidates, weights))
         except BaseException as error:  # noqa: BLE001  handed to the thread that waits for the start
             started.set_exception(error)
-            orders.cancel()
-            return
         await orders
 
     async def _take_orders(self, weights: WeightSource) -> None:
         """Start and end replicas as the router asks, side by side, until it asks for no more."""
-        running = []
+        running: list[asyncio.Task[Any]] = []
+        lost: list[asyncio.Task[Any]] = []
         with contextlib.suppress(ray.exceptions.RayActorError):  # a router that is gone asks for nothing
             while (order := await self._router.wanted.remote()) is not None:
-                work = self._replace(order.tp, weights) if isinstance(order, StartReplica) else self._end(order.server)
+                is_start = isinstance(order, StartReplica)
+                work = self._replace(order.tp, weights, tuple(lost)) if is_start else self._end(order.server)
                 running.append(asyncio.create_task(work))
-        await asyncio.gather(*running)
+                if isinstance(order, ReclaimReplica):
+                    lost.append(running[-1])
+        await _all_ended(running)
 
-    async def _replace(self, tp: int, weights: WeightSource) -> None:
-        await self._give_back_lost()
+    async def _replace(self, tp: int, weights: WeightSource, lost: tuple[asyncio.Task[Any], ...]) -> None:
+        """Start a replica, once the GPUs of those that were lost are back: it may need them."""
+        if lost:
+            await asyncio.wait(lost)
         await self._try_start(self._new_replica(ReplicaSpec(tp)), weights)
 
     async def _end(self, server: str) -> None:
         """Release one replica in mid-rollout; one that can't be released is tried again at the end, which raises."""
         replica = next((replica for replica in self.replicas if replica.server_address == server), None)
         if replica is None:
-            return  # it died meanwhile, and was released as lost
+            return  # it ends already
         self.replicas.remove(replica)
         try:
             await self._release_one(replica)
-        except RlhflessError as error:
+        except Exception as error:  # noqa: BLE001  raised by the second try, if that fails too
             logger.error("rlhfless: %s could not be released: %s", replica.name, error)
             self.replicas.append(replica)
             return
         await self._router.lease_returned.remote(replica.world_size)
 
-    async def _give_back_lost(self) -> None:
-        """Return the leases of dead replicas: the next one may need their GPUs.
-
-        One that can't be released is tried again with the next lost one, and at the end, which raises.
-        """
-        replicas = list(self.replicas)
-        are_lost = await asyncio.gather(*[replica.is_lost() for replica in replicas])
-        lost = [r for r, is_lost in zip(replicas, are_lost, strict=True) if is_lost and r in self.replicas]
-        self.replicas = [replica for replica in self.replicas if replica not in lost]
-        outcomes = await asyncio.gather(*[self._release_one(replica) for replica in lost], return_exceptions=True)
-        for replica, outcome in zip(lost, outcomes, strict=True):
-            if isinstance(outcome, BaseException):
-                logger.error("rlhfless: %s is lost and could not be released: %s", replica.name, outcome)
-                self.replicas.append(replica)
-            else:
-                await self._router.lease_returned.remote(replica.world_size)
-
     async def _start_all(self, candidates: list[ElasticReplica], weights: WeightSource) -> list[str]:
         """Return why replicas did not come up."""
-        failures = await asyncio.gather(*[self._try_start(replica, weights) for replica in candidates])
+        failures = await _all_ended(self._try_start(replica, weights) for replica in candidates)
         return [failure for failure in failures if failure]
 
     async def _try_start(self, replica: ElasticReplica, weights: WeightSource) -> str:
@@ -241,18 +230,23 @@ class Fleet:
                 the same.
         """
         self.give_up_waiting()
+        failures: list[BaseException] = []
         if self._life is not None:
             with contextlib.suppress(ray.exceptions.RayActorError):
                 ray.get(self._router.stop_wanting.remote())
-            self._life.result()  # a replica that has its GPUs and is on its way holds a lease
+            try:
+                self._life.result()  # a replica that has its GPUs and is on its way holds a lease
+            except Exception as error:  # noqa: BLE001  raised below, when the replicas have been released
+                failures.append(error)
             self._life = self._starting = None
         leaving, self.replicas = self.replicas, []
-        if not leaving:
-            return
-        outcomes = asyncio.run(self._release_all(leaving))
-        failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        if leaving:
+            outcomes = asyncio.run(self._release_all(leaving))
+            failures += [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         if failures:
-            raise failures[0] if isinstance(failures[0], RlhflessError) else ReplicaError(str(failures[0]))
+            if isinstance(failures[0], RlhflessError):
+                raise failures[0]
+            raise ReplicaError(f"the fleet did not end in order: {failures[0]!r}") from failures[0]
 
     def make_room_on_hosts(self) -> None:
         """End parked engines where their host lacks memory for the next weight version; call it between rollouts."""
@@ -278,6 +272,15 @@ class Fleet:
         self.releases_s.append(await self.parking.retire(replica))
         assert lease is not None
         self.gpu_s += lease.gpu_s
+
+
+async def _all_ended(works: Iterable[Coroutine[Any, Any, _T] | asyncio.Task[_T]]) -> list[_T]:
+    """Return what each returned. A failure is raised when all have ended: one that is cut off would leave a lease."""
+    outcomes = await asyncio.gather(*works, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
 
 
 def _can_sleep(run_config: Any) -> bool:

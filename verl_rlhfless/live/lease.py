@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -219,6 +219,8 @@ def _ask_nodes(request: LeaseRequest, group: PlacementGroup) -> list[LeasedNode]
             f"{request}: granted, but no worker process answered on its nodes within {_ANSWER_S:g} s. "
             "Look at their load and memory."
         ) from None
+    except RayError as error:
+        raise LeaseTimeoutError(f"{request}: granted, but its nodes failed ({error!r}). Look at them.") from error
     return nodes
 
 

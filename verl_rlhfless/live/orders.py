@@ -24,7 +24,14 @@ class EndReplica:
     server: str
 
 
-Order = StartReplica | EndReplica
+@dataclass(frozen=True, slots=True)
+class ReclaimReplica:
+    """Give the lease of the dead replica at ``server`` back."""
+
+    server: str
+
+
+Order = StartReplica | EndReplica | ReclaimReplica
 
 
 class FleetDesk:
@@ -55,8 +62,10 @@ class FleetDesk:
         return self._tp_of.get(server, self._tp)
 
     def expect(self, tps: Sequence[int]) -> None:
-        """Note the fleet that begins to start."""
+        """Note the fleet that begins to start. What was asked of the one before and came too late is void."""
         self.expected = list(tps)
+        while not self.orders.empty():
+            self.orders.get_nowait()
         self._num_leased, self.num_started = sum(tps), 0
 
     def start(self, tp: int) -> None:
@@ -69,6 +78,10 @@ class FleetDesk:
     def end(self, server: str) -> None:
         """Ask for the end of a replica."""
         self.orders.put_nowait(EndReplica(server))
+
+    def reclaim(self, server: str) -> None:
+        """Ask for the lease of a dead replica."""
+        self.orders.put_nowait(ReclaimReplica(server))
 
     def arrived(self, tp: int | None, server: str | None = None) -> int:
         """Note that an expected replica is up at ``server`` or will never be, and return its size."""

@@ -27,6 +27,7 @@ from verl_rlhfless.live.parked_memory import ParkedMemory
 from verl_rlhfless.live.replica_life import ParkReport, ReleaseReport, ReplicaState, WeightSource
 from verl_rlhfless.live.shared_lease import SharedLease
 from verl_rlhfless.live.warm_pool import WarmPool
+from verl_rlhfless.live.weight_store import ANSWER_GRACE_S
 from verl_rlhfless.live.weights import PullReport
 from verl_rlhfless.processes import ProcessKey
 
@@ -34,6 +35,8 @@ __all__ = ["ElasticReplica", "ParkReport", "ReleaseReport", "ReplicaState", "Wei
 
 _DRAIN_POLL_S = 0.02
 _ANSWER_S = 5.0  # beyond what the end of processes may take
+_START_KEY, _PULL_KEY = "rlhfless.pool.start_timeout_s", "rlhfless.weights.pull_timeout_s"
+_PULL_WAITS = 3  # for the store's answers before and after a pull, and for the caches that are cleared then
 
 
 class ElasticReplica(vLLMReplica):
@@ -117,23 +120,28 @@ class ElasticReplica(vLLMReplica):
         began_s = time.monotonic()
         try:
             self.state = ReplicaState.STARTING
-            await asyncio.wait_for(engine_up(), self._pool.start_timeout_s)
+            await self._within(self._pool.start_timeout_s, engine_up(), ("the engine was not ready", _START_KEY))
             self.engine_s = time.monotonic() - began_s
             self.state = ReplicaState.LOADING
-            report: PullReport = await self._server_handle.pull_weights.remote(
-                weights.version, weights.store_name, weights.timeout_s
-            )
+            pulled = self._server_handle.pull_weights.remote(weights.version, weights.store_name, weights.timeout_s)
+            limit_s = weights.timeout_s + _PULL_WAITS * ANSWER_GRACE_S
+            what = "its server did not load the weights", _PULL_KEY
+            report: PullReport = await self._within(limit_s, _awaitable(pulled), what)
             self.state = ReplicaState.READY
             return report
-        except asyncio.TimeoutError:
-            await self.stop()
-            raise ReplicaError(
-                f"replica {self.name}: the engine was not ready after {self._pool.start_timeout_s:g} s. Raise "
-                "rlhfless.pool.start_timeout_s, or look for the engine's error above."
-            ) from None
         except BaseException:
             await self.stop()
             raise
+
+    async def _within(self, limit_s: float, work: Awaitable[Any], what: tuple[str, str]) -> Any:
+        """Return the result of ``work``; ``what`` = its failure and the key of its limit."""
+        try:
+            return await asyncio.wait_for(work, limit_s)
+        except asyncio.TimeoutError:
+            raise ReplicaError(
+                f"replica {self.name}: {what[0]} after {limit_s:g} s. Raise {what[1]}, or look for the engine's error "
+                "above."
+            ) from None
 
     async def _wake_engine(self) -> None:
         assert self.lease is not None
@@ -172,7 +180,7 @@ class ElasticReplica(vLLMReplica):
         """Return whether the engine or its server is dead, or so busy that it does not answer."""
         try:
             return not await self._answer(self._server_handle.is_alive.remote())
-        except (ray.exceptions.RayActorError, asyncio.TimeoutError):
+        except (ray.exceptions.RayError, asyncio.TimeoutError):
             return True
 
     async def release(self) -> ReleaseReport:
@@ -281,12 +289,13 @@ class ElasticReplica(vLLMReplica):
     async def _stop_server(self, server: Any) -> tuple[int, ...]:
         """End the engine, and return the pids that survived; a server in good health waits for another replica."""
         timeout_s = self._pool.release_timeout_s
+        is_launching = self.state is ReplicaState.STARTING  # and may go on to, into the launch of the next replica
         try:
             survivors = await asyncio.wait_for(_awaitable(server.stop_engine.remote(timeout_s)), timeout_s + _ANSWER_S)
         except (ray.exceptions.RayError, asyncio.TimeoutError):
             self.state = ReplicaState.LOST
             survivors = await self._reap(timeout_s)
-        if self.state is ReplicaState.LOST or survivors:
+        if self.state is ReplicaState.LOST or survivors or is_launching:
             ray.kill(server, no_restart=True)  # only now: the server is the one that knows its processes
         else:
             self._warm_servers.give_back(self.node_id, server)

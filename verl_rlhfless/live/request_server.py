@@ -73,11 +73,14 @@ class RequestServer(vLLMHttpServer):
         while not is_dead:
             await asyncio.sleep(interval_s)
             delta = self._streams.take(self.global_steps)
-            is_dead = delta.is_dead
-            if not delta.parts and not is_dead:
+            if not delta.parts and not delta.is_dead:
                 continue
             try:
                 await router.progress.remote(name, delta)
+                is_dead = delta.is_dead
+            except (ray.exceptions.ActorUnavailableError, ray.exceptions.RayTaskError) as error:
+                logger.warning("rlhfless: the router did not take a report, which comes again: %s", error)
+                self._streams.put_back(delta)
             except ray.exceptions.RayActorError:
                 return  # the router ended, and the run with it
 

@@ -64,6 +64,7 @@ class RequestTrainer(PPOTrainerSync):
         """Wait as verl's replay buffer does, but poll often only after the last sample: a poll reads every key."""
         with contextlib.suppress(ray.exceptions.RayActorError):  # the clients of a dead router say so
             ray.get(self._router.wait_ended.remote(_LOOK_S))
+        self.agent_loop_manager.check_workers()
         return float(self._stock_wait(partition_id, last_debug_time))
 
     @property

@@ -95,6 +95,19 @@ class RequestBook:
 
     # ---- replicas and servers
 
+    def spare_servers(self) -> list[str]:
+        """Return the servers that take work and are no replica's of the rollout."""
+        bound = {replica.server for replica in self._announced().replicas}
+        return [name for name, load in self.servers.loads.items() if load.is_open and name not in bound]
+
+    def is_starting(self, replica: int) -> bool:
+        """Return whether a replica waits for its server."""
+        return self._announced().replicas[replica].state == STARTING
+
+    def num_starting(self, tp: int) -> int:
+        """Return how many replicas of this size wait for their server."""
+        return sum(replica.state == STARTING and replica.tp == tp for replica in self._announced().replicas)
+
     def add_replica(self, tp: int, server: str | None = None) -> int:
         """Add a replica to the rollout and return its number; without a server it is still starting."""
         replicas = self._announced().replicas
@@ -237,7 +250,7 @@ class RequestBook:
     @property
     def is_stranded(self) -> bool:
         """Whether a ticket waits, and no server is open and none is starting."""
-        replicas = self._table.replicas if self._table is not None else []
+        replicas = self._table.replicas if self._table is not None and not self.is_done else []
         has_hope = self.servers.has_open or any(r.state == STARTING for r in replicas)
         return not has_hope and any(not turn.attempt for turn in self._turns.values())
 

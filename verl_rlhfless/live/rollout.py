@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +14,8 @@ from verl_rlhfless.errors import UnsupportedError
 from verl_rlhfless.live.orders import FleetDesk
 from verl_rlhfless.live.router import Router
 from verl_rlhfless.policy.snapshot import IntArray, RolloutView
+
+logger = logging.getLogger(__name__)
 
 
 class LiveRollout:
@@ -22,16 +26,16 @@ class LiveRollout:
         desk: What is up, expected and asked for.
         want: Asks the fleet for a replica of so many GPUs; returns whether one may come.
         step: Training step, 1-based.
-        servers: Names of the servers that are up.
+        start_limit_s: How long a replica is waited for of which nothing is heard.
     """
 
     def __init__(
-        self, router: Router, desk: FleetDesk, want: Callable[[int], bool], step: int, servers: Sequence[str]
+        self, router: Router, desk: FleetDesk, want: Callable[[int], bool], step: int, start_limit_s: float
     ) -> None:
         self._router, self._book, self._desk, self._want = router, router.book, desk, want
-        self._expected = list(desk.expected)
+        self._start_limit_s = start_limit_s
+        self._limits: list[asyncio.TimerHandle] = []
         self._version = step - 1  # every token of a step comes from the weights of the step before
-        self._servers = list(servers)
         self._began_s = time.monotonic()
         self._changed = asyncio.Event()
         self._was_dry = False
@@ -64,18 +68,41 @@ class LiveRollout:
     # ---- replicas
 
     def start(self, tps: Sequence[int]) -> None:
-        """Add replicas; those whose server is up are ready, the others are expected or asked for."""
+        """Add replicas; those whose server is up are ready, the others are expected or asked for.
+
+        What is up and expected may have changed since the rollout was planned.
+        """
         for tp in tps:
-            server = next((server for server in self._servers if self._desk.tp_of(server) == tp), None)
+            server = next((name for name in self._book.spare_servers() if self._desk.tp_of(name) == tp), None)
             if server is not None:
-                self._servers.remove(server)
                 self._book.add_replica(tp, server)
                 continue
+            is_on_its_way = self._desk.expected.count(tp) > self._book.num_starting(tp)
             replica = self._book.add_replica(tp)
-            if tp in self._expected:
-                self._expected.remove(tp)
-            elif not self._want(tp):
+            if is_on_its_way or self._want(tp):
+                give_up = functools.partial(self._give_up_on, replica, tp)
+                self._limits.append(self._router.after(self._start_limit_s, give_up))
+            else:
                 self._book.lose_replica(replica)
+
+    def _give_up_on(self, replica: int, tp: int) -> None:
+        """Send samples elsewhere that wait for a replica of which nothing was heard: its order may be lost."""
+        if self._book.is_starting(replica):
+            logger.error(
+                "rlhfless: nothing was heard of the start of replica %d for %g s, so its samples go elsewhere. Look "
+                "for the trainer's errors above.",
+                replica,
+                self._start_limit_s,
+            )
+            self._desk.arrived(tp)
+            self._book.lose_replica(replica)
+            self._router.pump()
+            self.look_now()
+
+    def close(self) -> None:
+        """Wait for no replica any more: the rollout is over."""
+        for limit in self._limits:
+            limit.cancel()
 
     def release(self, replicas: Sequence[int]) -> None:
         """Give replicas no more work; an elastic one's lease is given back with its last request."""

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import ray
 
-from verl_rlhfless.control import run_rollout
+from verl_rlhfless.config import RlhflessConfig
+from verl_rlhfless.control import RolloutRecord, run_rollout
 from verl_rlhfless.errors import ReplicaError
 from verl_rlhfless.live.announcement import Announcement
 from verl_rlhfless.live.orders import FleetDesk, Order
@@ -39,6 +40,8 @@ from verl_rlhfless.ports import RolloutPorts
 from verl_rlhfless.types import FleetDecision
 
 logger = logging.getLogger(__name__)
+
+_NEVER_S = 1e9  # beyond the end of any rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +172,8 @@ class RolloutRouter(Router):
         rank = np.empty_like(plan.order)
         rank[plan.order] = np.arange(len(rank))
         self.begin(Rollout(batch, announced.samples(), rank, predicted, pool))
-        self._live = LiveRollout(self, self.desk, self.want_replica, announced.step, servers)
+        limit_s = start_limit_s(self._routing.config)
+        self._live = LiveRollout(self, self.desk, self.want_replica, announced.step, limit_s)
         self._refine = routing.refine
         ports = RolloutPorts(self._live, self._live, self._live, self._live, self._live)
         control = self._run((policy, plan, ports), batch, self._live)
@@ -231,11 +235,19 @@ class RolloutRouter(Router):
         self._restored_costs = CostModel.from_json(text)
 
     async def add_servers(self, servers: dict[str, Any], tp: int | None = None) -> None:
-        """Take servers in; each is one of the replicas that the rollout expects, of ``tp`` GPUs or the recipe's."""
+        """Take servers in; each is one of the replicas that the rollout expects, of ``tp`` GPUs or the recipe's.
+
+        One that died on its way in is lost.
+        """
         await super().add_servers(servers)
         for server in servers:
-            if server in self.book.servers.loads and (replica := self._arrived(tp, server)) is not None:
+            replica, is_up = self._arrived(tp, server), server in self.book.servers.loads
+            if replica is not None and is_up:
                 self.book.replica_ready(replica, server)
+            elif replica is not None:
+                self.book.lose_replica(replica)
+            if not is_up:
+                self._reclaim(server)
         self._look_now()
 
     async def give_up_expected(self, tp: int) -> None:
@@ -246,9 +258,15 @@ class RolloutRouter(Router):
         self._look_now()
 
     def lose_server(self, server: str, reason: str) -> None:
-        """Note that a server is dead; its samples get another place at once."""
+        """Note that a server is dead; its samples get another place, and its lease is given back, at once."""
+        if server in self.book.servers.loads:
+            self._reclaim(server)
         super().lose_server(server, reason)
         self._look_now()
+
+    def _reclaim(self, server: str) -> None:
+        if self._routing is not None and self._routing.config.is_elastic:
+            self.desk.reclaim(server)
 
     def _arrived(self, tp: int | None, server: str | None = None) -> int | None:
         """Return the replica of the running rollout and of this size that waits longest for its server, if any does."""
@@ -280,7 +298,8 @@ class RolloutRouter(Router):
         except Exception as error:  # the trainer is told, when every sample is complete
             logger.exception("rlhfless: step %d: the control loop failed", batch.step)
             failure = f"the control loop of step {batch.step} failed: {error!r}"
-            record = await run_rollout(NoReaction(), replace(plan, fleet=(), first_look_s=0.0), ports)
+            record, further = await self._without_decisions(plan, ports)
+            failure += further
         self._report = RolloutReport(
             step=batch.step,
             num_samples=batch.num_samples,
@@ -293,7 +312,21 @@ class RolloutRouter(Router):
             num_released=live.num_released,
             num_started=self.desk.num_started,
         )
+        live.close()
         self._live = None
+
+    async def _without_decisions(self, plan: RolloutPlan, ports: RolloutPorts) -> tuple[RolloutRecord, str]:
+        """Wait for the end of a rollout whose policy failed; return why that failed too, if it did.
+
+        Lost samples move to replicas that live. Once none does, their requests are refused.
+        """
+        try:
+            return await run_rollout(NoReaction(), replace(plan, fleet=(), first_look_s=0.0), ports), ""
+        except Exception as error:
+            logger.exception("rlhfless: nothing brings the samples of a lost replica to another one any more")
+            while not ports.engine.is_done():
+                await ports.clock.wait(_NEVER_S)
+            return RolloutRecord(ports.weights.version()), f", and then {error!r}"
 
     def _learn(self, batch: Batch) -> None:
         assert self._routing is not None
@@ -302,6 +335,15 @@ class RolloutRouter(Router):
             if self._routing.remembers:
                 self._lengths = learn(self._lengths, batch, view.generated)
             self._last = batch, view.generated
+
+
+def start_limit_s(config: RlhflessConfig) -> float:
+    """Return a time after which the fleet has told how a start ended [s].
+
+    Twice what its parts may take, and the trainer's way to the host before them.
+    """
+    pool = config.pool
+    return pool.resume_timeout_s + 2 * (pool.grant_timeout_s + pool.start_timeout_s + config.weights.pull_timeout_s)
 
 
 RolloutRouterActor = ray.remote(**ACTOR_OPTIONS)(RolloutRouter)

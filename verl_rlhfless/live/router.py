@@ -95,6 +95,10 @@ class Router:
         self._handles = {name: self._handles[name] for name in self.book.servers.loads}
         self._loop.call_later(_SETTLE_S, self._settle)
 
+    def after(self, delay_s: float, action: Callable[[], None]) -> asyncio.TimerHandle:
+        """Call ``action`` in ``delay_s`` seconds, unless what is returned is cancelled."""
+        return self._loop.call_later(delay_s, action)
+
     def place(self, samples: IntArray, replica: int) -> None:
         """Send samples to a replica: waiting ones at once, running ones by cutting them where they are."""
         for cut in self.book.place(samples, replica):
@@ -233,14 +237,18 @@ class Router:
     async def _on_own_loop(self, work: Coroutine[Any, Any, _T]) -> _T:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
 
-    async def _join(self, server: str, handle: Any) -> ServerLimits | ray.exceptions.RayError:
+    async def _join(self, server: str, handle: Any) -> ServerLimits | str:
+        """Return what fits into a server, or why it can't be taken in."""
         if not hasattr(handle, "report_to"):
             return ServerLimits()  # a server that is not ours
-        router = ray.get_runtime_context().current_actor
+        router, limit_s = ray.get_runtime_context().current_actor, self.settings.stranded_timeout_s
+        answer = handle.report_to.remote(router, server, self.settings.progress_interval_s)
         try:
-            fits: ServerLimits = await handle.report_to.remote(router, server, self.settings.progress_interval_s)
+            fits: ServerLimits = await asyncio.wait_for(answer, limit_s)
         except ray.exceptions.RayError as error:
-            return error
+            return str(error)
+        except asyncio.TimeoutError:
+            return f"it did not answer within {limit_s:g} s"
         return fits
 
     async def _acquire(self, request_id: str) -> tuple[str, Any]:

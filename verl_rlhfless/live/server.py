@@ -7,11 +7,12 @@ import os
 
 from verl_rlhfless.live.available_memory import available_bytes
 from verl_rlhfless.live.engine_death import ends_with_engine
+from verl_rlhfless.live.engine_files import end_engine
 from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.parked_memory import ParkedMemory, measure_parked
 from verl_rlhfless.live.request_server import RequestServer
 from verl_rlhfless.live.weights import PullReport, pull_into_engine
-from verl_rlhfless.processes import ProcessKey, descendants, end_processes, process_key
+from verl_rlhfless.processes import ProcessKey, descendants, process_key
 
 _WORKER_EXTENSION = "verl_rlhfless.live.engine_worker.ElasticWorkerExtension"
 
@@ -75,7 +76,7 @@ class ElasticServer(RequestServer):
         await self.end_requests()
         self._server_task.cancel()
         self.engine.output_handler.cancel()  # else it reports the engine's end as a failure
-        survivors = await asyncio.to_thread(end_processes, await self.engine_processes(), timeout_s)
+        survivors = await asyncio.to_thread(end_engine, await self.engine_processes(), timeout_s)
         await asyncio.wait([self._server_task], timeout=timeout_s)
         self.engine.shutdown()  # closes sockets and threads of a client whose engine is gone
         return survivors

@@ -18,6 +18,7 @@ import ray
 from tensordict import TensorDict
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
+from verl_rlhfless.errors import SampleLossError
 from verl_rlhfless.live.announcement import announcement_of
 from verl_rlhfless.live.client import serving
 from verl_rlhfless.live.preload import SERVER_MODULE, import_in_background
@@ -43,6 +44,10 @@ class StageWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         super().__init__(*args, **kwargs)
         self._turns = Turns()
         import_in_background(SERVER_MODULE)
+
+    async def live(self) -> None:
+        """Return never: the call fails when this process ends."""
+        await asyncio.Event().wait()
 
     async def _run_agent_loop(
         self, sampling_params: dict[str, Any], trajectory: dict[str, Any], *, agent_name: str, **kwargs: Any
@@ -70,9 +75,33 @@ def _key_of(sample: Mapping[str, Any]) -> SampleKey:
 class StageManager(AgentLoopManagerTQ):
     """verl's manager; it announces a training step to the router before it submits the prompts."""
 
+    _lives: dict[Any, Any] | None = None  # calls that end with their worker
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.agent_loop_workers_class = ray.remote(StageWorker)
+
+    def check_workers(self) -> None:
+        """Return if every worker lives. verl hands prompts out and waits for samples, not for their workers.
+
+        Raises:
+            SampleLossError: A worker ended: its samples will never come.
+        """
+        if self._lives is None:
+            self._lives = {worker.live.remote(): worker for worker in self.agent_loop_workers}
+        for ended in ray.wait(list(self._lives), num_returns=len(self._lives), timeout=0)[0]:
+            worker = self._lives.pop(ended)
+            self._lives[worker.live.remote()] = worker
+            try:
+                ray.get(ended)
+            except ray.exceptions.ActorUnavailableError:
+                continue  # it may be back, and the next call tells
+            except ray.exceptions.RayActorError as error:
+                raise SampleLossError(
+                    f"an agent-loop worker ended, and the samples that it worked on are lost: {error} Look for its "
+                    "error above and at its node's memory; fewer workers "
+                    "(actor_rollout_ref.rollout.agent.num_workers) take less."
+                ) from error
 
     def generate_sequences(self, prompts: TensorDict) -> None:
         """Announce a training batch, then dispatch it as verl does: a prompt's samples to one worker."""

@@ -91,6 +91,13 @@ class EngineStreams:
         is_dead = self.is_dead or self._engine.errored
         return Delta(tuple(part for part in parts if part.tokens), version, is_dead)
 
+    def put_back(self, delta: Delta) -> None:
+        """Report again what did not get through: what comes after a gap is of no use to anyone."""
+        for part in delta.parts:
+            stream = self._running.get(part.attempt)
+            if stream is not None:
+                stream.num_reported = part.start
+
     def _take(self, request_id: str, stream: _Stream) -> Part:
         if stream.latest is None:
             return Part(request_id, 0, [], [])

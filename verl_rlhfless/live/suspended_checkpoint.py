@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from verl_rlhfless.errors import UnsupportedError
+from verl_rlhfless.errors import RlhflessError
 
 _TRACKER = "latest_checkpointed_iteration.txt"  # verl's
 
@@ -40,11 +40,12 @@ def save_suspended(trainer: Any, step: int, data_state: Any) -> str:
     if saved != step:
         try:
             trainer.actor_rollout_wg.stay_on_host(trainer._settings.pool.resume_timeout_s)
-        except UnsupportedError as error:
+            trainer.global_steps, trainer.train_dataloader = step, _DataState(data_state)
+            trainer._save_checkpoint()
+        except Exception as error:  # noqa: BLE001  told with what ends the run: the lease that did not come back
             last = f"the last one is of step {saved}" if saved else "there is none"
-            return f"No checkpoint of step {step} was saved ({error}); {last}. {again}"
-        trainer.global_steps, trainer.train_dataloader = step, _DataState(data_state)
-        trainer._save_checkpoint()
+            why = str(error) if isinstance(error, RlhflessError) else repr(error)
+            return f"No checkpoint of step {step} was saved ({why}); {last}. {again}"
     return f"The state after step {step} is in {folder / f'global_step_{step}'}. {again}"
 
 

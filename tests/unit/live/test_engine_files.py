@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from verl_rlhfless.live.engine_files import reap_server, sockets_without_names
+from verl_rlhfless.live.engine_files import end_engine, reap_server, sockets_without_names
 from verl_rlhfless.processes import process_key
+from verl_rlhfless.shared_memory import queue_segments, unlink_segments
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +68,35 @@ def test_the_reaper_removes_what_a_killed_server_left(folder: Path) -> None:
     server = _killed_during_a_start(folder)
     assert reap_server(server, (), timeout_s=1.0) == ()
     assert _in(folder) == []
+
+
+_ENGINE = """
+from multiprocessing import resource_tracker, shared_memory
+import sys, time
+memory = shared_memory.SharedMemory(name=sys.argv[1], create=True, size=4096)
+resource_tracker.unregister(memory._name, "shared_memory")
+print(flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("way", ["its server ends it", "a task on its node reaps it", "what is known of it is reaped"])
+def test_an_engine_that_is_killed_during_its_start_leaves_no_shared_memory(way: str) -> None:
+    name = f"psm_test_{os.getpid()}"
+    engine = subprocess.Popen([sys.executable, "-c", _ENGINE, name], stdout=subprocess.PIPE)
+    try:
+        assert engine.stdout is not None and engine.stdout.readline()
+        key, gone = process_key(engine.pid), (2**22 - 1, 1.0)
+        if way == "its server ends it":
+            assert end_engine((key,), 10.0) == ()
+        else:
+            server, known = (key, ()) if way == "a task on its node reaps it" else (gone, (key,))
+            assert reap_server(server, known, 10.0) == ()
+        assert name not in queue_segments()
+    finally:
+        engine.kill()
+        engine.wait()
+        unlink_segments([name])
 
 
 def test_the_next_start_removes_orphans_and_nothing_else(folder: Path) -> None:

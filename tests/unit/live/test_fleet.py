@@ -19,7 +19,7 @@ from verl_rlhfless.errors import LeaseTimeoutError, ReplicaError
 from verl_rlhfless.live import fleet as fleet_module
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.fleet import Fleet
-from verl_rlhfless.live.orders import EndReplica, Order, StartReplica
+from verl_rlhfless.live.orders import EndReplica, Order, ReclaimReplica, StartReplica
 from verl_rlhfless.live.replica import ReleaseReport, WeightSource
 from verl_rlhfless.live.shared_lease import SharedLease, TrainerDevices
 from verl_rlhfless.policy.learnt import ReplicaTimes
@@ -298,6 +298,7 @@ def test_a_lost_replica_gives_its_lease_back_before_the_one_that_replaces_it_sta
     started(fleet, 1, (2,))
     dead, healthy = fleet.replicas
     dead.is_dead = True
+    router.wishes.put(ReclaimReplica(dead.server_address))
     router.wishes.put(StartReplica(1))
     until(lambda: "host:2" in router.servers)
     assert dead.is_released and not healthy.is_released
@@ -311,6 +312,7 @@ def test_a_lost_replica_that_can_not_be_released_yet_is_released_later(fleet: Fl
     started(fleet, 1, (2,))
     dead = fleet.replicas[0]
     dead.is_dead = True
+    router.wishes.put(ReclaimReplica(dead.server_address))
     router.wishes.put(StartReplica(1))
     until(lambda: "host:2" in router.servers)
     assert router.returned == [], "its GPUs are not free"
@@ -333,6 +335,53 @@ def test_a_router_that_is_gone_during_the_start_is_an_error_and_no_endless_wait(
         fleet._starting.result(timeout=10)
     fleet.release()
     assert not fleet.replicas
+
+
+def test_a_router_that_is_gone_cuts_off_no_replica_on_its_way(fleet: Fleet, router: FakeRouter) -> None:
+    async def is_gone(_: int) -> None:
+        told.set()
+        raise fleet_module.ray.exceptions.RayActorError
+
+    told = threading.Event()
+    router.give_up_expected = SimpleNamespace(remote=is_gone)
+    fleet_module.ElasticReplica.start_fails = frozenset({0})
+    fleet_module.ElasticReplica.may_start = threading.Event()
+    begin(fleet, scheduled_fleet(1, (2,), tp=1))
+    on_its_way = fleet._asked_for[1]
+    fleet_module.ElasticReplica.may_start.set()
+    assert told.wait(10)
+    fleet.release()
+    assert on_its_way.is_released, "it held a lease"
+
+
+def test_a_fleet_that_can_take_no_more_orders_releases_its_replicas_and_says_why(
+    fleet: Fleet, router: FakeRouter
+) -> None:
+    started(fleet, 1, (2,))
+    replicas = list(fleet.replicas)
+    router.wishes.put(object())  # type: ignore[arg-type]
+    with pytest.raises(ReplicaError, match="AttributeError"):
+        fleet.release()
+    assert all(replica.is_released for replica in replicas)
+
+
+def test_a_replica_whose_release_failed_for_any_reason_is_released_at_the_end(
+    fleet: Fleet, router: FakeRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(replica: FakeReplica) -> ReleaseReport:
+        tried.set()
+        raise OSError("connection reset")
+
+    tried = threading.Event()
+    started(fleet, 1, (2,))
+    ended = fleet.replicas[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(fleet_module.ElasticReplica, "release", fails)
+        router.wishes.put(EndReplica(ended.server_address))
+        assert tried.wait(10)
+        until(lambda: ended in fleet.replicas)
+    fleet.release()
+    assert ended.is_released and router.returned == []
 
 
 def test_a_replica_that_the_router_ends_gives_its_lease_back_while_the_others_serve(
@@ -426,6 +475,7 @@ def test_replicas_beside_the_trainer_lease_nothing_and_a_lost_one_is_replaced_on
     assert fleet.max_gpus == 0 and sorted(router.servers) == ["host:0", "host:1"]
     dead, healthy = fleet.replicas
     dead.is_dead = True
+    router.wishes.put(ReclaimReplica(dead.server_address))
     router.wishes.put(StartReplica(1))
     until(lambda: "host:2" in router.servers)
     assert [one.lease.device_key() for one in fleet.replicas] == [healthy.lease.device_key(), dead.lease.device_key()]

@@ -207,6 +207,32 @@ def test_a_wake_that_hangs_ends_in_time(replica: Any) -> None:
     assert not lease.is_held
 
 
+def test_weights_that_do_not_come_end_the_replica_in_time(replica: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_module, "ANSWER_GRACE_S", 0.01)
+    asyncio.run(replica.park())
+    replica._server_handle.answers["pull_weights"] = hang
+    lease = Lease()
+    with pytest.raises(ReplicaError, match=r"r3: its server did not load the weights after 0\.04 s.*pull_timeout_s"):
+        asyncio.run(replica.wake(dataclasses.replace(WEIGHTS, timeout_s=0.01), lease))
+    assert not lease.is_held
+
+
+def test_a_server_that_may_still_be_launching_an_engine_launches_no_other(
+    replica: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[Any] = []
+    monkeypatch.setattr(replica_module.ray, "kill", lambda server, **_: ended.append(server))
+    replica._server_handle.answers["launch_server"] = hang
+
+    async def take(node_id: str) -> Any:
+        return replica._server_handle, (1, 1.0)
+
+    replica._warm_servers.take = take
+    with pytest.raises(ReplicaError, match=r"not ready.*start_timeout_s"):
+        asyncio.run(replica.start(WEIGHTS, Lease()))
+    assert ended == [replica._server_handle] and replica._warm_servers.returned == []
+
+
 def test_other_devices_are_never_woken_on(replica: Any) -> None:
     asyncio.run(replica.park())
     with pytest.raises(AssertionError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +12,14 @@ import ray
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from verl_rlhfless.errors import DataError, ReplicaError
+from verl_rlhfless.errors import DataError, ReplicaError, SampleLossError
 from verl_rlhfless.live import request_trainer as module
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.request_trainer import LENGTHS_FILE, RequestTrainer
 from verl_rlhfless.live.residency import device_bytes
 from verl_rlhfless.live.rollout_router import RolloutReport
 from verl_rlhfless.live.routing import Nodes
+from verl_rlhfless.live.stage import StageManager
 from verl_rlhfless.policy.predict import LengthModel
 
 REPORT = RolloutReport(3, 8, 5, 2, 0, 1.5, 0.01)
@@ -53,6 +55,7 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RequestTrainer:
     made = RequestTrainer.__new__(RequestTrainer)
     made.config = OmegaConf.create({"trainer": {"default_local_dir": str(tmp_path), "resume_mode": "auto"}})
     made.llm_server_manager = SimpleNamespace(global_load_balancer=Router())
+    made.agent_loop_manager = SimpleNamespace(check_workers=lambda: None)
     made.global_steps, made._rollout_metrics, made._events = 4, {}, EventLog(None)
     return made
 
@@ -71,6 +74,40 @@ def test_the_replay_buffer_polls_when_the_router_has_seen_the_last_sample_or_is_
     trainer._stock_wait = lambda partition_id, last_debug_time: last_debug_time + len(router(trainer).waits_s)
     assert trainer._wait_for_samples("train", 5.0) == 6.0
     assert 0 < router(trainer).waits_s[0] < 2
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [(ray.exceptions.ActorDiedError(), True), (ray.exceptions.ActorUnavailableError("not now", None), False)],
+)
+def test_an_agent_loop_worker_that_is_gone_ends_the_wait_for_its_samples(
+    trainer: RequestTrainer, monkeypatch: pytest.MonkeyPatch, error: Exception, is_lost: bool
+) -> None:
+    calls: list[str] = []
+    ended: list[str] = []
+
+    def live() -> str:
+        calls.append(f"call {len(calls)}")
+        return calls[-1]
+
+    def get(answer: Any) -> Any:
+        if answer in ended:
+            raise error
+        return answer
+
+    monkeypatch.setattr(module.ray, "get", get)
+    monkeypatch.setattr(module.ray, "wait", lambda waiting, **_: ([call for call in ended if call in waiting], []))
+    manager: Any = StageManager.__new__(StageManager)
+    worker = SimpleNamespace(live=SimpleNamespace(remote=live))
+    manager.agent_loop_workers, trainer.agent_loop_manager = [worker, worker], manager
+    trainer._stock_wait = lambda partition_id, last_debug_time: last_debug_time
+    assert trainer._wait_for_samples("train", 5.0) == 5.0
+    ended.append("call 1")
+    lost = pytest.raises(SampleLossError, match=r"agent-loop worker ended.*num_workers")
+    with lost if is_lost else contextlib.nullcontext():
+        trainer._wait_for_samples("train", 5.0)
+        assert trainer._wait_for_samples("train", 5.0) == 5.0
+    assert len(calls) == 3, "each worker is always watched"
 
 
 def test_the_length_history_is_in_the_checkpoint_and_comes_back(trainer: RequestTrainer, tmp_path: Path) -> None:

@@ -293,6 +293,15 @@ def test_a_replica_that_starts_is_hope() -> None:
     assert made.is_stranded
 
 
+def test_a_replica_that_a_rollout_did_not_wait_for_is_no_hope_for_what_comes_after_it() -> None:
+    made = book(1)
+    made.add_replica(1)
+    made.end(SampleKey("p0", 0))
+    made.lose_server("s0")
+    made.submit(loose("validation"))
+    assert made.is_stranded
+
+
 def test_a_dry_replica_is_seen_only_when_there_is_work_for_it() -> None:
     made = book(3, servers=2, limits=ServerLimits(max_num_seqs=1))
     all_on(made, 0, 0, 1)

@@ -10,16 +10,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.exceptions import RayActorError
 
 from tests.unit.live.routed import settings
 from verl_rlhfless.errors import ConfigError, ReplicaError
 from verl_rlhfless.live import planner as planner_module
 from verl_rlhfless.live import rollout_router as rollout_module
 from verl_rlhfless.live.announcement import Announcement, Group
-from verl_rlhfless.live.orders import EndReplica, StartReplica
+from verl_rlhfless.live.orders import EndReplica, ReclaimReplica, StartReplica
 from verl_rlhfless.live.planner import LivePlanner
 from verl_rlhfless.live.rollout_router import RolloutRouter
-from verl_rlhfless.live.tickets import Delta, Grant, Outcome, OutcomeKind, RouterSettings, SampleKey, SessionEnd, Ticket
+from verl_rlhfless.live.tickets import (
+    Delta,
+    Grant,
+    Outcome,
+    OutcomeKind,
+    RouterSettings,
+    SampleKey,
+    ServerLimits,
+    SessionEnd,
+    Ticket,
+)
 from verl_rlhfless.policy import routing as routing_module
 from verl_rlhfless.policy.learnt import CostModel, ReplicaTimes, Standby, StepTimes
 from verl_rlhfless.policy.predict import LengthModel, learn
@@ -82,6 +93,16 @@ class World:
         for grant in batch.grants:
             self.where.setdefault(self._tickets[grant.ticket], []).append(grant.server)
         return list(batch.grants)
+
+
+async def settled() -> None:
+    """Return after the looks at what has happened so far."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def orders(world: World, count: int) -> list[Any]:
+    return [await asyncio.wait_for(world.router.wanted(), 5) for _ in range(count)]
 
 
 def on_router(
@@ -261,7 +282,7 @@ def test_the_only_replica_of_an_elastic_fleet_is_replaced() -> None:
         grants = await world.submit(announced)
         await world.router.lose_servers(["host:0"], "killed")
         assert await world.finish(grants, OutcomeKind.LOST) == []
-        assert await asyncio.wait_for(world.router.wanted(), 5) == StartReplica(1)
+        assert await orders(world, 2) == [ReclaimReplica("host:0"), StartReplica(1)]
         await world.router.add_servers({"host:new": Server()})
         again = await world.more()
         assert len(again) == len(grants) and {grant.server for grant in again} == {"host:new"}
@@ -278,6 +299,7 @@ def test_a_fleet_that_loses_one_replica_after_the_other_gives_up() -> None:
         await world.router.announce(announced)
         await world.submit(announced)
         await world.router.lose_servers(["host:0"], "killed")
+        assert await orders(world, 1) == [ReclaimReplica("host:0")]
         for _ in range(world.router.settings.max_retries):
             await asyncio.wait_for(world.router.wanted(), 5)
             await world.router.give_up_expected(1)
@@ -399,14 +421,36 @@ def test_after_a_failed_policy_nothing_more_is_leased(monkeypatch: pytest.Monkey
         grants = await world.submit(announced)
         monkeypatch.setattr(RoutingPolicy, "react", fail)
         world.router._look_now()
-        for _ in range(20):  # the look, and what follows it
-            await asyncio.sleep(0)
+        await settled()
         await world.finish(grants)
         report = await world.router.report()
         assert report is not None and "ZeroDivisionError" in report.failure
         assert world.router.desk.orders.empty() and report.num_started == 0
 
     on_router(check, pool="elastic")
+
+
+def test_a_fleet_that_is_lost_after_its_policy_failed_is_reported_with_both_failures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("policy")
+
+    async def check(world: World) -> None:
+        announced, router = announcement(), world.router
+        await router.announce(announced)
+        grants = await world.submit(announced)
+        monkeypatch.setattr(RoutingPolicy, "react", fail)
+        router._look_now()
+        await settled()
+        await router.lose_servers(["host:0", "host:1"], "killed")
+        await settled()
+        await world.finish(grants, OutcomeKind.LOST)
+        await router.send(WORKER, [SessionEnd(key) for key in announced.samples()])
+        report = await router.report()
+        assert report is not None and report.step == 1 and "ZeroDivisionError('policy'), and then " in report.failure
+
+    on_router(check)
 
 
 def test_without_any_replica_the_step_is_refused() -> None:
@@ -546,8 +590,7 @@ def test_a_replica_whose_last_sample_ended_is_given_back_while_the_others_decode
         first = [grant for grant in grants if grant.server == "host:0"]
         others = [grant for grant in grants if grant.server != "host:0"]
         assert first and others
-        for _ in range(20):  # the looks at what has happened so far
-            await asyncio.sleep(0)
+        await settled()
         await world.finish(first)
         order = await asyncio.wait_for(world.router.wanted(), 5)
         assert order == EndReplica("host:0")
@@ -593,7 +636,7 @@ def test_a_lost_replica_beside_the_trainer_is_replaced() -> None:
         grants = await share_trainer(world, announcement())
         await world.router.lose_servers(["host:0", "host:1"], "killed")
         assert await world.finish(grants, OutcomeKind.LOST) == []
-        assert await asyncio.wait_for(world.router.wanted(), 5) == StartReplica(1)
+        assert await orders(world, 3) == [ReclaimReplica("host:0"), ReclaimReplica("host:1"), StartReplica(1)]
         await world.router.add_servers({"host:2": Server()}, 1)
         again = await world.more()
         assert {grant.server for grant in again} == {"host:2"} and len(again) == len(grants)
@@ -633,6 +676,83 @@ def test_the_router_fills_a_mixed_fleet_by_size_whatever_comes_first() -> None:
     on_router(check, servers=0, pool="elastic")
 
 
+def test_a_replica_that_comes_while_its_rollout_is_planned_serves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = RolloutRouter.begin
+
+    async def check(world: World) -> None:
+        def arrive() -> None:
+            world.router._handles["host:a"] = Server()
+            world.router.book.servers.add("host:a", ServerLimits())
+            assert world.router._arrived(1, "host:a") is None, "nobody waits for it yet"
+
+        def begin_meanwhile(router: RolloutRouter, rollout: Any) -> None:
+            asyncio.get_running_loop().call_soon(arrive)  # an answer that came in: before the control loop's first step
+            begin(router, rollout)
+
+        monkeypatch.setattr(RolloutRouter, "begin", begin_meanwhile)
+        announced = announcement()
+        await world.router.expect([1, 1])
+        await world.router.announce(announced)
+        grants = await world.submit(announced)
+        assert grants and {grant.server for grant in grants} == {"host:a"}
+        await world.router.add_servers({"host:b": Server()}, 1)
+        grants += await world.more()
+        assert len(grants) == 8
+        await world.finish(grants)
+
+    on_router(check, servers=0, pool="elastic", migration="off")
+
+
+@pytest.mark.parametrize("answer", [RayActorError(), None])
+def test_a_server_that_dies_or_hangs_before_it_reports_is_no_replica_that_samples_wait_for(
+    answer: RayActorError | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = SimpleNamespace(current_actor="router")
+    monkeypatch.setattr(rollout_module.ray, "get_runtime_context", lambda: here)
+
+    def report_to(*_: Any) -> asyncio.Future[Any]:
+        report: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if answer is not None:
+            report.set_exception(answer)
+        return report
+
+    async def check(world: World) -> None:
+        announced = announcement()
+        await world.router.expect([1, 1])
+        await world.router.announce(announced)
+        await world.submit(announced)
+        dead = SimpleNamespace(report_to=SimpleNamespace(remote=report_to))
+        await asyncio.wait_for(world.router.add_servers({"host:dead": dead}, 1), 10)
+        assert await orders(world, 1) == [ReclaimReplica("host:dead")]
+        await world.router.add_servers({"host:a": Server()}, 1)
+        grants = await world.more()
+        while len(grants) < 8:
+            grants += await world.more()
+        assert {grant.server for grant in grants} == {"host:a"}
+        await world.finish(grants)
+
+    on_router(check, servers=0, pool="elastic")
+
+
+def test_a_replica_of_which_nothing_is_heard_is_not_waited_for_for_ever() -> None:
+    async def check(world: World) -> None:
+        announced, router = announcement(), world.router
+        router._loop = timers = Timers()  # type: ignore[assignment]
+        await router.expect([1, 1])
+        await router.announce(announced)
+        await router.add_servers({"host:a": Server()}, 1)
+        grants = await world.submit(announced)
+        assert 0 < len(grants) < 8, "the others wait for the second replica"
+        timers.fire()
+        await settled()
+        grants += await world._grants(await router.send(WORKER, []))
+        assert len(grants) == 8 and {grant.server for grant in grants} == {"host:a"}
+        await world.finish(grants)
+        assert router.desk.expected == []
+
+    on_router(check, servers=0, pool="elastic", migration="off", dispatcher="stock")
+
+
 def test_gpus_are_free_only_after_the_fleet_confirmed_their_return() -> None:
     async def check(world: World) -> None:
         announced = announcement()
@@ -645,6 +765,16 @@ def test_gpus_are_free_only_after_the_fleet_confirmed_their_return() -> None:
         assert world.router.desk.free_gpus == free + 1
 
     on_planning_router(check, **TWO)
+
+
+def test_an_order_that_came_too_late_for_its_rollout_is_not_carried_out_in_the_next_one() -> None:
+    async def check(world: World) -> None:
+        world.router.desk.start(1)
+        await world.router.progress("host:0", Delta((), None, is_dead=True))
+        await world.router.expect([1])
+        assert world.router.desk.orders.empty() and world.router.desk.free_gpus == 3
+
+    on_router(check, servers=1, pool="elastic")
 
 
 def test_a_limit_that_later_steps_cannot_meet_does_not_end_the_run() -> None:

@@ -45,7 +45,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     made.abort_all_requests = abort_all_requests
     monkeypatch.setattr(server_module, "descendants", lambda pid: ((1, 1.0),))
-    monkeypatch.setattr(server_module, "end_processes", lambda *_: made.engine.calls.append("killed") or ())
+    monkeypatch.setattr(server_module, "end_engine", lambda *_: made.engine.calls.append("killed") or ())
     monkeypatch.setattr(server_module, "measure_parked", lambda devices, _: ParkedMemory(*devices[1], 0, 0))
     return made
 

@@ -16,14 +16,14 @@ from verl_rlhfless.live.suspended_checkpoint import save_suspended
 class Trainer:
     """Stands for verl's trainer in the rollout of step 4."""
 
-    def __init__(self, folder: Path, refusal: str = "") -> None:
+    def __init__(self, folder: Path, refusal: str = "", failure: Exception | None = None) -> None:
         self.config = SimpleNamespace(trainer=SimpleNamespace(default_local_dir=str(folder)))
         self.actor_rollout_wg = self
         self._settings = RlhflessConfig()
         self.global_steps = 4
         self.train_dataloader: Any = SimpleNamespace(state_dict=lambda: "after step 4")
         self.saved: list[Any] = []
-        self._refusal = refusal
+        self._refusal, self._failure = refusal, failure
 
     def stay_on_host(self, timeout_s: float) -> None:
         if self._refusal:
@@ -31,6 +31,8 @@ class Trainer:
         self.saved.append("stays on the host")
 
     def _save_checkpoint(self) -> None:
+        if self._failure is not None:
+            raise self._failure
         self.saved.append((self.global_steps, self.train_dataloader.state_dict()))
 
 
@@ -61,3 +63,8 @@ def test_a_state_that_can_not_be_read_on_the_host_is_told(tmp_path: Path, last: 
         (tmp_path / "latest_checkpointed_iteration.txt").write_text(last)
     text = save_suspended(Trainer(tmp_path, refusal="needs its device"), 3, None)
     assert f"No checkpoint of step 3 was saved (needs its device); {told}." in text
+
+
+def test_a_checkpoint_that_can_not_be_written_does_not_hide_that_the_lease_was_lost(tmp_path: Path) -> None:
+    text = save_suspended(Trainer(tmp_path, failure=OSError(28, "No space left on device")), 3, None)
+    assert "No checkpoint of step 3 was saved" in text and "No space left on device" in text
