@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl_rlhfless import versions
 from verl_rlhfless.config import parse_config
 from verl_rlhfless.errors import LeaseLostError, RlhflessError, UnsupportedError
-from verl_rlhfless.live import startup, suspendable
+from verl_rlhfless.live import recipe_check, startup, suspendable
 from verl_rlhfless.live.seams import Seam, check_seams
 from verl_rlhfless.live.startup import StartupCheck, check_run
 from verl_rlhfless.live.suspendable import why_lease_is_kept
@@ -82,6 +83,11 @@ REFUSED = [
     (["model_engine=veomni"], {}, ["actor_rollout_ref.actor.strategy='veomni'", "fsdp, fsdp2, megatron"]),
     (["actor_rollout_ref.rollout.data_parallel_size=2"], {}, ["data_parallel_size=2", "tensors only"]),
     (
+        ["actor_rollout_ref.rollout.expert_parallel_size=2"],
+        {},
+        ["expert_parallel_size=2", "plans choose the size", "rlhfless/planner=fixed"],
+    ),
+    (
         [
             "rlhfless/planner=fixed",
             "rlhfless.pool.max_gpus=4",
@@ -144,6 +150,25 @@ RESIDENT_REFUSED = [
     ),
     ([f"{ROLLOUT}.full_determinism=True"], ["full_determinism=True", "rlhfless/dispatcher=stock"]),
     (["rlhfless/weights=store"], ["rlhfless.weights.name='store'", "verl's own replicas"]),
+    (["skip.rollout_tq.enable=True"], ["skip.rollout_tq.enable=True", "counts those that it asked for"]),
+    (["actor_rollout_ref.hybrid_engine=False"], ["hybrid_engine=False", "separate_async"]),
+    ([f"{ROLLOUT}.data_parallel_size=2"], [f"{ROLLOUT}.data_parallel_size=2", "tensors only"]),
+    ([f"{ROLLOUT}.tensor_model_parallel_size=4"], ["tensor_model_parallel_size=4", "a node has 2 GPUs"]),
+    ([f"{ROLLOUT}.enable_prefix_caching=False"], ["enable_prefix_caching=False", "rlhfless/prefix_dedup=off"]),
+    (
+        [f"+{ROLLOUT}.engine_kwargs.vllm.max_num_seqs=8"],
+        ["engine_kwargs.vllm.max_num_seqs=8", f"Set {ROLLOUT}.max_num_seqs instead"],
+    ),
+    (
+        [f"+{ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend=ray"],
+        ["engine_kwargs.vllm.distributed_executor_backend='ray'", "Remove it"],
+    ),
+    (["actor_rollout_ref.model.lora_adapter_path=/a"], ["lora_adapter_path='/a'", "would train the whole model"]),
+    (["reward_model.reward_manager=dapo"], ["reward_model.reward_manager='dapo'", "Set reward.reward_manager.name"]),
+    (["reward_model.model.path=/rm"], ["reward_model.model.path='/rm'", "Set reward.reward_model.model_path"]),
+    (["custom_reward_function.path=r.py"], ["custom_reward_function.path='r.py'", "Set reward.custom_reward_function"]),
+    (["algorithm.adv_estimator=remax"], ["algorithm.adv_estimator='remax'", "with or without this plugin"]),
+    (["algorithm.adv_estimator=optimal_token_baseline"], ["optimal_token_baseline", "v1 trainer never gives"]),
     (["rlhfless.prefix_dedup.training=prefix_grouper"], ["prefix_dedup.training='prefix_grouper'", "v1 trainer"]),
     (["rlhfless/predictor=oracle"], ["rlhfless.predictor.name='oracle'", "rlhfless.replay.trace"]),
 ]
@@ -215,6 +240,44 @@ def test_an_elastic_run_says_what_is_active(recipe: Compose) -> None:
     assert "migration=cut_and_migrate fusion=on schedule=[1, 2] (verl 0.9." in line
     for distribution in ("vllm", "ray", "hydra-core"):
         assert f"{distribution} {versions.installed_version(distribution)}" in line
+
+
+def test_a_data_set_of_the_recipes_own_names_its_files_as_it_likes(recipe: Compose) -> None:
+    own = ["data.custom_cls.path=mine.py", "data.custom_cls.name=Mine", "data.train_files=hub/name"]
+    assert check_run(recipe("+rlhfless=default", *own), {}).startswith("active:")
+
+
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        (f"{ROLLOUT}.prometheus.enable=True", "Prometheus is told of none"),
+        (f"{ROLLOUT}.free_cache_engine=False", "sleeps or ends between two rollouts"),
+        (f"{ROLLOUT}.checkpoint_engine.backend=nccl", "the store of rlhfless.weights"),
+        ("actor_rollout_ref.actor.profiler.enable=True", "elastic replicas are not profiled"),
+    ],
+)
+def test_an_option_without_effect_is_told_where_replicas_are_leased(
+    recipe: Compose, monkeypatch: pytest.MonkeyPatch, override: str, why: str
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(recipe_check.logger, "warning", lambda text, *values: told.append(text % values))
+    check_run(recipe("+rlhfless=resident", override), {})
+    assert not told
+    check_run(recipe("+rlhfless=default", override), {})
+    (text,) = told
+    assert "has no effect" in text and why in text
+
+
+def test_a_program_with_a_trainer_of_its_own_is_refused(recipe: Compose) -> None:
+    from verl.experimental.one_step_off_policy.main_ppo import main as other
+    from verl.trainer.main_ppo import main
+
+    config = recipe("+rlhfless=default")
+    assert check_run(config, {}, inspect.unwrap(main)).startswith("active:")
+    with pytest.raises(UnsupportedError, match=r"one_step_off_policy\.main_ppo: has a trainer of its own"):
+        check_run(config, {}, inspect.unwrap(other))
+    off = recipe("+rlhfless=off")
+    assert check_run(off, {}, inspect.unwrap(other)) == "all plugins are off: stock verl"
 
 
 def test_a_cluster_of_another_host_is_not_measured_against_the_local_declaration(recipe: Compose) -> None:

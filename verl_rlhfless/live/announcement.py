@@ -111,5 +111,7 @@ def _text(messages: Sequence[Any]) -> str:
 
 def _digest(part: Any) -> str:
     """Return the same for an image or its bytes in every epoch; the text of an image holds its address."""
-    data = part if isinstance(part, bytes) else part.tobytes() if hasattr(part, "tobytes") else repr(type(part)).encode()
+    data = (
+        part if isinstance(part, bytes) else part.tobytes() if hasattr(part, "tobytes") else repr(type(part)).encode()
+    )
     return hashlib.sha256(data).hexdigest()[:16]
