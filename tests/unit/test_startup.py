@@ -224,10 +224,35 @@ def test_a_replica_may_be_as_large_as_the_budget_when_the_trainer_leaves(recipe:
     check_run(recipe("+rlhfless=default", *_sized(tmp_path), "rlhfless.planner.tensor_parallel_sizes=[4]"), {})
 
 
-def _sized(tmp_path: Path) -> list[str]:
+@pytest.mark.parametrize("is_downloaded", [False, True])
+@pytest.mark.parametrize(
+    ("group", "switches"),
+    [("default", ["rlhfless/planner=fixed", "rlhfless/dispatcher=stock", "rlhfless/migration=off"]),
+     ("resident", ["rlhfless/dispatcher=stock", "rlhfless/migration=off"])],
+)  # fmt: skip
+def test_a_mixture_of_experts_is_refused_with_the_switches_that_make_it_run(
+    recipe: Compose,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    group: str,
+    switches: list[str],
+    is_downloaded: bool,
+) -> None:
+    _sized(tmp_path, num_experts=8)
+    name = "some/model" if is_downloaded else str(tmp_path)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(tmp_path / "config.json"))
+    experts = [f"+rlhfless={group}", f"actor_rollout_ref.model.path={name}"]
+    with pytest.raises(RlhflessError) as caught:
+        check_run(recipe(*experts), {})
+    for part in (f"actor_rollout_ref.model.path={name!r}", "mixture-of-experts", *switches):
+        assert part in str(caught.value)
+    assert check_run(recipe(*experts, *switches), {}).startswith("active:")
+
+
+def _sized(tmp_path: Path, **more: int) -> list[str]:
     """Return the overrides of a run on four GPUs, two of them the trainer's, with a model of four heads."""
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "num_hidden_layers": 2}
-    config = {**sizes, "intermediate_size": 128, "vocab_size": 99}
+    config = {**sizes, "intermediate_size": 128, "vocab_size": 99, **more}
     (tmp_path / "config.json").write_text(json.dumps(config))
     return ["rlhfless/planner=cost_aware", "rlhfless.pool.max_gpus=4", f"actor_rollout_ref.model.path={tmp_path}"]
 

@@ -6,7 +6,6 @@ into warnings, therefore a failed check leaves through ``SystemExit``.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +18,11 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
-from verl_rlhfless.errors import ConfigError, DataError, LeaseLostError, RlhflessError, UnsupportedError
+from verl_rlhfless.errors import ConfigError, LeaseLostError, RlhflessError, UnsupportedError
 from verl_rlhfless.live.budget import other_pools
 from verl_rlhfless.live.fusion_check import check_fusion
 from verl_rlhfless.live.instrument import instrument_environment
+from verl_rlhfless.live.model_check import check_model_at_hand
 from verl_rlhfless.live.recipe_check import (
     check_adapters,
     check_data_files,
@@ -31,7 +31,6 @@ from verl_rlhfless.live.recipe_check import (
     tell_what_has_no_effect,
 )
 from verl_rlhfless.live.seams import check_estimator, check_prefix_grouper, check_seams
-from verl_rlhfless.live.sizes import legal_sizes
 from verl_rlhfless.live.suspendable import tell_what_is_not_saved, why_lease_is_kept
 from verl_rlhfless.versions import REQUIREMENTS, check_requirement
 
@@ -41,7 +40,6 @@ PLUGIN_NAME = "rlhfless"
 _MODE_KEY = "trainer.v1.trainer_mode"
 _ROLLOUT = "actor_rollout_ref.rollout"
 _STRATEGIES = ("fsdp", "fsdp2", "megatron")
-_MOST_GPUS = 1024  # of one replica, where the run sets no limit
 _POLICY_KEY = "VERL_USE_EXTERNAL_PLUGINS"
 
 
@@ -92,10 +90,10 @@ def check_run(config: DictConfig, environ: Mapping[str, str], task: Callable[...
         check_backend(config)
         check_rollout(config, parsed)
         check_recipe(config, parsed)
+        check_model_at_hand(config, parsed)
     if parsed.is_elastic:
         check_elastic(config, parsed)
         check_parking(config, parsed)
-        check_sizes(config, parsed)
         check_budget(config, parsed, environ)
         if not why_lease_is_kept(config, parsed.pool.suspend_trainer):
             tell_what_is_not_saved(config)
@@ -238,22 +236,6 @@ def _asked_fleet(config: DictConfig, parsed: RlhflessConfig) -> tuple[tuple[int,
         return (tp,) * max(planner.schedule), "rlhfless.planner.schedule"
     sizes = planner.tensor_parallel_sizes or (1,)
     return (min(sizes),) * planner.min_replicas, "rlhfless.planner.min_replicas"
-
-
-def check_sizes(config: DictConfig, parsed: RlhflessConfig) -> None:
-    """Check the tensor-parallel sizes of planned fleets against the model, if it is on this machine."""
-    if not parsed.plans or not isinstance(path := OmegaConf.select(config, "actor_rollout_ref.model.path"), str):
-        return
-    file, limit = Path(path).expanduser() / "config.json", parsed.pool.max_gpus
-    if not file.is_file():
-        return
-    try:
-        model = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file}: not valid JSON ({error}). Correct the model's configuration.") from error
-    stays = bool(why_lease_is_kept(config, parsed.pool.suspend_trainer))
-    held = config.trainer.n_gpus_per_node * config.trainer.nnodes if stays else 0
-    legal_sizes(parsed.planner, model, _MOST_GPUS if limit is None else limit - held)
 
 
 def _check_replay(config: DictConfig, trace: str, environ: Mapping[str, str]) -> None:
