@@ -430,6 +430,8 @@ def test_any_other_end_of_a_run_is_hydras_business(value: object, capsys: pytest
         ((), ""),
         (("rlhfless.pool.suspend_trainer=never",), "rlhfless.pool.suspend_trainer=never"),
         (("actor_rollout_ref.actor.strategy=megatron",), "only FSDP's state"),
+        (("critic.enable=True", "critic.strategy=megatron"), "only FSDP's state"),
+        (("critic.enable=False", "critic.strategy=megatron"), ""),
     ],
 )
 def test_what_works_on_the_trainers_gpus_keeps_its_lease(recipe: Compose, overrides: tuple[str, ...], why: str) -> None:
