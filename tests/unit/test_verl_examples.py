@@ -66,6 +66,14 @@ def composed(name: str, data: list[str], *ours: str) -> DictConfig:
         return compose("ppo_trainer", overrides=overrides, return_hydra_config=True)
 
 
+def test_the_readme_counts_them() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    counts = (
+        f"{len(RUN)} start as they are, {len(CHANGED)} once changed as their refusal says, {len(REFUSED)} are refused"
+    )
+    assert f"{len(EXAMPLES)} of verl's examples are composed with ours in the tests: {counts}." in readme
+
+
 @pytest.mark.parametrize("name", RUN)
 def test_an_example_of_verl_starts_with_our_line_appended(name: str, data: list[str]) -> None:
     assert check_run(composed(name, data, ELASTIC), {}).startswith("active: pool=elastic")
