@@ -22,6 +22,7 @@ PACE = PaceModel(100.0, per_request_ms=2.0, per_inference_token_us=1000.0, per_u
 LENGTHS = {row: [12 + 3 * row + session for session in range(4)] for row in range(4)}
 """Tokens of a step's 16 samples: at most 25, so that a rollout takes about three seconds."""
 CONFIG = {
+    "critic": {"enable": False},
     "actor_rollout_ref": {
         "actor": {"strategy": "fsdp2"},
         "rollout": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl_rlhfless import versions
 from verl_rlhfless.config import parse_config
 from verl_rlhfless.errors import LeaseLostError, RlhflessError, UnsupportedError
-from verl_rlhfless.live import startup, suspendable
+from verl_rlhfless.live import recipe_check, startup, suspendable
 from verl_rlhfless.live.seams import Seam, check_seams
 from verl_rlhfless.live.startup import StartupCheck, check_run
 from verl_rlhfless.live.suspendable import why_lease_is_kept
@@ -82,6 +83,11 @@ REFUSED = [
     (["model_engine=veomni"], {}, ["actor_rollout_ref.actor.strategy='veomni'", "fsdp, fsdp2, megatron"]),
     (["actor_rollout_ref.rollout.data_parallel_size=2"], {}, ["data_parallel_size=2", "tensors only"]),
     (
+        ["actor_rollout_ref.rollout.expert_parallel_size=2"],
+        {},
+        ["expert_parallel_size=2", "plans choose the size", "rlhfless/planner=fixed"],
+    ),
+    (
         [
             "rlhfless/planner=fixed",
             "rlhfless.pool.max_gpus=4",
@@ -144,6 +150,25 @@ RESIDENT_REFUSED = [
     ),
     ([f"{ROLLOUT}.full_determinism=True"], ["full_determinism=True", "rlhfless/dispatcher=stock"]),
     (["rlhfless/weights=store"], ["rlhfless.weights.name='store'", "verl's own replicas"]),
+    (["skip.rollout_tq.enable=True"], ["skip.rollout_tq.enable=True", "counts those that it asked for"]),
+    (["actor_rollout_ref.hybrid_engine=False"], ["hybrid_engine=False", "separate_async"]),
+    ([f"{ROLLOUT}.data_parallel_size=2"], [f"{ROLLOUT}.data_parallel_size=2", "tensors only"]),
+    ([f"{ROLLOUT}.tensor_model_parallel_size=4"], ["tensor_model_parallel_size=4", "a node has 2 GPUs"]),
+    ([f"{ROLLOUT}.enable_prefix_caching=False"], ["enable_prefix_caching=False", "rlhfless/prefix_dedup=off"]),
+    (
+        [f"+{ROLLOUT}.engine_kwargs.vllm.max_num_seqs=8"],
+        ["engine_kwargs.vllm.max_num_seqs=8", f"Set {ROLLOUT}.max_num_seqs instead"],
+    ),
+    (
+        [f"+{ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend=ray"],
+        ["engine_kwargs.vllm.distributed_executor_backend='ray'", "Remove it"],
+    ),
+    (["actor_rollout_ref.model.lora_adapter_path=/a"], ["lora_adapter_path='/a'", "would train the whole model"]),
+    (["reward_model.reward_manager=dapo"], ["reward_model.reward_manager='dapo'", "Set reward.reward_manager.name"]),
+    (["reward_model.model.path=/rm"], ["reward_model.model.path='/rm'", "Set reward.reward_model.model_path"]),
+    (["custom_reward_function.path=r.py"], ["custom_reward_function.path='r.py'", "Set reward.custom_reward_function"]),
+    (["algorithm.adv_estimator=remax"], ["algorithm.adv_estimator='remax'", "with or without this plugin"]),
+    (["algorithm.adv_estimator=optimal_token_baseline"], ["optimal_token_baseline", "v1 trainer never gives"]),
     (["rlhfless.prefix_dedup.training=prefix_grouper"], ["prefix_dedup.training='prefix_grouper'", "v1 trainer"]),
     (["rlhfless/predictor=oracle"], ["rlhfless.predictor.name='oracle'", "rlhfless.replay.trace"]),
 ]
@@ -199,10 +224,35 @@ def test_a_replica_may_be_as_large_as_the_budget_when_the_trainer_leaves(recipe:
     check_run(recipe("+rlhfless=default", *_sized(tmp_path), "rlhfless.planner.tensor_parallel_sizes=[4]"), {})
 
 
-def _sized(tmp_path: Path) -> list[str]:
+@pytest.mark.parametrize("is_downloaded", [False, True])
+@pytest.mark.parametrize(
+    ("group", "switches"),
+    [("default", ["rlhfless/planner=fixed", "rlhfless/dispatcher=stock", "rlhfless/migration=off"]),
+     ("resident", ["rlhfless/dispatcher=stock", "rlhfless/migration=off"])],
+)  # fmt: skip
+def test_a_mixture_of_experts_is_refused_with_the_switches_that_make_it_run(
+    recipe: Compose,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    group: str,
+    switches: list[str],
+    is_downloaded: bool,
+) -> None:
+    _sized(tmp_path, num_experts=8)
+    name = "some/model" if is_downloaded else str(tmp_path)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(tmp_path / "config.json"))
+    experts = [f"+rlhfless={group}", f"actor_rollout_ref.model.path={name}"]
+    with pytest.raises(RlhflessError) as caught:
+        check_run(recipe(*experts), {})
+    for part in (f"actor_rollout_ref.model.path={name!r}", "mixture-of-experts", *switches):
+        assert part in str(caught.value)
+    assert check_run(recipe(*experts, *switches), {}).startswith("active:")
+
+
+def _sized(tmp_path: Path, **more: int) -> list[str]:
     """Return the overrides of a run on four GPUs, two of them the trainer's, with a model of four heads."""
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "num_hidden_layers": 2}
-    config = {**sizes, "intermediate_size": 128, "vocab_size": 99}
+    config = {**sizes, "intermediate_size": 128, "vocab_size": 99, **more}
     (tmp_path / "config.json").write_text(json.dumps(config))
     return ["rlhfless/planner=cost_aware", "rlhfless.pool.max_gpus=4", f"actor_rollout_ref.model.path={tmp_path}"]
 
@@ -215,6 +265,44 @@ def test_an_elastic_run_says_what_is_active(recipe: Compose) -> None:
     assert "migration=cut_and_migrate fusion=on schedule=[1, 2] (verl 0.9." in line
     for distribution in ("vllm", "ray", "hydra-core"):
         assert f"{distribution} {versions.installed_version(distribution)}" in line
+
+
+def test_a_data_set_of_the_recipes_own_names_its_files_as_it_likes(recipe: Compose) -> None:
+    own = ["data.custom_cls.path=mine.py", "data.custom_cls.name=Mine", "data.train_files=hub/name"]
+    assert check_run(recipe("+rlhfless=default", *own), {}).startswith("active:")
+
+
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        (f"{ROLLOUT}.prometheus.enable=True", "Prometheus is told of none"),
+        (f"{ROLLOUT}.free_cache_engine=False", "sleeps or ends between two rollouts"),
+        (f"{ROLLOUT}.checkpoint_engine.backend=nccl", "the store of rlhfless.weights"),
+        ("actor_rollout_ref.actor.profiler.enable=True", "elastic replicas are not profiled"),
+    ],
+)
+def test_an_option_without_effect_is_told_where_replicas_are_leased(
+    recipe: Compose, monkeypatch: pytest.MonkeyPatch, override: str, why: str
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(recipe_check.logger, "warning", lambda text, *values: told.append(text % values))
+    check_run(recipe("+rlhfless=resident", override), {})
+    assert not told
+    check_run(recipe("+rlhfless=default", override), {})
+    (text,) = told
+    assert "has no effect" in text and why in text
+
+
+def test_a_program_with_a_trainer_of_its_own_is_refused(recipe: Compose) -> None:
+    from verl.experimental.one_step_off_policy.main_ppo import main as other
+    from verl.trainer.main_ppo import main
+
+    config = recipe("+rlhfless=default")
+    assert check_run(config, {}, inspect.unwrap(main)).startswith("active:")
+    with pytest.raises(UnsupportedError, match=r"one_step_off_policy\.main_ppo: has a trainer of its own"):
+        check_run(config, {}, inspect.unwrap(other))
+    off = recipe("+rlhfless=off")
+    assert check_run(off, {}, inspect.unwrap(other)) == "all plugins are off: stock verl"
 
 
 def test_a_cluster_of_another_host_is_not_measured_against_the_local_declaration(recipe: Compose) -> None:
@@ -342,6 +430,8 @@ def test_any_other_end_of_a_run_is_hydras_business(value: object, capsys: pytest
         ((), ""),
         (("rlhfless.pool.suspend_trainer=never",), "rlhfless.pool.suspend_trainer=never"),
         (("actor_rollout_ref.actor.strategy=megatron",), "only FSDP's state"),
+        (("critic.enable=True", "critic.strategy=megatron"), "only FSDP's state"),
+        (("critic.enable=False", "critic.strategy=megatron"), ""),
     ],
 )
 def test_what_works_on_the_trainers_gpus_keeps_its_lease(recipe: Compose, overrides: tuple[str, ...], why: str) -> None:

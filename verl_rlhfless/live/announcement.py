@@ -24,7 +24,7 @@ class Group:
     Attributes:
         uid: verl's id of the prompt in this step.
         prompt_id: The prompt's id for ever: the same in every epoch.
-        row: ``extra_info.index`` of its row in the data set.
+        row: ``extra_info.index`` of its row in the data set; 0 where that is no number, which only a replay asks for.
         n: Responses asked for.
         prompt_tokens: Estimate of its length.
     """
@@ -87,7 +87,7 @@ def announcement_of(prompts: Any, rollout: Any) -> Announcement:
             Group(
                 uid=uid,
                 prompt_id=hashlib.sha256(text.encode()).hexdigest()[:16],
-                row=int(row),
+                row=_row(row),
                 n=int(n),
                 prompt_tokens=min(rollout.prompt_length, len(text) // _CHARACTERS_PER_TOKEN + 1),
             )
@@ -97,5 +97,21 @@ def announcement_of(prompts: Any, rollout: Any) -> Announcement:
     )
 
 
+def _row(index: Any) -> int:
+    """Return the number of a row; data sets name rows as they like (DAPO-Math's are UUIDs), and verl takes any."""
+    try:
+        return int(index)
+    except (TypeError, ValueError):
+        return 0
+
+
 def _text(messages: Sequence[Any]) -> str:
-    return json.dumps(list(messages), sort_keys=True, default=str)
+    return json.dumps(list(messages), sort_keys=True, default=_digest)
+
+
+def _digest(part: Any) -> str:
+    """Return the same for an image or its bytes in every epoch; the text of an image holds its address."""
+    data = (
+        part if isinstance(part, bytes) else part.tobytes() if hasattr(part, "tobytes") else repr(type(part)).encode()
+    )
+    return hashlib.sha256(data).hexdigest()[:16]

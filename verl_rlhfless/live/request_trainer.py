@@ -23,6 +23,7 @@ from verl_rlhfless.live.accelerator import Accelerator
 from verl_rlhfless.live.client import ElasticClient
 from verl_rlhfless.live.completeness import RolloutLedger
 from verl_rlhfless.live.events import EventLog
+from verl_rlhfless.live.model_check import check_shape
 from verl_rlhfless.live.request_server import RequestReplica
 from verl_rlhfless.live.residency import device_bytes
 from verl_rlhfless.live.rollout_router import RolloutReport
@@ -55,6 +56,8 @@ class RequestTrainer(PPOTrainerSync):
     # ---- set-up
 
     def _setup(self) -> None:
+        model: HFModelConfig = omega_conf_to_dataclass(self.config.actor_rollout_ref.model)
+        check_shape(self.config, self._settings, model.hf_config.to_dict())  # one from a hub is first known here
         LLMServerManager.rollout_replica_class = RequestReplica  # "for recipe to change"
         super()._setup()
         self._routing = self._routing_settings()

@@ -76,6 +76,30 @@ def check_seams(seams: tuple[Seam, ...] = SEAMS) -> None:
         )
 
 
+_ESTIMATOR_NEEDS = {
+    "remax": "reward_baselines",
+    "gdpo": "gdpo",
+    "optimal_token_baseline": "sum_pi_squared",
+    "tir_optimal_token_baseline": "sum_pi_squared",
+}
+"""What verl's trainer has to hand to an advantage estimator beyond rewards, masks and groups."""
+
+
+def check_estimator(name: str) -> None:
+    """Check that verl's v1 trainer gives an advantage estimator what it needs; else the first step ends in an error.
+
+    Raises:
+        UnsupportedError: It doesn't.
+    """
+    needed = _ESTIMATOR_NEEDS.get(name)
+    if needed is not None and needed not in inspect.getsource(importlib.import_module(_TRAINER)):
+        raise UnsupportedError(
+            f"algorithm.adv_estimator={name!r}: verl={installed_version('verl')} has this estimator, but its v1 "
+            "trainer never gives it what it needs, with or without this plugin. Choose another one, or verl's v0 "
+            "trainer (+rlhfless=off trainer.use_v1=False)."
+        )
+
+
 def check_prefix_grouper() -> None:
     """Check that verl's engines share the prefix of a group in the forward pass, as its prefix grouper does.
 

@@ -6,10 +6,9 @@ into warnings, therefore a failed check leaves through ``SystemExit``.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,19 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
-from verl_rlhfless.errors import ConfigError, DataError, LeaseLostError, RlhflessError, UnsupportedError
+from verl_rlhfless.errors import ConfigError, LeaseLostError, RlhflessError, UnsupportedError
 from verl_rlhfless.live.budget import other_pools
 from verl_rlhfless.live.fusion_check import check_fusion
 from verl_rlhfless.live.instrument import instrument_environment
-from verl_rlhfless.live.seams import check_prefix_grouper, check_seams
-from verl_rlhfless.live.sizes import legal_sizes
+from verl_rlhfless.live.model_check import check_model_at_hand
+from verl_rlhfless.live.recipe_check import (
+    check_adapters,
+    check_data_files,
+    check_entry,
+    check_recipe,
+    tell_what_has_no_effect,
+)
+from verl_rlhfless.live.seams import check_estimator, check_prefix_grouper, check_seams
 from verl_rlhfless.live.suspendable import tell_what_is_not_saved, why_lease_is_kept
 from verl_rlhfless.versions import REQUIREMENTS, check_requirement
 
@@ -34,17 +40,16 @@ PLUGIN_NAME = "rlhfless"
 _MODE_KEY = "trainer.v1.trainer_mode"
 _ROLLOUT = "actor_rollout_ref.rollout"
 _STRATEGIES = ("fsdp", "fsdp2", "megatron")
-_MOST_GPUS = 1024  # of one replica, where the run sets no limit
 _POLICY_KEY = "VERL_USE_EXTERNAL_PLUGINS"
 
 
 class StartupCheck(Callback):
     """Hydra callback that checks the composed configuration and prints what is active."""
 
-    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+    def on_job_start(self, config: DictConfig, *, task_function: Callable[..., Any] | None = None, **_: Any) -> None:
         """Check ``config``; print one line and exit with 1 if it can't work."""
         try:
-            print(f"rlhfless: {check_run(config, os.environ)}", flush=True)
+            print(f"rlhfless: {check_run(config, os.environ, task_function)}", flush=True)
             os.environ.update(instrument_environment(_read_section(config).instrument))
         except Exception as error:  # whatever it is, Hydra would print a warning and start the run unchecked
             text = str(error) if isinstance(error, RlhflessError) else f"{type(error).__name__}: {error}"
@@ -60,12 +65,13 @@ class StartupCheck(Callback):
             raise SystemExit(LeaseLostError.EXIT_CODE) from error
 
 
-def check_run(config: DictConfig, environ: Mapping[str, str]) -> str:
+def check_run(config: DictConfig, environ: Mapping[str, str], task: Callable[..., Any] | None = None) -> str:
     """Return the start-up line: what is active, on which versions.
 
     Args:
         config: The composed configuration of ``verl.trainer.main_ppo``.
         environ: The process environment.
+        task: The function that Hydra is about to call, if it is known.
 
     Raises:
         RlhflessError: The configuration is invalid, unsupported, or can't become active.
@@ -79,15 +85,19 @@ def check_run(config: DictConfig, environ: Mapping[str, str]) -> str:
     versions = [f"{item.distribution} {check_requirement(item)}" for item in REQUIREMENTS]
     load_plugin()
     if parsed.has_own_rollout:
+        if task is not None:
+            check_entry(task)
         check_backend(config)
         check_rollout(config, parsed)
+        check_recipe(config, parsed)
+        check_model_at_hand(config, parsed)
     if parsed.is_elastic:
-        check_elastic(config)
+        check_elastic(config, parsed)
         check_parking(config, parsed)
-        check_sizes(config, parsed)
         check_budget(config, parsed, environ)
         if not why_lease_is_kept(config, parsed.pool.suspend_trainer):
             tell_what_is_not_saved(config)
+        tell_what_has_no_effect(config)
     if parsed.fusion.name == "on":
         check_fusion(config)
     check_data_files(config)
@@ -96,6 +106,7 @@ def check_run(config: DictConfig, environ: Mapping[str, str]) -> str:
         _check_replay(config, parsed.replay.trace, environ)
     if parsed.has_own_rollout:  # last, since it imports verl's trainer
         check_seams()
+        check_estimator(config.algorithm.adv_estimator)
         _check_trainer_registered()
     return f"active: {_describe(active, parsed)} ({', '.join(versions)})"
 
@@ -164,7 +175,7 @@ def check_rollout(config: DictConfig, parsed: RlhflessConfig) -> None:
         check_prefix_grouper()
 
 
-def check_elastic(config: DictConfig) -> None:
+def check_elastic(config: DictConfig, parsed: RlhflessConfig) -> None:
     """Refuse what leases can't do: weights of an engine nobody tried, adapters apart, other parallelism or tenants."""
     check_adapters(config)
     reward = config.reward.reward_model
@@ -178,11 +189,9 @@ def check_elastic(config: DictConfig) -> None:
     if strategy not in _STRATEGIES:
         rule = f"elastic replicas get their weights from {', '.join(_STRATEGIES)} only"
         raise ConfigError("actor_rollout_ref.actor.strategy", strategy, rule, "Choose one, or use +rlhfless=resident.")
-    for name in ("data_parallel_size", "pipeline_model_parallel_size"):
-        value = config.actor_rollout_ref.rollout[name]
-        if value != 1:
-            rule = "an elastic replica is parallel over tensors only"
-            raise ConfigError(f"{_ROLLOUT}.{name}", value, rule, "Set it to 1, or use +rlhfless=off.")
+    if parsed.plans and (size := config.actor_rollout_ref.rollout.expert_parallel_size) > 1:
+        rule = "plans choose the size of a replica, and verl wants as many expert ranks as tensor ranks"
+        raise ConfigError(f"{_ROLLOUT}.expert_parallel_size", size, rule, "Set it to 1, or rlhfless/planner=fixed.")
 
 
 def check_parking(config: DictConfig, parsed: RlhflessConfig) -> None:
@@ -191,18 +200,6 @@ def check_parking(config: DictConfig, parsed: RlhflessConfig) -> None:
     if parsed.pool.park == "always" and not can_sleep and config.trainer.device != "cpu":
         rule = f"a parked engine frees its device by vLLM's sleep mode, and {_ROLLOUT}.enable_sleep_mode=False"
         raise ConfigError("rlhfless.pool.park", "always", rule, "Set enable_sleep_mode=True, or park=auto.")
-
-
-def check_adapters(config: DictConfig) -> None:
-    """Refuse LoRA adapters that stay apart: verl's checkpoint-engine path drops them, and replicas serve the base."""
-    key = "actor_rollout_ref.model"
-    ranks = {name: OmegaConf.select(config, f"{key}.{name}", default=0) or 0 for name in ("lora_rank", "lora.rank")}
-    if OmegaConf.select(config, f"{key}.lora.merge", default=False):
-        return
-    for name, rank in ranks.items():
-        if rank > 0:
-            rule = "elastic replicas load merged weights only; the adapter would be lost"
-            raise ConfigError(f"{key}.{name}", rank, rule, f"Set {key}.lora.merge=True, or use +rlhfless=off.")
 
 
 def check_budget(config: DictConfig, parsed: RlhflessConfig, environ: Mapping[str, str]) -> None:
@@ -239,40 +236,6 @@ def _asked_fleet(config: DictConfig, parsed: RlhflessConfig) -> tuple[tuple[int,
         return (tp,) * max(planner.schedule), "rlhfless.planner.schedule"
     sizes = planner.tensor_parallel_sizes or (1,)
     return (min(sizes),) * planner.min_replicas, "rlhfless.planner.min_replicas"
-
-
-def check_sizes(config: DictConfig, parsed: RlhflessConfig) -> None:
-    """Check the tensor-parallel sizes of planned fleets against the model, if it is on this machine."""
-    if not parsed.plans or not isinstance(path := OmegaConf.select(config, "actor_rollout_ref.model.path"), str):
-        return
-    file, limit = Path(path).expanduser() / "config.json", parsed.pool.max_gpus
-    if not file.is_file():
-        return
-    try:
-        model = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file}: not valid JSON ({error}). Correct the model's configuration.") from error
-    stays = bool(why_lease_is_kept(config, parsed.pool.suspend_trainer))
-    held = config.trainer.n_gpus_per_node * config.trainer.nnodes if stays else 0
-    legal_sizes(parsed.planner, model, _MOST_GPUS if limit is None else limit - held)
-
-
-def check_data_files(config: DictConfig) -> None:
-    """Check that local training and validation files exist and hold something.
-
-    Raises:
-        DataError: One is missing or empty.
-    """
-    for key in ("train_files", "val_files"):
-        names = config.data[key]
-        for name in [names] if isinstance(names, str) else names or []:
-            path = Path(name).expanduser()
-            if "://" in name or (path.is_file() and path.stat().st_size > 0) or path.is_dir():
-                continue
-            state = "is empty" if path.is_file() else "is missing"
-            raise DataError(
-                f"data.{key}={name!r}: the file {state}. Set data.{key} to an existing Parquet or JSON file."
-            )
 
 
 def _check_replay(config: DictConfig, trace: str, environ: Mapping[str, str]) -> None:

@@ -19,10 +19,12 @@ def why_lease_is_kept(run_config: Any, suspend_trainer: str) -> str:
         run_config: verl's configuration.
         suspend_trainer: ``rlhfless.pool.suspend_trainer``.
     """
+    strategies = {run_config.actor_rollout_ref.actor.strategy}
+    if has_critic(run_config):
+        strategies.add(run_config.critic.strategy)
     reasons = {
         "rlhfless.pool.suspend_trainer=never": suspend_trainer == "never",
-        "only FSDP's state is known to leave its device and come back": run_config.actor_rollout_ref.actor.strategy
-        not in ("fsdp", "fsdp2"),
+        "only FSDP's state is known to leave its device and come back": not strategies <= {"fsdp", "fsdp2"},
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 

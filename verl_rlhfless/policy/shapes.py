@@ -84,7 +84,7 @@ MODELS = {
 
 
 def parse_model_config(values: Mapping[str, Any], name: str) -> ModelShape:
-    """Return the shape that a Hugging Face ``config.json`` describes.
+    """Return the shape that a Hugging Face ``config.json`` describes; of a vision-language model, its decoder's.
 
     Args:
         values: The parsed JSON object.
@@ -96,6 +96,9 @@ def parse_model_config(values: Mapping[str, Any], name: str) -> ModelShape:
     """
     if not isinstance(values, Mapping):
         raise ConfigError(name, type(values).__name__, "must be a JSON object", "Give the model's config.json.")
+    if isinstance(text := values.get("text_config"), Mapping):  # of a model that sees too, the part that generates
+        tied = values.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+        values = {**text, "tie_word_embeddings": bool(tied)}
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
         if values.get(key):
             raise ConfigError(

@@ -12,7 +12,8 @@ import ray
 from omegaconf import OmegaConf
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from verl_rlhfless.errors import DataError, ReplicaError, SampleLossError
+from verl_rlhfless.config import parse_config
+from verl_rlhfless.errors import ConfigError, DataError, ReplicaError, SampleLossError
 from verl_rlhfless.live import request_trainer as module
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.request_trainer import LENGTHS_FILE, RequestTrainer
@@ -167,3 +168,16 @@ def test_a_gpu_has_the_memory_of_the_trainers_smallest(
     monkeypatch.setattr(module.Accelerator, "of_platform", lambda: SimpleNamespace(resource="GPU"))
     trainer.actor_rollout_wg = SimpleNamespace(workers=ranks)
     assert trainer._nodes() == Nodes((2,), ("GPU", "accelerator_type:A100"), 42)
+
+
+def test_a_model_without_a_price_ends_the_set_up_before_anything_is_built(
+    trainer: RequestTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: {"n_routed_experts": 64}))
+    monkeypatch.setattr(module, "omega_conf_to_dataclass", lambda _: model)
+    monkeypatch.setattr(PPOTrainerSync, "_setup", lambda self: pytest.fail("the set-up began"))
+    values = {"trainer": {"device": "cuda"}, "actor_rollout_ref": {"model": {"path": "a/b"}}}
+    trainer.config = OmegaConf.create(values)
+    trainer._settings = parse_config({"pool": {"name": "resident"}, "dispatcher": {"name": "length_bucket"}})
+    with pytest.raises(ConfigError, match=r"model\.path='a/b': its iterations have no price"):
+        trainer._setup()

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
@@ -45,6 +46,21 @@ def test_a_prompt_has_the_same_id_in_every_epoch_and_another_prompt_another_one(
     first, second = announcement_of(prompts("a", "b"), ROLLOUT), announcement_of(prompts("b", "a"), ROLLOUT)
     assert [g.prompt_id for g in first.groups] == [g.prompt_id for g in second.groups][::-1]
     assert len({g.prompt_id for g in first.groups}) == 2
+
+
+def test_rows_may_be_named_by_text_as_in_dapo_math() -> None:
+    named = prompts("a", "b", index=NonTensorStack("9a9b6eb4-a1cb-49d1", "7"))
+    assert [g.row for g in announcement_of(named, ROLLOUT).groups] == [0, 7]
+
+
+def test_a_prompt_with_an_image_has_the_same_id_in_every_epoch() -> None:
+    def prompt_id(colour: str) -> str:
+        image = Image.new("RGB", (8, 8), colour)
+        batch = prompts("what is it?")
+        batch["raw_prompt"] = NonTensorStack([{"role": "user", "content": [{"type": "image", "image": image}]}])
+        return announcement_of(batch, ROLLOUT).groups[0].prompt_id
+
+    assert prompt_id("red") == prompt_id("red") != prompt_id("blue")
 
 
 def test_a_group_may_have_its_own_number_of_samples() -> None:

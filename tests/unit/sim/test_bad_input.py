@@ -86,6 +86,13 @@ def test_a_bad_model_config_names_the_key(change: dict[str, object], key: str) -
     assert caught.value.key == f"config.json: {key}"
 
 
+def test_of_a_vision_language_model_the_decoder_counts() -> None:
+    seeing = {"text_config": MODEL | {"tie_word_embeddings": None}, "vision_config": {}, "tie_word_embeddings": True}
+    assert parse_model_config(seeing, "a") == parse_model_config(MODEL | {"tie_word_embeddings": True}, "a")
+    with pytest.raises(ConfigError, match="num_experts=8: mixture"):
+        parse_model_config({"text_config": MODEL | {"num_experts": 8}}, "a")
+
+
 def test_a_missing_model_key_is_named() -> None:
     with pytest.raises(DataError, match=r"^config\.json: intermediate_size: is missing"):
         parse_model_config({k: v for k, v in MODEL.items() if k != "intermediate_size"}, "config.json")
