@@ -12,6 +12,7 @@ decision has a reason.
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -75,7 +76,7 @@ def plan_fleet(
         reason = f"elastic: {why}, {amount} GPU time than static TP{ref.tp}"
     return RolloutPlan(
         fleet=chosen.fleet,
-        replica_of=_place(pool, batch, chosen, units),
+        replica_of=_place(pool, batch, chosen, (units, prior)),
         order=longest_first(np.arange(batch.num_samples), prior.mu),
         is_resident=chosen.is_resident,
         is_static=chosen.is_resident,
@@ -150,9 +151,12 @@ def _choose(candidates: list[Candidate], static: tuple[Reference, float], goal: 
     return best, why
 
 
-def _place(pool: PoolSnapshot, batch: Batch, chosen: Candidate, units: Units) -> IntArray:
-    """Return the replica of each sample: groups stay together, lanes apart, load evened out in a lane."""
-    count = len(chosen.fleet)
+def _place(pool: PoolSnapshot, batch: Batch, chosen: Candidate, outlook: tuple[Units, Prediction]) -> IntArray:
+    """Return the replica of each sample: groups stay together, lanes apart, load evened out in a lane.
+
+    On a resident fleet nobody gains from replicas that end early, and groups are split where that evens out enough.
+    """
+    (units, prior), count = outlook, len(chosen.fleet)
     if batch.num_samples <= count:
         return least_requests(batch, count)
     load = units.mean[units.unit_of]
@@ -170,6 +174,8 @@ def _place(pool: PoolSnapshot, batch: Batch, chosen: Candidate, units: Units) ->
             replica_of[mask] = replica + fill_slots(load[mask], (lane.count, slots), ranked)
         else:
             worth = _prefill_load(pool, lane, part, load[mask])
+            if chosen.is_resident:
+                part = _split_groups(part, _num_pieces(part, load[mask], (lane.count, worth), _unknown(prior)))
             replica_of[mask] = replica + affine_groups(part, load[mask], lane.count, worth)
         replica, unit = replica + lane.count, unit + lane.num_units
     return replica_of
@@ -209,6 +215,51 @@ def fill_slots(load: FloatArray, fleet: tuple[int, int], ranked: float) -> IntAr
             replica_of[sample] = replica
         in_time = ranked * max(map(max, ends))
     return replica_of
+
+
+def _unknown(prior: Prediction) -> float:
+    """Return the standard deviation, over the mean, of what nobody knows of a prompt's lengths."""
+    return math.sqrt(math.expm1(min(prior.in_common * float(np.mean(prior.sigma * prior.sigma)), 4.0)))
+
+
+def _num_pieces(batch: Batch, load: FloatArray, fleet: tuple[int, float], unknown: float) -> int:
+    """Return into how many pieces groups are split so that what is computed twice and uneven work are least.
+
+    The work of ``G`` groups of ``L`` tokens, each in ``p`` pieces on ``R`` replicas, differs between these by a
+    standard deviation of ``unknown * L * sqrt(G / R * (1 / p - 1 / R))``.
+
+    Args:
+        batch: The prompts.
+        load: [B] predicted tokens of each sample.
+        fleet: Equal replicas, and the tokens that decode in the time of one prompt token.
+        unknown: Standard deviation of a group's work that no prediction tells, over its mean.
+    """
+    (num_replicas, prefill_load), groups = fleet, np.bincount(batch.group_of)
+    prompts = float((batch.prompt_tokens / groups[batch.group_of]).sum())
+    squares = float((np.bincount(batch.group_of, weights=load) ** 2).sum())
+    pieces = np.arange(1, max(2, min(num_replicas, int(groups.max())) + 1))
+    again = (pieces - 1) * prefill_load * prompts / num_replicas
+    uneven = unknown * np.sqrt(squares / num_replicas * np.maximum(1 / pieces - 1 / num_replicas, 0.0))
+    return int(pieces[np.argmin(again + uneven)])
+
+
+def _split_groups(batch: Batch, pieces: int) -> Batch:
+    """Return the batch with every group as up to ``pieces`` groups of nearly equal size."""
+    if pieces == 1:
+        return batch
+    order = np.argsort(batch.group_of, kind="stable")
+    sizes = np.bincount(batch.group_of)
+    within = np.empty(batch.num_samples, dtype=np.int64)
+    within[order] = np.arange(batch.num_samples) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    piece = within * np.minimum(pieces, sizes)[batch.group_of] // sizes[batch.group_of]
+    kept, group_of = np.unique(batch.group_of * pieces + piece, return_inverse=True)
+    of = (kept // pieces).tolist()
+    return replace(
+        batch,
+        prompt_ids=tuple(f"{batch.prompt_ids[g]} {part}" for g, part in zip(of, (kept % pieces).tolist(), strict=True)),
+        group_of=group_of.astype(np.int64),
+        prefixes=tuple(batch.prefixes[g] for g in of) if batch.prefixes else (),
+    )
 
 
 def _prefill_load(pool: PoolSnapshot, lane: LaneFleet, batch: Batch, load: FloatArray) -> float:

@@ -107,12 +107,16 @@ def _finite(value: object) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Lengths up to ``cap``: their log is ``mu + sigma * error``, both [B] float64, with the errors' distribution."""
+    """Lengths up to ``cap``: their log is ``mu + sigma * error``, both [B] float64, with the errors' distribution.
+
+    Of the errors' variance, siblings have the share ``in_common``.
+    """
 
     mu: FloatArray
     sigma: FloatArray
     cap: int
     errors: Residuals = _NORMAL
+    in_common: float = 0.0
 
     def of(self, samples: IntArray) -> Prediction:
         """Return the prediction of some samples."""
@@ -153,7 +157,8 @@ def predict(model: LengthModel, batch: Batch) -> Prediction:
     mu, unknown = _expected(model, batch)
     level = 0.0 if model.level is None else model.doubt**2 + model.wander**2  # the first spreads are guesses, and wide
     sigma = np.sqrt(model.within**2 + unknown[batch.group_of] + level)
-    return Prediction(mu, sigma, _reach(model, batch.max_response_tokens, 0), residuals_of(model.survival))
+    reach, errors = _reach(model, batch.max_response_tokens, 0), residuals_of(model.survival)
+    return Prediction(mu, sigma, reach, errors, float(unknown[batch.group_of].mean() / np.mean(sigma * sigma)))
 
 
 def _expected(model: LengthModel, batch: Batch) -> tuple[FloatArray, FloatArray]:
