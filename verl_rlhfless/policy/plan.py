@@ -173,9 +173,9 @@ def _place(pool: PoolSnapshot, batch: Batch, chosen: Candidate, outlook: tuple[U
             ranked = rank_share(units.mu[rows], units.sigma[rows])
             replica_of[mask] = replica + fill_slots(load[mask], (lane.count, slots), ranked)
         else:
-            worth = _prefill_load(pool, lane, part, load[mask])
+            worth, more = _prefill_load(pool, lane, part, load[mask])
             if chosen.is_resident:
-                part = _split_groups(part, _num_pieces(part, load[mask], (lane.count, worth), _unknown(prior)))
+                part = _split_groups(part, _num_pieces(part, load[mask], (lane.count, more), _unknown(prior)))
             replica_of[mask] = replica + affine_groups(part, load[mask], lane.count, worth)
         replica, unit = replica + lane.count, unit + lane.num_units
     return replica_of
@@ -231,7 +231,7 @@ def _num_pieces(batch: Batch, load: FloatArray, fleet: tuple[int, float], unknow
     Args:
         batch: The prompts.
         load: [B] predicted tokens of each sample.
-        fleet: Equal replicas, and the tokens that decode in the time of one prompt token.
+        fleet: Equal replicas, and the tokens more that decode in the time of one prompt token.
         unknown: Standard deviation of a group's work that no prediction tells, over its mean.
     """
     (num_replicas, prefill_load), groups = fleet, np.bincount(batch.group_of)
@@ -262,11 +262,16 @@ def _split_groups(batch: Batch, pieces: int) -> Batch:
     )
 
 
-def _prefill_load(pool: PoolSnapshot, lane: LaneFleet, batch: Batch, load: FloatArray) -> float:
-    """Return how many tokens decode on one of a lane's replicas in the time that it needs for one prompt token."""
-    perf, running = pool.perf[lane.tp], np.array(batch.num_samples / lane.count)
+def _prefill_load(pool: PoolSnapshot, lane: LaneFleet, batch: Batch, load: FloatArray) -> tuple[float, float]:
+    """Return how many tokens decode on one of a lane's replicas in the time that it needs for one prompt token.
+
+    The second figure is that of tokens more, beside those that decode anyway: what an iteration takes whatever its
+    size does not count.
+    """
+    perf, running = pool.perf[lane.tp], batch.num_samples / lane.count
     context = np.array(float((batch.prompt_tokens + load / 2).mean()))
-    return perf.prefill_s_per_token * float(running / perf.fluid_iteration_s(running, context))
+    now_s, more_s = perf.fluid_iteration_s(np.array([running, running + 1]), context).tolist()
+    return perf.prefill_s_per_token * running / now_s, perf.prefill_s_per_token / (more_s - now_s)
 
 
 def _subset(batch: Batch, mask: NDArray[np.bool_]) -> Batch:
