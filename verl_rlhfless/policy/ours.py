@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.policy.arm import Outcome
 from verl_rlhfless.policy.fuse import fuse_gpus
 from verl_rlhfless.policy.fusion_cut import cut_for_inference
@@ -28,6 +30,9 @@ _CAUTION_RATE = 0.3
 
 _FEW = 16.0
 """With this many samples known, leaving the static fleet must promise twice what it takes; with many, just that."""
+
+_LATE = 100.0
+"""Worth of time against cost, each as a share of the static fleet's, beyond the step that must not be slower."""
 
 _GROWTH = 0.2
 """Longest pause as a share of the rollout so far: an early prediction of what remains may be far too long."""
@@ -86,12 +91,9 @@ class Ours:
         return 1 + _FEW / memory.lengths.num_samples
 
     def begin(self, pool: PoolSnapshot, first: Batch) -> Memory:
-        """Return an empty memory and the engine sizes of the fleet planned from the cap alone."""
+        """Return an empty memory and the engine sizes that do best for the lengths expected from the cap alone."""
         memory = Memory(LengthModel(), pool)
-        everywhere = dict.fromkeys(pool.perf, pool.num_gpus)
-        warm = replace(pool, warm=everywhere, warm_beside=dict.fromkeys(pool.perf, pool.trainer.num_gpus))
-        fleet = plan_fleet(warm, first, self.predict(memory, first), self.goal).fleet
-        return replace(memory, first_sizes=tuple(sorted(set(fleet))))
+        return replace(memory, first_sizes=_first_sizes(pool, first, self.predict(memory, first), self.goal))
 
     def layout(self, memory: Memory, pool: PoolSnapshot) -> Mapping[int, int]:
         """Return one full engine set for each tensor-parallel size of the first plan."""
@@ -161,6 +163,37 @@ class OursPolicy:
             return change
         moves = cut_by_rule(view, self.arm.migration, self.arm.tau) if self.arm.migration in RULES else ()
         return Change(change.remaining_s, (), moves, f"{self.arm.migration}'s rule" if moves else "")
+
+
+def _first_sizes(pool: PoolSnapshot, first: Batch, prior: Prediction, goal: Goal) -> tuple[int, ...]:
+    """Return the engine sizes to start with: one alone, or those of the fleet that is best when every size is warm.
+
+    That fleet may count on sizes that it changes to later, so each choice is priced with what it starts alone.
+    """
+    free = plan_fleet(_all_warm(pool, tuple(pool.perf)), first, prior, goal)
+    if free.is_resident:
+        return (free.fleet[0],)
+    assert free.static_step_s is not None
+    static_s, static_gpu_s = free.static_step_s, free.static_step_s * static_gpus(pool)
+    best: tuple[int, ...] = ()
+    least = math.inf
+    for sizes in dict.fromkeys([tuple(sorted(set(free.fleet))), *((tp,) for tp in pool.perf)]):
+        try:
+            plan = plan_fleet(_all_warm(pool, sizes), first, prior, goal)
+        except ConfigError:
+            continue  # these sizes alone cannot meet the goal's limits
+        assert plan.predicted_step_s is not None and plan.predicted_gpu_s is not None
+        time, cost = plan.predicted_step_s / static_s, plan.predicted_gpu_s / static_gpu_s
+        value = goal.objective(time, cost) if not goal.is_notslower else cost + _LATE * max(0.0, time - 1)
+        if value < least - 1e-9:
+            best, least = sizes, value
+    return best
+
+
+def _all_warm(pool: PoolSnapshot, sizes: tuple[int, ...]) -> PoolSnapshot:
+    """Return the pool as if it had only these sizes, and an engine of each wherever one fits."""
+    warm, beside = dict.fromkeys(sizes, pool.num_gpus), dict.fromkeys(sizes, pool.trainer.num_gpus)
+    return replace(pool, perf={tp: pool.perf[tp] for tp in sizes}, warm=warm, warm_beside=beside)
 
 
 def _learn_caution(caution: float, outcome: Outcome, static_s: float) -> float:

@@ -11,19 +11,14 @@ decision has a reason.
 
 from __future__ import annotations
 
-import heapq
-from dataclasses import replace
-
 import numpy as np
-from numpy.typing import NDArray
 
-from verl_rlhfless.policy.affinity import affine_groups
-from verl_rlhfless.policy.dispatch import least_requests, longest_first
 from verl_rlhfless.policy.fleets import Candidate, LaneFleet, elastic_fleets
 from verl_rlhfless.policy.goal import Goal, infeasible, too_few, too_wide
+from verl_rlhfless.policy.lane_placement import place_lanes
 from verl_rlhfless.policy.predict import Prediction
-from verl_rlhfless.policy.snapshot import Batch, FloatArray, IntArray, PoolSnapshot, RolloutPlan
-from verl_rlhfless.policy.stages import Options, options_for, rank_share
+from verl_rlhfless.policy.snapshot import Batch, PoolSnapshot, RolloutPlan
+from verl_rlhfless.policy.stages import Options, options_for
 from verl_rlhfless.policy.step_costs import Reference, StepCosts, static_fleets, static_gpus
 from verl_rlhfless.policy.units import Units
 
@@ -37,9 +32,6 @@ _TIE = 0.007
 
 _LEAST_WEIGHT = 1e-6
 """Least weight of cost, so that a second is worth finitely many GPU-seconds."""
-
-_ON_TIME = 1 + 1e-3
-"""Factor by which a sample may end after the last one expected: a thousandth is no delay."""
 
 
 def time_price(pool: PoolSnapshot, goal: Goal) -> float:
@@ -83,7 +75,7 @@ def plan_fleet(
         reason = f"elastic: {why}, {amount} GPU time than static TP{ref.tp}"
     return RolloutPlan(
         fleet=chosen.fleet,
-        replica_of=_place(pool, batch, chosen, units),
+        replica_of=place_lanes(pool, batch, chosen, (units, prior)),
         order=longest_first(np.arange(batch.num_samples), prior.mu),
         is_resident=chosen.is_resident,
         is_static=chosen.is_resident,
@@ -170,99 +162,3 @@ def _choose_weighted(allowed: list[Candidate], static: tuple[Reference, float], 
             return resident, f"a gain worth {gain:.0f} GPU s does not repay {needed}"
     why = "no elastic fleet is better" if best.is_resident else f"objective {objective(best):.2f} against 1.00"
     return best, why
-
-
-def _place(pool: PoolSnapshot, batch: Batch, chosen: Candidate, units: Units) -> IntArray:
-    """Return the replica of each sample, [B]: groups stay together, lanes apart, load evened out in a lane.
-
-    Lanes take units in their order, longest predicted first, and replica ids in that of the fleet.
-    """
-    count = len(chosen.fleet)
-    if batch.num_samples <= count:
-        return least_requests(batch, count)
-    load = units.mean[units.unit_of]
-    rank = np.empty(len(units.order), dtype=np.int64)
-    rank[units.order] = np.arange(len(units.order))
-    replica_of = np.empty(batch.num_samples, dtype=np.int64)
-    replica = unit = 0
-    for lane in chosen.lanes:
-        mask = (rank[units.unit_of] >= unit) & (rank[units.unit_of] < unit + lane.num_units)
-        part = _subset(batch, mask)
-        slots = pool.perf[lane.tp].limits.max_num_seqs
-        if part.num_samples > lane.count * slots and not chosen.is_resident:  # some queue, and an early end saves
-            rows = units.order[unit : unit + lane.num_units]
-            ranked = rank_share(units.mu[rows], units.sigma[rows])
-            replica_of[mask] = replica + fill_slots(load[mask], (lane.count, slots), ranked)
-        else:
-            worth = _prefill_load(pool, lane, part, load[mask])
-            replica_of[mask] = replica + affine_groups(part, load[mask], lane.count, worth)
-        replica, unit = replica + lane.count, unit + lane.num_units
-    return replica_of
-
-
-def fill_slots(load: FloatArray, fleet: tuple[int, int], ranked: float) -> IntArray:
-    """Return the replica of each sample where samples queue: the first ones are filled, so that the others end early.
-
-    Longest first, each to the first replica with a slot on which it ends in time, else to the slot that is free first.
-    In time is when the last sample ends if all go to the slot that is free first; sooner as far as lengths are not
-    known, which evens load out. Siblings are alike, so that most of them stay together.
-
-    Args:
-        load: [B] predicted tokens of each sample.
-        fleet: Equal replicas, and samples that each runs at once.
-        ranked: How well the samples are known apart (``rank_share``).
-    """
-    order = longest_first(np.arange(len(load)), load)
-    _, last_tokens = _fill_in_time(order, load, fleet, 0.0)
-    return _fill_in_time(order, load, fleet, ranked * last_tokens)[0]
-
-
-def _fill_in_time(order: IntArray, load: FloatArray, fleet: tuple[int, int], in_time: float) -> tuple[IntArray, float]:
-    """Return the replica of each sample, [B], and the end of the last one; times are in tokens of one slot.
-
-    Args:
-        order: [B] ids in the order in which samples take slots.
-        load: [B] predicted tokens of each sample.
-        fleet: Equal replicas, and samples that each runs at once.
-        in_time: When a sample should end; with 0 each goes to the slot that is free first.
-    """
-    num_replicas, slots = fleet
-    replica_of = np.empty(len(load), dtype=np.int64)
-    ends = [[0.0] * slots for _ in range(num_replicas)]  # of each replica's slots, a heap
-    free, used = np.zeros(num_replicas), [0.0] * num_replicas  # the first of ends, and all tokens, of each replica
-    next_free = [(0.0, 0.0, replica) for replica in range(num_replicas)]  # a heap; a sample leaves an old entry stale
-    for sample in order.tolist():
-        tokens = float(load[sample])
-        fits = free + tokens <= in_time * _ON_TIME
-        replica = int(fits.argmax())
-        if not fits[replica]:
-            while next_free[0][:2] != (ends[next_free[0][2]][0], used[next_free[0][2]]):
-                heapq.heappop(next_free)
-            replica = next_free[0][2]
-        heapq.heapreplace(ends[replica], ends[replica][0] + tokens)
-        used[replica] += tokens
-        free[replica] = ends[replica][0]
-        heapq.heappush(next_free, (ends[replica][0], used[replica], replica))
-        replica_of[sample] = replica
-    return replica_of, max(map(max, ends))
-
-
-def _prefill_load(pool: PoolSnapshot, lane: LaneFleet, batch: Batch, load: FloatArray) -> float:
-    """Return how many tokens decode on one of a lane's replicas in the time that it needs for one prompt token."""
-    perf, running = pool.perf[lane.tp], np.array(batch.num_samples / lane.count)
-    context = np.array(float((batch.prompt_tokens + load / 2).mean()))
-    return perf.prefill_s_per_token * float(running / perf.fluid_iteration_s(running, context))
-
-
-def _subset(batch: Batch, mask: NDArray[np.bool_]) -> Batch:
-    """Return the samples of a batch where ``mask``, [B], holds, and the groups that have any."""
-    groups, group_of = np.unique(batch.group_of[mask], return_inverse=True)
-    ids = tuple(batch.prompt_ids[g] for g in groups.tolist())
-    prefixes = tuple(batch.prefixes[g] for g in groups.tolist()) if batch.prefixes else ()
-    return replace(
-        batch,
-        prompt_ids=ids,
-        group_of=group_of.astype(np.int64),
-        prompt_tokens=batch.prompt_tokens[mask],
-        prefixes=prefixes,
-    )

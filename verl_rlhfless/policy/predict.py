@@ -139,12 +139,14 @@ class Prediction:
         sigma: [B] float64, scale of its error.
         cap: Most tokens of a response.
         errors: Distribution of the standardised errors, the same for all.
+        in_common: Share of the errors' variance that siblings have in common.
     """
 
     mu: FloatArray
     sigma: FloatArray
     cap: int
     errors: Residuals = _NORMAL
+    in_common: float = 0.0
 
     def of(self, samples: IntArray) -> Prediction:
         """Return the prediction of some samples."""
@@ -189,7 +191,8 @@ def predict(model: LengthModel, batch: Batch) -> Prediction:
     mu, unknown = _expected(model, batch)
     level = 0.0 if model.level is None else model.doubt**2 + model.wander**2  # the first spreads are guesses, and wide
     sigma = np.sqrt(model.within**2 + unknown[batch.group_of] + level)
-    return Prediction(mu, sigma, _reach(model, batch.max_response_tokens, 0), residuals_of(model.survival))
+    reach, errors = _reach(model, batch.max_response_tokens, 0), residuals_of(model.survival)
+    return Prediction(mu, sigma, reach, errors, float(unknown[batch.group_of].mean() / np.mean(sigma * sigma)))
 
 
 def _expected(model: LengthModel, batch: Batch) -> tuple[FloatArray, FloatArray]:

@@ -10,7 +10,8 @@ from tests.unit.sim.cases import cell, steps
 from verl_rlhfless.policy.arm import Outcome
 from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.ours import Memory, Ours, OursPolicy
-from verl_rlhfless.policy.predict import LengthModel
+from verl_rlhfless.policy.plan import plan_fleet
+from verl_rlhfless.policy.predict import LengthModel, predict
 from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, ReplicaView, RolloutPlan, RolloutView
 
 DATA = steps(1, 64, 8, mean=2000.0, cap=16384)
@@ -38,6 +39,23 @@ def test_a_resident_step_says_nothing_about_elastic_ones() -> None:
 
 def test_seconds_saved_and_lost_are_kept() -> None:
     assert after(0.8).saved_s > 0 > after(1.2).saved_s
+
+
+def test_the_first_engines_are_of_a_size_that_serves_the_whole_rollout_alone() -> None:
+    """The best fleet of engines of every size begins wide and goes on with many narrow ones: those are not started."""
+    (data,) = steps(1, 48, 8, cap=32768)
+    batch = replace(data.batch, prompt_tokens=np.full(384, 30))
+    assert ARM.begin(cell((data,), "h100-16").pool, batch).first_sizes == (2,)
+
+
+def test_where_the_trainers_gpus_do_best_their_engines_are_started() -> None:
+    (data,) = steps(1, 32, 4, cap=4096)
+    pool = cell((data,), "h100-16").pool
+    first_sizes = ARM.begin(pool, data.batch).first_sizes
+    warm = replace(pool, warm=dict.fromkeys(pool.perf, 16))
+    plan = plan_fleet(warm, data.batch, predict(LengthModel(), data.batch), Goal())
+    assert plan.is_resident
+    assert first_sizes == (plan.fleet[0],)
 
 
 def late_view(arm: Ours) -> tuple[OursPolicy, RolloutView, RolloutPlan]:

@@ -131,6 +131,21 @@ def test_every_sample_has_one_replica_and_siblings_stay_together_where_they_can(
     assert sorted(chosen.order.tolist()) == list(range(batch.num_samples))
 
 
+def replicas_of_a_group(num_groups: int, prompt_tokens: int, cap: int) -> float:
+    """Return the mean number of replicas on which a group of 8 begins where every plan is resident."""
+    data = steps(1, num_groups, 8, cap=cap)
+    batch = replace(data[0].batch, prompt_tokens=np.full(8 * num_groups, prompt_tokens))
+    chosen = plan_fleet(cell(data).pool, batch, predict(LengthModel(), batch), Goal(payback=1e9))
+    assert chosen.is_resident
+    return float(np.mean([len(set(chosen.replica_of[batch.group_of == g].tolist())) for g in range(num_groups)]))
+
+
+def test_siblings_of_unknown_length_part_on_a_resident_fleet_where_that_is_worth_computing_their_prompt_again() -> None:
+    assert replicas_of_a_group(128, prompt_tokens=100, cap=16384) >= 2.0
+    assert replicas_of_a_group(128, prompt_tokens=8000, cap=512) == 1.0
+    assert replicas_of_a_group(16, prompt_tokens=1000, cap=2048) == 1.0  # few requests: uneven work hardly matters
+
+
 def beside_a_trainer(num_gpus: int, sizes: tuple[int, ...] = (1, 2, 4, 8)) -> PoolSnapshot:
     """Return a pool whose replicas have ``num_gpus`` beside a trainer that keeps four."""
     pool = cell(LONG).pool
