@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from verl_rlhfless.errors import ConfigError, DataError, UnsupportedError
+from verl_rlhfless.errors import ConfigError, DataError, UnsupportedError, what_to_do, why
 from verl_rlhfless.outputs import check_file, writing
 
 if TYPE_CHECKING:
@@ -147,7 +147,9 @@ def _read_efficiencies(path: Path | None, gpus: set[str]) -> Efficiencies:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON: {error}. Write one: python -m benchmarks.gpu.") from error
+        raise DataError(
+            f"{path}: cannot be read as JSON: {why(error)}. Write one: python -m benchmarks.gpu."
+        ) from error
     measured = parse_calibration(values, str(path))
     if gpus != {measured.gpu}:
         rule = f"was measured on {measured.gpu}, the cluster has {', '.join(sorted(gpus))}"
@@ -162,7 +164,7 @@ def _check_range(key: str, value: float, most: float) -> None:
 
 def _check_name(key: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
-        raise ConfigError(key, name, f"must be among {', '.join(known)}", "Choose from these.")
+        raise ConfigError(key, name, f"must be among {', '.join(known)}", what_to_do(name, known, "Choose from these."))
 
 
 def _plotter(path: Path) -> Callable[[list[dict[str, Any]], Path], None]:

@@ -17,7 +17,7 @@ from verl_rlhfless.demo import ablation, recipe
 from verl_rlhfless.demo.assets import Assets, Problem, build_assets, read_problems
 from verl_rlhfless.demo.columns import COLUMNS, Column, as_json, render_columns, summarise
 from verl_rlhfless.demo.workload import Workload
-from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.errors import ConfigError, what_to_do
 from verl_rlhfless.outputs import check_folder
 from verl_rlhfless.report.environment import code, hardware, versions
 from verl_rlhfless.report.folder import write_report
@@ -48,14 +48,20 @@ class DemoOptions:
         for name in self.arms:
             if name not in recipe.ARMS:
                 raise ConfigError(
-                    "--arms", name, f"must be among {', '.join(recipe.ARMS)}", "Separate several by commas."
+                    "--arms",
+                    name,
+                    f"must be among {', '.join(recipe.ARMS)}",
+                    what_to_do(name, recipe.ARMS, "Separate several by commas."),
                 )
         if not self.arms or len(set(self.arms)) < len(self.arms):
             raise ConfigError("--arms", ",".join(self.arms), "must name each arm once", "Use --arms stock,elastic.")
         for name in self.columns:
             if name not in COLUMNS:
                 raise ConfigError(
-                    "--columns", name, f"must be among {', '.join(COLUMNS)}", "Separate several by commas."
+                    "--columns",
+                    name,
+                    f"must be among {', '.join(COLUMNS)}",
+                    what_to_do(name, COLUMNS, "Separate several by commas."),
                 )
         if not self.columns or len(set(self.columns)) < len(self.columns):
             raise ConfigError(

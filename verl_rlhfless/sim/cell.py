@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from verl_rlhfless.errors import ConfigError, DataError
+from verl_rlhfless.errors import ConfigError, DataError, what_to_do, why
 from verl_rlhfless.policy.arm import Arm
 from verl_rlhfless.policy.baselines.oracle import Oracle, PromptOracle
 from verl_rlhfless.policy.baselines.rlhfless_paper import RlhflessPaper
@@ -47,12 +47,15 @@ def load_model(name_or_path: str) -> ModelShape:
         if path.suffix == ".json":
             raise ConfigError("--model", name_or_path, "no such file", f"Or choose one of {', '.join(MODELS)}.")
         raise ConfigError(
-            "--model", name_or_path, f"must be one of {', '.join(MODELS)}, or a config.json", "Choose one."
+            "--model",
+            name_or_path,
+            f"must be one of {', '.join(MODELS)}, or a config.json",
+            what_to_do(name_or_path, MODELS, "Choose one."),
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON: {error}. Give the model's config.json.") from error
+        raise DataError(f"{path}: cannot be read as JSON: {why(error)}. Give the model's config.json.") from error
     return parse_model_config(values, str(path))
 
 
