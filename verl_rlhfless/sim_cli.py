@@ -55,7 +55,7 @@ def simulate(
         Path | None, typer.Option(help="Efficiencies measured on the cluster's GPU type (python -m benchmarks.gpu).")
     ] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write the record here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (.png) here; needs matplotlib.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture here (.png, .pdf, .svg).")] = None,
     show: Annotated[bool, typer.Option("--list", help="List clusters, models, recipes, arms and GPU types.")] = False,
 ) -> None:
     """Simulate arms over length traces and compare them in time and money (every figure is simulated)."""
