@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 from typer.testing import CliRunner
@@ -23,6 +24,18 @@ def test_table_is_the_recorded_one() -> None:
     record = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
     strip = [line.rstrip() for line in render(record).rstrip().splitlines()]
     assert shown.group(1).splitlines() == strip
+
+
+def test_what_is_said_of_the_demo_is_what_was_recorded() -> None:
+    arms = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())["arms"]
+    gpu_s, step_s = (
+        [statistics.median(step[key] for step in arms[arm]["steps"][1:]) for arm in ("elastic", "stock")]
+        for key in ("gpu_s_allocated", "step_s")
+    )
+    totals = [arms[arm]["total"]["gpu_s_allocated"] for arm in ("elastic", "stock")]
+    told = " ".join(README.split())
+    assert f"{gpu_s[0] / gpu_s[1]:.2f} of stock's GPU-seconds at {step_s[0] / step_s[1]:.2f} of its step" in told
+    assert f"takes {totals[0]:.0f} GPU-seconds against {totals[1]:.0f}." in told
 
 
 def test_recorded_demo_passed_every_guard() -> None:
