@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-
 
 class RlhflessError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -76,13 +73,6 @@ class SampleLossError(RlhflessError):
 
 class UnsupportedError(RlhflessError):
     """A combination that this package refuses by name (version, backend, trainer)."""
-
-
-def what_to_do(name: str, known: Iterable[str], otherwise: str) -> str:
-    """Return what to do about an unknown name: the known one that it resembles, in any case, or ``otherwise``."""
-    spelled = {one.lower(): one for one in known}
-    close = difflib.get_close_matches(name.lower(), spelled, n=1)
-    return f"Did you mean {spelled[close[0]]}?" if close else otherwise
 
 
 def why(error: Exception) -> str:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from verl_rlhfless.errors import ConfigError, DataError, UnsupportedError, what_to_do, why
+from verl_rlhfless.errors import ConfigError, DataError, UnsupportedError, why
 from verl_rlhfless.outputs import check_file, writing
+from verl_rlhfless.schema import what_to_do
 
 if TYPE_CHECKING:
     from verl_rlhfless.policy.perf import Efficiencies

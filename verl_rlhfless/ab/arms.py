@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from verl_rlhfless.ab.probe import RecipeFacts
 from verl_rlhfless.config import TRAINER_MODE
-from verl_rlhfless.errors import ConfigError, what_to_do
+from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.schema import what_to_do
 
 STOCK = "stock"
 ALIASES = {"sync": STOCK}

@@ -17,12 +17,13 @@ from verl_rlhfless.demo import ablation, recipe
 from verl_rlhfless.demo.assets import Assets, Problem, build_assets, read_problems
 from verl_rlhfless.demo.columns import COLUMNS, Column, as_json, render_columns, summarise
 from verl_rlhfless.demo.workload import Workload
-from verl_rlhfless.errors import ConfigError, what_to_do
+from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.outputs import check_folder
 from verl_rlhfless.report.environment import code, hardware, versions
 from verl_rlhfless.report.folder import write_report
 from verl_rlhfless.report.guards import GuardLimits
 from verl_rlhfless.report.requests import render_requests
+from verl_rlhfless.schema import what_to_do
 
 _ARM_TIMEOUT_S = 1800.0
 

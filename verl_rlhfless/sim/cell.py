@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from verl_rlhfless.errors import ConfigError, DataError, what_to_do, why
+from verl_rlhfless.errors import ConfigError, DataError, why
 from verl_rlhfless.policy.arm import Arm
 from verl_rlhfless.policy.baselines.oracle import Oracle, PromptOracle
 from verl_rlhfless.policy.baselines.rlhfless_paper import RlhflessPaper
@@ -25,6 +25,7 @@ from verl_rlhfless.policy.routing import Routing
 from verl_rlhfless.policy.shapes import MODELS, ModelShape, parse_model_config
 from verl_rlhfless.policy.snapshot import IntArray, PoolSnapshot
 from verl_rlhfless.policy.transitions import LeaseTimes, Recipe, TrainerPerf, optimizer_state_bytes
+from verl_rlhfless.schema import what_to_do
 from verl_rlhfless.sim.cluster import Cluster
 from verl_rlhfless.sim.records import RunRecord
 from verl_rlhfless.sim.run import ArmRun

@@ -9,8 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from verl_rlhfless.errors import ConfigError, DataError, what_to_do, why
+from verl_rlhfless.errors import ConfigError, DataError, why
 from verl_rlhfless.policy.gpus import GPUS, GpuType
+from verl_rlhfless.schema import what_to_do
 
 FORMAT = "rlhfless-cluster/1"
 
