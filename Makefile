@@ -2,13 +2,13 @@
 .PHONY: help setup demo test test-long check bench clean
 
 help:
-	@echo "make demo    set up, then run stock verl beside the elastic arm; results in out/demo"
-	@echo "make test    set up, then all checks and tests"
+	@echo "make demo       set up, then run stock verl beside the elastic arm; results in out/demo"
+	@echo "make test       set up, then all checks and tests"
 	@echo "make test-long  set up, then the real runs that take several minutes each"
-	@echo "make check   set up, then format, lint and type checks, unit and property tests"
-	@echo "make bench   set up, then the benchmarks that need nothing but this host; results in benchmarks/results"
-	@echo "make setup   create or reuse .venv"
-	@echo "make clean   remove build output, caches and out/ (keeps .venv)"
+	@echo "make check      set up, then format, lint and type checks, unit and property tests"
+	@echo "make bench      set up, then the benchmarks that need nothing but this host; results in benchmarks/results"
+	@echo "make setup      create or reuse .venv"
+	@echo "make clean      remove build output, caches and out/ (keeps .venv)"
 
 setup:
 	@scripts/setup

@@ -7,32 +7,62 @@ told in one line.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from verl_rlhfless import __version__
 from verl_rlhfless.ab_cli import register as register_comparison
-from verl_rlhfless.errors import RlhflessError
+from verl_rlhfless.errors import RlhflessError, why
 from verl_rlhfless.sim_cli import register as register_simulator
 from verl_rlhfless.sim_cli import split_names, trace_app
 
 BAD_INPUT = 2
 
 
+# Of Click, or of the copy of it that Typer may have: a wrong option, a missing argument, an unknown command.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+
+
 class _Commands(TyperGroup):
     """Ends a command on bad input in one line."""
 
-    def invoke(self, ctx: Any) -> Any:  # of a Click that Typer may have a copy of
-        try:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _one_line():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _one_line():
             return super().invoke(ctx)
-        except BrokenPipeError:  # the reader of a pipe left, which is no error
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:  # the reader of a pipe left, which is no error
+        raise
+    except _USAGE_ERROR as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # prints the help
             raise
-        except (RlhflessError, OSError) as error:
-            print(f"rlhfless: error: {' '.join(str(error).split())}", file=sys.stderr)
-            raise typer.Exit(BAD_INPUT) from None
+        usage: Any = error
+        command = usage.ctx.command_path if usage.ctx else "rlhfless"
+        _end(f"{usage.format_message().rstrip('.')}. See `{command} --help`.")
+    except OSError as error:
+        _end(f"{error.filename}: {why(error)}. Correct it, or name another file." if error.filename else why(error))
+    except MemoryError:
+        _end("the memory of this host does not suffice. Ask for less.")
+    except RlhflessError as error:
+        _end(str(error))
+
+
+def _end(message: str) -> NoReturn:
+    print(f"rlhfless: error: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(BAD_INPUT) from None
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, help="Elastic, serverless RLHF on verl.")

@@ -201,7 +201,7 @@ class ReplayConfig(Section):
 
 @dataclass(frozen=True, slots=True)
 class InstrumentConfig(Section):
-    """What every arm, stock too, is measured with: paths of a pacing profile and of the observer's record."""
+    """What every arm, stock too, is measured with: a pacing profile (path or JSON text), the folder of the observer."""
 
     KEY: ClassVar[str] = "rlhfless.instrument"
     pace: str | None = None

@@ -150,7 +150,10 @@ def check_flash_attention(num_gpus: int) -> Finding:
         return Finding("flash-attn", "ok", f"{found} (not imported here)")
     if not num_gpus:
         return Finding("flash-attn", "ok", "not installed, not needed in CPU mode")
-    action = "pip install 'verl_rlhfless[gpu]', or set attn_implementation=sdpa in the recipe."
+    action = (
+        "pip install '.[gpu]' in this package's source folder, or append "
+        "+actor_rollout_ref.model.override_config.attn_implementation=sdpa to the recipe."
+    )
     return Finding("flash-attn", "warn", "not installed: verl's flash_attention_2 is not available", action)
 
 

@@ -73,3 +73,8 @@ class SampleLossError(RlhflessError):
 
 class UnsupportedError(RlhflessError):
     """A combination that this package refuses by name (version, backend, trainer)."""
+
+
+def why(error: Exception) -> str:
+    """Return the reason of an error in words: of an ``OSError`` without its number and its file."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -11,7 +11,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -25,13 +25,19 @@ RULE = "rule"
 _T = TypeVar("_T")
 
 
+def what_to_do(name: str, known: Iterable[str], otherwise: str) -> str:
+    """Return what to do about an unknown name: the known one that it resembles, in any case, or ``otherwise``."""
+    spelled = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(name.lower(), spelled, n=1)
+    return f"Did you mean {spelled[close[0]]}?" if close else otherwise
+
+
 def one_of(*known: str) -> Any:
     """Return a field whose value is one of ``known``; the first one is the default."""
 
     def check(key: str, value: str) -> None:
         if value not in known:
-            close = difflib.get_close_matches(value, known, n=1)
-            hint = f"Did you mean {close[0]}?" if close else f"Set {key} to one of these names."
+            hint = what_to_do(value, known, f"Set {key} to one of these names.")
             raise ConfigError(key, value, f"must be one of {', '.join(known)}", hint)
 
     return field(default=known[0], metadata={RULE: check})

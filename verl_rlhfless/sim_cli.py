@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from verl_rlhfless.errors import ConfigError, DataError, UnsupportedError
+from verl_rlhfless.errors import ConfigError, DataError, UnsupportedError, why
 from verl_rlhfless.outputs import check_file, writing
+from verl_rlhfless.schema import what_to_do
 
 if TYPE_CHECKING:
     from verl_rlhfless.policy.perf import Efficiencies
@@ -55,7 +56,7 @@ def simulate(
         Path | None, typer.Option(help="Efficiencies measured on the cluster's GPU type (python -m benchmarks.gpu).")
     ] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write the record here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture (.png) here; needs matplotlib.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture here (.png, .pdf, .svg).")] = None,
     show: Annotated[bool, typer.Option("--list", help="List clusters, models, recipes, arms and GPU types.")] = False,
 ) -> None:
     """Simulate arms over length traces and compare them in time and money (every figure is simulated)."""
@@ -147,7 +148,9 @@ def _read_efficiencies(path: Path | None, gpus: set[str]) -> Efficiencies:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON: {error}. Write one: python -m benchmarks.gpu.") from error
+        raise DataError(
+            f"{path}: cannot be read as JSON: {why(error)}. Write one: python -m benchmarks.gpu."
+        ) from error
     measured = parse_calibration(values, str(path))
     if gpus != {measured.gpu}:
         rule = f"was measured on {measured.gpu}, the cluster has {', '.join(sorted(gpus))}"
@@ -162,7 +165,7 @@ def _check_range(key: str, value: float, most: float) -> None:
 
 def _check_name(key: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
-        raise ConfigError(key, name, f"must be among {', '.join(known)}", "Choose from these.")
+        raise ConfigError(key, name, f"must be among {', '.join(known)}", what_to_do(name, known, "Choose from these."))
 
 
 def _plotter(path: Path) -> Callable[[list[dict[str, Any]], Path], None]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from verl_rlhfless.errors import DataError
+from verl_rlhfless.errors import DataError, why
 
 FORMAT = "rlhfless-trace/1"
 KINDS = ("recorded", "composed")
@@ -139,7 +139,7 @@ def _lines(path: Path) -> Iterator[_Line]:
                 yield _Line(path, number, raw)
     except (OSError, EOFError, zlib.error) as error:
         place = f"{path}, line {number + 1}" if number else f"{path}"
-        raise DataError(f"{place}: cannot be read: {error}. Give a readable, complete file.") from error
+        raise DataError(f"{place}: cannot be read: {why(error)}. Give a readable, complete file.") from error
     except ValueError as error:  # a path with a null byte
         raise DataError(f"{str(path)!r}: cannot be opened: {error}. Give a readable file.") from error
 
@@ -167,7 +167,7 @@ class _Line:
 
     def fail(self, rule: str) -> NoReturn:
         """Refuse the line: it breaks a rule, which is told with the value."""
-        raise DataError(f"{self.path}, line {self.number}: {rule}.")
+        raise DataError(f"{self.path}, line {self.number}: {rule}. FORMATS.md describes the format {FORMAT}.")
 
     def header(self) -> TraceHeader:
         """Return the header that this line is."""

@@ -237,6 +237,16 @@ def test_a_missing_or_broken_record_is_named(tmp_path, name):
         build_arm(run.path)
 
 
+@pytest.mark.parametrize("line", ["3", "{}"])
+@pytest.mark.parametrize("name", ["leases.jsonl", "steps.jsonl", "host.jsonl", "metrics.jsonl"])
+def test_a_record_whose_lines_have_another_form_is_refused_with_what_to_do(tmp_path, name, line):
+    run = stock_run(tmp_path)
+    with (tmp_path / name).open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(DataError, match="Run the arm again"):
+        build_arm(run.path)
+
+
 def test_the_record_has_the_published_format_and_is_json(tmp_path):
     for name in ("stock", "elastic"):
         (tmp_path / name).mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from verl_rlhfless.cli import app
 from verl_rlhfless.demo.assets import read_problems
+from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.policy.calibrate import parse_calibration
 from verl_rlhfless.sim.cluster import _KEYS, parse_cluster
 from verl_rlhfless.sim.generate import TraceSpec, write_trace
@@ -55,6 +57,12 @@ def test_the_cluster_is_read_and_shows_every_key() -> None:
 def test_the_calibration_is_read() -> None:
     measured = parse_calibration(json.loads(block("rlhfless-calibration/1")), "calibration.json")
     assert measured.gpu == "H100" and measured.efficiencies.host == 0.65
+
+
+def test_the_pacing_profile_is_read_and_shows_every_key() -> None:
+    text = block("base_ms")
+    assert PaceModel.parse(text).tp_speedup[2] == 1.6
+    assert json.loads(text).keys() == {key.name for key in fields(PaceModel)}
 
 
 def test_the_problem_is_read(tmp_path: Path) -> None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 
+from typer.testing import CliRunner
+
+from verl_rlhfless.cli import app
+from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.report.table import render
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+_OPTION = r"--[a-z][a-z-]*"
 
 
 def test_table_is_the_recorded_one() -> None:
@@ -18,6 +24,18 @@ def test_table_is_the_recorded_one() -> None:
     record = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
     strip = [line.rstrip() for line in render(record).rstrip().splitlines()]
     assert shown.group(1).splitlines() == strip
+
+
+def test_what_is_said_of_the_demo_is_what_was_recorded() -> None:
+    arms = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())["arms"]
+    gpu_s, step_s = (
+        [statistics.median(step[key] for step in arms[arm]["steps"][1:]) for arm in ("elastic", "stock")]
+        for key in ("gpu_s_allocated", "step_s")
+    )
+    totals = [arms[arm]["total"]["gpu_s_allocated"] for arm in ("elastic", "stock")]
+    told = " ".join(README.split())
+    assert f"{gpu_s[0] / gpu_s[1]:.2f} of stock's GPU-seconds at {step_s[0] / step_s[1]:.2f} of its step" in told
+    assert f"takes {totals[0]:.0f} GPU-seconds against {totals[1]:.0f}." in told
 
 
 def test_recorded_demo_passed_every_guard() -> None:
@@ -55,6 +73,32 @@ def test_simulated_means_over_long_cells_are_the_recorded_ones() -> None:
     ]
     table = README.split("| Against | wake 1 s | 2 s | 5 s | 30 s |")[1].split("\n\n")[0].splitlines()[2:]
     assert [[cell.strip() for cell in line.split("|")[2:-1]] for line in table] == rows
+
+
+def test_every_command_is_one_that_the_command_line_has() -> None:
+    calls = re.findall(
+        r"rlhfless ((?:trace )?(?:demo|ab|simulate|report|doctor|generate|record|stats)\b)([^`\n]*)", README
+    )
+    assert {name for name, _ in calls} >= {"demo", "ab", "report", "simulate", "doctor", "trace record"}
+    for name, rest in calls:
+        shown = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0, name
+        used = re.findall(_OPTION, re.sub('".*?"', "", rest.split("#")[0]))
+        assert set(used) <= set(re.findall(_OPTION, shown.output)), name
+
+
+def test_every_group_and_choice_in_the_table_can_be_chosen() -> None:
+    groups = ROOT / "hydra_configs" / "rlhfless"
+    rows = re.findall(r"^\| `rlhfless/(\w+)` \|([^|]*)\|", README, re.MULTILINE)
+    assert {group for group, _ in rows} == {folder.name for folder in groups.iterdir() if folder.is_dir()}
+    for group, choices in rows:
+        for choice in re.findall(r"`(\w+)`", choices):
+            assert (groups / group / f"{choice}.yaml").is_file(), f"{group}={choice}"
+
+
+def test_every_key_of_ours_is_in_the_schema() -> None:
+    for section, key in re.findall(r"rlhfless\.(\w+)\.(\w+)", README):
+        assert hasattr(getattr(RlhflessConfig(), section), key), f"rlhfless.{section}.{key}"
 
 
 def test_make_targets_exist() -> None:

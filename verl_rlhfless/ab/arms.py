@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from verl_rlhfless.ab.probe import RecipeFacts
 from verl_rlhfless.config import TRAINER_MODE
 from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.schema import what_to_do
 
 STOCK = "stock"
 ALIASES = {"sync": STOCK}
@@ -81,7 +82,12 @@ def parse_names(text: str) -> tuple[str, ...]:
     names = tuple(ALIASES.get(name.strip(), name.strip()) for name in text.split(","))
     for name in names:
         if name not in NAMES:
-            raise ConfigError("--arms", name, f"must be among {', '.join(NAMES)}", "Separate several by commas.")
+            raise ConfigError(
+                "--arms",
+                name,
+                f"must be among {', '.join(NAMES)}",
+                what_to_do(name, NAMES, "Separate several by commas."),
+            )
     if len(set(names)) < len(names):
         raise ConfigError("--arms", text, "must name each arm once", "Use --arms stock,elastic.")
     return names

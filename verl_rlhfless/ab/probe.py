@@ -178,4 +178,4 @@ def _check(text: str, values: Mapping[str, Any]) -> None:
         raise ConfigError("rlhfless.pool.name", values["ours"], rule, "Remove +rlhfless=... from the recipe.")
     missing = [_KEYS[name] for name in ("gpus_per_node", "nnodes", "tp", "prompts", "samples") if not values[name]]
     if missing:
-        raise ConfigError(missing[0], None, f"is not set by {text!r}", "Set it in the recipe.")
+        raise ConfigError(missing[0], None, f"is not set, or 0, in {text!r}", "Set it in the recipe.")

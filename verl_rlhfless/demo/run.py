@@ -23,6 +23,7 @@ from verl_rlhfless.report.environment import code, hardware, versions
 from verl_rlhfless.report.folder import write_report
 from verl_rlhfless.report.guards import GuardLimits
 from verl_rlhfless.report.requests import render_requests
+from verl_rlhfless.schema import what_to_do
 
 _ARM_TIMEOUT_S = 1800.0
 
@@ -48,14 +49,20 @@ class DemoOptions:
         for name in self.arms:
             if name not in recipe.ARMS:
                 raise ConfigError(
-                    "--arms", name, f"must be among {', '.join(recipe.ARMS)}", "Separate several by commas."
+                    "--arms",
+                    name,
+                    f"must be among {', '.join(recipe.ARMS)}",
+                    what_to_do(name, recipe.ARMS, "Separate several by commas."),
                 )
         if not self.arms or len(set(self.arms)) < len(self.arms):
             raise ConfigError("--arms", ",".join(self.arms), "must name each arm once", "Use --arms stock,elastic.")
         for name in self.columns:
             if name not in COLUMNS:
                 raise ConfigError(
-                    "--columns", name, f"must be among {', '.join(COLUMNS)}", "Separate several by commas."
+                    "--columns",
+                    name,
+                    f"must be among {', '.join(COLUMNS)}",
+                    what_to_do(name, COLUMNS, "Separate several by commas."),
                 )
         if not self.columns or len(set(self.columns)) < len(self.columns):
             raise ConfigError(

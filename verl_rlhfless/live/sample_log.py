@@ -84,11 +84,14 @@ def read_bounds(folder: Path) -> SampleBounds:
     """Return what the run in ``folder`` was asked for.
 
     Raises:
-        DataError: It recorded no sample.
+        DataError: It recorded no sample, or the first line is malformed.
     """
     for path in sorted(folder.glob(PATTERN)):
         for line in _lines(path):
-            return SampleBounds(**line)
+            try:
+                return SampleBounds(**line)
+            except TypeError as error:
+                raise DataError(f"{path}, line 1: is not the head of a record: {error}. Run the arm again.") from error
     raise DataError(
         f"{folder}: holds no {PATTERN}. Give the folder of an arm that the observer watched, with the plugin installed."
     )
@@ -110,7 +113,7 @@ def read_samples(folder: Path) -> Iterator[SampleRecord]:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:  # what is no text is no JSON either
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
                 return

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from verl_rlhfless.policy.dispatch import longest_first
 from verl_rlhfless.policy.fleets import Candidate, LaneFleet, elastic_fleets
 from verl_rlhfless.policy.goal import Goal, infeasible, too_few, too_wide
 from verl_rlhfless.policy.lane_placement import place_lanes

@@ -79,9 +79,12 @@ def _arm_folders(folder: Path) -> Iterable[str]:
 
 def _parse(path: Path) -> Mapping[str, Any]:
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path}: is not JSON: {error}. Run the comparison again.") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise DataError(f"{path}: is not a record in the format {FORMAT}. Give the --out of `rlhfless ab`.")
+    for key, kind in (("arms", dict), ("guards", list)):
+        if not isinstance(record.get(key), kind):
+            raise DataError(f"{path}: `{key}` is missing or of another form. Run the comparison again.")
     return record

@@ -93,6 +93,14 @@ def read_observed(folder: Path) -> Observed:
     Raises:
         DataError: A file of the observer or verl's metrics are missing, or a line is malformed; with path and line.
     """
+    try:
+        return _read(folder)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise DataError(f"{folder}: a line of its records has another form ({what}). Run the arm again.") from error
+
+
+def _read(folder: Path) -> Observed:
     events = [event for path in sorted(folder.glob("events-*.jsonl")) for event in _lines(path)]
     return Observed(
         holds=tuple(_holds(folder / LEASES_FILE)),
@@ -110,7 +118,7 @@ def _lines(path: Path) -> Iterator[Any]:
     """Yield each line's JSON value; a last line without its end is left out."""
     if not path.exists():
         raise DataError(f"{path}: is missing. Run the arm under the observer, with verl's file logger writing there.")
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:  # what is no text is no JSON either
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
                 return

@@ -9,8 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from verl_rlhfless.errors import ConfigError, DataError
+from verl_rlhfless.errors import ConfigError, DataError, why
 from verl_rlhfless.policy.gpus import GPUS, GpuType
+from verl_rlhfless.schema import what_to_do
 
 FORMAT = "rlhfless-cluster/1"
 
@@ -86,13 +87,16 @@ def load_cluster(name_or_path: str) -> Cluster:
         if path.suffix == ".json":
             raise ConfigError("--cluster", name_or_path, "no such file", f"Or choose one of {', '.join(CLUSTERS)}.")
         raise ConfigError(
-            "--cluster", name_or_path, f"must be one of {', '.join(CLUSTERS)}, or a JSON file", "Choose one of them."
+            "--cluster",
+            name_or_path,
+            f"must be one of {', '.join(CLUSTERS)}, or a JSON file",
+            what_to_do(name_or_path, CLUSTERS, "Choose one of them."),
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path}: cannot be read as JSON: {error}. Give a cluster file in the format {FORMAT}."
+            f"{path}: cannot be read as JSON: {why(error)}. Give a cluster file in the format {FORMAT}."
         ) from error
     return parse_cluster(values, str(path))
 
@@ -112,7 +116,12 @@ def parse_cluster(values: object, name: str) -> Cluster:
         raise ConfigError(f"{name}: format", values.get("format"), f"must be {FORMAT!r}", "Correct it.")
     gpu = values.get("gpu")
     if not isinstance(gpu, str) or gpu not in GPUS:
-        raise ConfigError(f"{name}: gpu", gpu, f"must be one of {', '.join(GPUS)}", "Choose one of them.")
+        raise ConfigError(
+            f"{name}: gpu",
+            gpu,
+            f"must be one of {', '.join(GPUS)}",
+            what_to_do(str(gpu), GPUS, "Choose one of them."),
+        )
     nodes = int(_number(values, "num_nodes", name, (1, 100_000), is_int=True))
     cluster = Cluster(
         name=str(values.get("name", name)),

@@ -16,6 +16,8 @@ from verl_rlhfless.trace import FORMAT, read_trace
 
 _MOST_TOKENS = 10**9
 """Of a mean or a cap, so that every count drawn from it stays one that the format allows."""
+_MOST_SAMPLES = 10**7
+"""Of a trace, which is built in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,9 @@ class TraceSpec:
                 raise ConfigError(
                     f"--{key.replace('_', '-')}", getattr(self, key.replace("-", "_")), rule, "Correct it."
                 )
+        if self.num_samples > _MOST_SAMPLES:
+            key, rule = "--epochs x --steps-per-epoch x --groups x --n", f"must be at most {_MOST_SAMPLES} responses"
+            raise ConfigError(key, self.num_samples, rule, "Lower one of them.")
 
     @property
     def num_steps(self) -> int:

@@ -70,7 +70,7 @@ def _cell(axis: Axes, run: Mapping[str, Any]) -> None:
     _span_arms(axis, points)
     _name_arms(axis, points)
     bound = run["bound"]
-    told = f"↙ lower bound: {bound['step_s']:.3g} s, ${bound['gpu_lease_usd']:.3g}"
+    told = f"↙ lower bound: {bound['step_s']:.3g} s, {_dollars(bound['gpu_lease_usd'])}"
     axis.text(0.02, 0.03, told, transform=axis.transAxes, fontsize=8)
 
 
@@ -106,7 +106,7 @@ def _name_arms(axis: Axes, points: Points) -> None:
     for name, height in zip(names, heights, strict=True):
         step_s, usd = points[name]
         axis.annotate(
-            f"{name}  {step_s:.3g} s  ${usd:.3g}",
+            f"{name}  {step_s:.3g} s  {_dollars(usd)}",
             points[name],
             (1.06, height),
             textcoords="axes fraction",
@@ -116,6 +116,11 @@ def _name_arms(axis: Axes, points: Points) -> None:
             verticalalignment="center",
             arrowprops={"arrowstyle": "-", "relpos": (0, 0.5), "color": look(name)[1], "linewidth": 0.6, "alpha": 0.6},
         )
+
+
+def _dollars(usd: float) -> str:
+    """Return an amount with three digits, trailing zeros too, so that amounts one above the other compare."""
+    return "$" + f"{usd:#.3g}".rstrip(".")
 
 
 def label_heights(wanted: Sequence[float]) -> list[float]:

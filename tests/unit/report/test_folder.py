@@ -99,7 +99,12 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     stock_run(tmp_path / "stock")
     with pytest.raises(DataError, match=r"unfinished comparison.*stock"):
         write_report(tmp_path)
-    for content, says in [("{", "is not JSON"), ('{"format": "x"}', "is not a record")]:
+    for content, says in [
+        ("{", "is not JSON"),
+        ('{"format": "x"}', "is not a record"),
+        ('{"format": "rlhfless-ab/1"}', "`arms` is missing"),
+        ('{"format": "rlhfless-ab/1", "arms": {}, "guards": 3}', "`guards` is missing or of another form"),
+    ]:
         (tmp_path / "ab.json").write_text(content)
         with pytest.raises(DataError, match=says):
             write_report(tmp_path)

@@ -104,3 +104,10 @@ def test_a_torn_last_line_is_left_out_and_a_broken_one_named(tmp_path: Path) -> 
     path.write_text('{"max_response_tokens": 64, "n": 2, "is_replayed": false}\n{"step": 1}\n')
     with pytest.raises(DataError, match=r"samples-1-a\.jsonl, line 2: is not a sample"):
         record_trace(tmp_path, tmp_path / "t.jsonl")
+
+
+@pytest.mark.parametrize("content", [b'{"a": 1}\n', b"[3]\n", b"\xff\n"])
+def test_a_file_that_is_no_record_of_samples_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "samples-1-a.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=r"samples-1-a\.jsonl, line 1: is not .* Run the arm again"):
+        record_trace(tmp_path, tmp_path / "t.jsonl")

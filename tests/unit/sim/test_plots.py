@@ -30,7 +30,7 @@ def test_no_two_arms_look_alike() -> None:
 
 def test_arms_at_one_point_are_all_named_with_their_figures(tmp_path: Path) -> None:
     picture = drawn(dict.fromkeys(ARMS, (20.0, 0.5)), tmp_path)
-    assert all(f">{name}  20 s  $0.5<" in picture for name in ARMS)
+    assert all(f">{name}  20 s  $0.500<" in picture for name in ARMS)
     assert "lower bound: 9.13 s, $0.0132" in picture and "b, c, m" in picture
 
 
