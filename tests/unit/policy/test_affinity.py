@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.policy.paced import POOL
 from tests.unit.sim.cases import cell, steps
-from verl_rlhfless.policy import plan
+from verl_rlhfless.policy import lane_placement
 from verl_rlhfless.policy.affinity import affine_groups
 from verl_rlhfless.policy.dispatch import balanced_groups
 from verl_rlhfless.policy.ours import Ours
@@ -72,7 +72,7 @@ def test_a_simulated_step_is_faster_for_it(monkeypatch: pytest.MonkeyPatch) -> N
     """Agents: 16 environments of 12,000 tokens, short answers."""
     data = tuple(tasks(step, 12_000, 16) for step in steps(2, 64, 4, mean=60.0, cap=512))
     priced = cell(data).run(Ours(can_fuse=False)).steps[-1]
-    monkeypatch.setattr(plan, "affine_groups", lambda batch, load, num, _: balanced_groups(batch, load, [1.0] * num))
+    monkeypatch.setattr(lane_placement, "affine_groups", lambda batch, load, num, _: balanced_groups(batch, load, [1.0] * num))
     blind = cell(data).run(Ours(can_fuse=False)).steps[-1]
     assert blind.prefill_tokens > 1.5 * priced.prefill_tokens > priced.distinct_prompt_tokens
     assert priced.gen_s < 0.9 * blind.gen_s
