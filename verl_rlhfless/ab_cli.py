@@ -35,9 +35,9 @@ def ab(
     trainer_gpus: Annotated[
         int | None,
         typer.Option(
-            help="GPUs of the trainer in the arms whose rollout has GPUs of its own (elastic, separate_async); "
-            "replicas get the rest. Default: at most half, so that both get about the same. Fewer make updates slower "
-            "and optimizer shards larger. With all, the elastic arm's trainer leaves them during rollouts."
+            help="GPUs of the trainer in the arms elastic and separate_async; replicas get the rest. Default: in "
+            "elastic all, which an FSDP trainer leaves during rollouts; otherwise at most half, so that both get "
+            "about the same. Fewer make updates slower and optimizer shards larger."
         ),
     ] = None,
     trace: Annotated[

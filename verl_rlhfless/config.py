@@ -16,6 +16,9 @@ from verl_rlhfless.schema import RULE, Section, build, one_of, within
 TRAINER_MODE = "rlhfless_sync"
 """Value of ``trainer.v1.trainer_mode`` that selects our trainer."""
 
+LEAVING_STRATEGIES = frozenset({"fsdp", "fsdp2"})
+"""Strategies of trainers whose state is known to leave its device and come back."""
+
 _INACTIVE = ("off", "stock", None)
 
 

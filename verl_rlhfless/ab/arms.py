@@ -101,8 +101,8 @@ def build_arms(
     Args:
         names: Which.
         facts: What the recipe resolves to.
-        trainer_gpus: GPUs of the trainer where the rollout has its own; ``None`` = see :func:`default_split`. In the
-            elastic arm it may have all: it gives them back during each rollout.
+        trainer_gpus: GPUs of the trainer. ``None`` = in the elastic arm all of the recipe's if the trainer may leave
+            them during rollouts, as with the README's overrides; else see :func:`default_split`.
         plugin_overrides: Appended to our arms only.
 
     Raises:
@@ -130,7 +130,7 @@ def _resident() -> Arm:
 
 def _elastic(facts: RecipeFacts, trainer_gpus: int | None) -> Arm:
     if trainer_gpus is None:
-        trainer_gpus = default_split(facts) or facts.trainer_gpus
+        trainer_gpus = facts.trainer_gpus if facts.can_leave else default_split(facts) or facts.trainer_gpus
     if facts.trainer_gpus < facts.tp:
         rule = f"a replica needs {facts.tp} GPUs and the recipe has {facts.trainer_gpus}"
         action = "Raise it, or lower the rollout's size."

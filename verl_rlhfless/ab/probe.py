@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from verl_rlhfless.ab.command import Recipe, shell_environment
 from verl_rlhfless.ab.process import end_group
+from verl_rlhfless.config import LEAVING_STRATEGIES
 from verl_rlhfless.errors import ConfigError
 
 _NODE = "rlhfless_probe"
@@ -30,6 +31,7 @@ _KEYS = {
     "use_v1": "trainer.use_v1",
     "ours": "rlhfless.pool.name",
     "rollout_dtype": f"{_ROLLOUT}.dtype",
+    "strategy": "actor_rollout_ref.actor.strategy",
     "switch": "trainer.v1.separate_async.hybrid_rollout.enable_switch",
     "has_reward_pool": "reward.reward_model.enable_resource_pool",
     "has_reward_model": "reward.reward_model.enable",
@@ -57,6 +59,7 @@ class RecipeFacts:
         seed: Of the data's order; ``None`` = not set.
         is_fp32: Whether engine and trainer compute in float32, so that their probabilities agree closely.
         has_switch: Whether this verl can lend idle trainer GPUs to the rollout.
+        can_leave: Whether the trainer may give its GPUs back during rollouts.
         extra_gpus: GPUs of a pool of its own for a reward model.
         ray_limits: Keys of ``ray_kwargs.ray_init`` that don't go with a cluster that runs.
         environment: What the recipe assigns and exports to its process, by name.
@@ -72,6 +75,7 @@ class RecipeFacts:
     seed: int | None
     is_fp32: bool
     has_switch: bool
+    can_leave: bool
     extra_gpus: int
     ray_limits: tuple[str, ...]
     environment: Mapping[str, str]
@@ -161,6 +165,7 @@ def read_facts(text: str, out: str) -> RecipeFacts:
         seed=values["seed"],
         is_fp32=values["rollout_dtype"] == "float32" and values["precision"] in ("fp32", "float32"),
         has_switch=values["switch"] is not None,
+        can_leave=values["strategy"] in LEAVING_STRATEGIES,
         extra_gpus=int(values["reward_nnodes"] * values["reward_gpus_per_node"]) if has_pool else 0,
         ray_limits=tuple(name for name in ("num_cpus", "num_gpus") if values[f"ray_{name}"] is not None),
         environment={name: str(value) for name, value in values["environment"].items() if value is not None},

@@ -39,7 +39,7 @@ class AbOptions:
         out: Folder of the comparison.
         arms: Names, with commas.
         steps: Training steps of each arm.
-        trainer_gpus: GPUs that the trainer keeps where the rollout has its own; ``None`` = at most half.
+        trainer_gpus: GPUs of the trainer; ``None`` = see :func:`~verl_rlhfless.ab.arms.build_arms`.
         trace: Lengths to replay in every arm; ``None`` = the model's own.
         plugin_overrides: Appended to the plugin's arms only.
         timeout_h: After this time an arm is ended and has failed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from verl_rlhfless.config import LEAVING_STRATEGIES
 from verl_rlhfless.live.fusion_check import has_critic
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ def why_lease_is_kept(run_config: Any, suspend_trainer: str) -> str:
         strategies.add(run_config.critic.strategy)
     reasons = {
         "rlhfless.pool.suspend_trainer=never": suspend_trainer == "never",
-        "only FSDP's state is known to leave its device and come back": not strategies <= {"fsdp", "fsdp2"},
+        "only FSDP's state is known to leave its device and come back": not strategies <= LEAVING_STRATEGIES,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 

@@ -14,12 +14,16 @@ from verl_rlhfless.errors import ConfigError
 
 FACTS = RecipeFacts(
     gpus_per_node=8, nnodes=1, tp=1, prompts=64, samples=8, mini_batch=32, epochs=1, seed=None, is_fp32=False,
-    has_switch=True, extra_gpus=0, ray_limits=(), environment={},
+    has_switch=True, can_leave=True, extra_gpus=0, ray_limits=(), environment={},
 )  # fmt: skip
 
 
 def values(overrides: tuple[str, ...]) -> dict[str, str]:
     return {key.lstrip("+"): value for key, _, value in (item.partition("=") for item in overrides)}
+
+
+def _gpus(chosen: dict[str, str], part: str) -> int:
+    return int(chosen[f"{part}.nnodes"]) * int(chosen[f"{part}.n_gpus_per_node"])
 
 
 def test_names_are_checked_and_sync_is_stock() -> None:
@@ -38,8 +42,8 @@ def test_stock_arms_switch_everything_of_ours_off_and_ours_choose_our_trainer() 
         assert arm.is_asynchronous == ("async" in arm.name)
 
 
-def test_the_elastic_arm_divides_the_recipes_gpus() -> None:
-    (arm,) = build_arms(["elastic"], replace(FACTS, tp=2), None, [])
+def test_where_the_trainer_stays_the_elastic_arm_divides_the_recipes_gpus() -> None:
+    (arm,) = build_arms(["elastic"], replace(FACTS, tp=2, can_leave=False), None, [])
     chosen = values(arm.overrides)
     assert (chosen["trainer.n_gpus_per_node"], chosen["trainer.nnodes"]) == ("4", "1")
     assert chosen["rlhfless.pool.max_gpus"] == "8"
@@ -48,7 +52,8 @@ def test_the_elastic_arm_divides_the_recipes_gpus() -> None:
 
 
 def test_a_trainer_with_all_gpus_leaves_them_to_replicas_during_rollouts() -> None:
-    for facts, asked in [(replace(FACTS, tp=2), 8), (replace(FACTS, gpus_per_node=2, tp=2), None)]:
+    two = replace(FACTS, gpus_per_node=2, tp=2)
+    for facts, asked in [(replace(FACTS, tp=2), 8), (FACTS, None), (two, None), (replace(two, can_leave=False), None)]:
         (arm,) = build_arms(["elastic"], facts, asked, [])
         chosen = values(arm.overrides)
         assert chosen["trainer.n_gpus_per_node"] == str(facts.gpus_per_node)
@@ -87,13 +92,11 @@ def test_whatever_is_asked_the_budget_is_kept_or_refused(
     except ConfigError as error:
         assert error.key in ("--trainer-gpus", "trainer.n_gpus_per_node")
         return
-    chosen = values(elastic.overrides)
-    kept = int(chosen["trainer.nnodes"]) * int(chosen["trainer.n_gpus_per_node"])
-    assert kept >= 1 and int(chosen["rlhfless.pool.max_gpus"]) == per_node * nnodes
-    assert mini * facts.samples % kept == 0
-    beside = values(separate.overrides)
-    rollout = int(beside["actor_rollout_ref.rollout.nnodes"]) * int(beside["actor_rollout_ref.rollout.n_gpus_per_node"])
-    assert kept + rollout == per_node * nnodes
+    chosen, beside, budget = values(elastic.overrides), values(separate.overrides), per_node * nnodes
+    rollout = _gpus(beside, "actor_rollout_ref.rollout")
+    assert int(chosen["rlhfless.pool.max_gpus"]) == _gpus(beside, "trainer") + rollout == budget
+    for kept in (_gpus(chosen, "trainer"), _gpus(beside, "trainer")):
+        assert kept == budget or (kept >= 1 and mini * facts.samples % kept == 0)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ VALUES = {
     "gpus_per_node": "8", "nnodes": "2", "tp": "2", "prompts": "64", "samples": "8", "mini_batch": "32", "epochs": "3",
     "seed": "null", "mode": "sync", "use_v1": "true", "ours": "null", "rollout_dtype": "bfloat16", "switch": "false",
     "has_reward_pool": "false", "has_reward_model": "false", "reward_nnodes": "0", "reward_gpus_per_node": "8",
-    "ray_num_cpus": "null", "ray_num_gpus": "null", "precision": "null",
+    "ray_num_cpus": "null", "ray_num_gpus": "null", "precision": "null", "strategy": "fsdp2",
 }  # fmt: skip
 
 
@@ -27,7 +27,8 @@ def test_the_facts_are_those_that_hydra_resolved() -> None:
     assert (facts.trainer_gpus, facts.num_gpus, facts.tp, facts.seed) == (16, 16, 2, None)
     assert (facts.prompts, facts.samples, facts.mini_batch, facts.epochs) == (64, 8, 32, 3)
     assert (facts.is_fp32, facts.has_switch, facts.is_on_cpu, facts.ray_limits) == (False, True, False, ())
-    assert facts.environment == {"A": "x"}
+    assert facts.environment == {"A": "x"} and facts.can_leave
+    assert not read_facts("run.sh", printed(strategy="megatron")).can_leave
 
 
 def test_a_pool_of_its_own_for_the_reward_counts_and_what_a_running_cluster_refuses_is_known() -> None:

@@ -72,7 +72,9 @@ def test_a_simulated_step_is_faster_for_it(monkeypatch: pytest.MonkeyPatch) -> N
     """Agents: 16 environments of 12,000 tokens, short answers."""
     data = tuple(tasks(step, 12_000, 16) for step in steps(2, 64, 4, mean=60.0, cap=512))
     priced = cell(data).run(Ours(can_fuse=False)).steps[-1]
-    monkeypatch.setattr(lane_placement, "affine_groups", lambda batch, load, num, _: balanced_groups(batch, load, [1.0] * num))
+    monkeypatch.setattr(
+        lane_placement, "affine_groups", lambda batch, load, num, _: balanced_groups(batch, load, [1.0] * num)
+    )
     blind = cell(data).run(Ours(can_fuse=False)).steps[-1]
     assert blind.prefill_tokens > 1.5 * priced.prefill_tokens > priced.distinct_prompt_tokens
     assert priced.gen_s < 0.9 * blind.gen_s
