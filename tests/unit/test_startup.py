@@ -230,7 +230,7 @@ def test_a_replica_may_be_as_large_as_the_budget_when_the_trainer_leaves(recipe:
     [("default", ["rlhfless/planner=fixed", "rlhfless/dispatcher=stock", "rlhfless/migration=off"]),
      ("resident", ["rlhfless/dispatcher=stock", "rlhfless/migration=off"])],
 )  # fmt: skip
-def test_a_mixture_of_experts_is_refused_with_the_switches_that_make_it_run(
+def test_a_model_without_a_price_is_refused_with_the_switches_that_make_it_run(
     recipe: Compose,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -238,15 +238,15 @@ def test_a_mixture_of_experts_is_refused_with_the_switches_that_make_it_run(
     switches: list[str],
     is_downloaded: bool,
 ) -> None:
-    _sized(tmp_path, num_experts=8)
+    _sized(tmp_path, kv_lora_rank=8)
     name = "some/model" if is_downloaded else str(tmp_path)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(tmp_path / "config.json"))
-    experts = [f"+rlhfless={group}", f"actor_rollout_ref.model.path={name}"]
+    latent = [f"+rlhfless={group}", f"actor_rollout_ref.model.path={name}"]
     with pytest.raises(RlhflessError) as caught:
-        check_run(recipe(*experts), {})
-    for part in (f"actor_rollout_ref.model.path={name!r}", "mixture-of-experts", *switches):
+        check_run(recipe(*latent), {})
+    for part in (f"actor_rollout_ref.model.path={name!r}", "multi-head latent attention", *switches):
         assert part in str(caught.value)
-    assert check_run(recipe(*experts, *switches), {}).startswith("active:")
+    assert check_run(recipe(*latent, *switches), {}).startswith("active:")
 
 
 def _sized(tmp_path: Path, **more: int) -> list[str]:

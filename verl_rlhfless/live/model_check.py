@@ -53,7 +53,7 @@ def check_shape(config: DictConfig, parsed: RlhflessConfig, model: Mapping[str, 
         model: The model's ``config.json``.
 
     Raises:
-        ConfigError: It has none, such as a mixture of experts.
+        ConfigError: It has none, such as one with multi-head latent attention.
     """
     has_declared_price = config.trainer.device == "cpu" or parsed.instrument.pace is not None
     if not parsed.plans and (has_declared_price or parsed.is_placement_fixed):

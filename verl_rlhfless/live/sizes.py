@@ -27,7 +27,7 @@ def legal_sizes(planner: PlannerConfig, model: Mapping[str, Any], num_gpus: int)
         if tp not in possible:
             rule = (
                 f"{tp} must be at most {num_gpus} GPUs and divide the model's {shape.heads} heads and "
-                f"{shape.intermediate} intermediate channels (KV heads: {shape.kv_heads})"
+                f"{' and '.join(map(str, shape.widths))} intermediate channels (KV heads: {shape.kv_heads})"
             )
             key = "rlhfless.planner.tensor_parallel_sizes"
             raise ConfigError(key, list(planner.tensor_parallel_sizes or ()), rule, f"Possible: {list(possible)}.")

@@ -115,9 +115,8 @@ class EnginePerf:
         kv = self.shape.kv_bytes_per_token / self.shape.kv_shards(self.tp)
         return kv / (self.gpu.hbm_bytes_per_s * self.efficiencies.hbm)
 
-    @cached_property
-    def _weights_s(self) -> float:
-        read = self.shape.matmul_params * BYTES_PER_PARAM / self.tp
+    def _weights_s(self, tokens: int) -> float:
+        read = self.shape.read_params(tokens) * BYTES_PER_PARAM / self.tp
         return read / (self.gpu.hbm_bytes_per_s * self.efficiencies.hbm)
 
     @cached_property
@@ -147,7 +146,7 @@ class EnginePerf:
         return 2 * self.shape.layers * (latency + sent / (self.gpu.peer_bytes_per_s * eff.peer))
 
     def _matmul_s(self, tokens: int) -> float:
-        work = max(self._weights_s, tokens * self._compute_s_per_token)
+        work = max(self._weights_s(tokens), tokens * self._compute_s_per_token)
         return self.efficiencies.launch_s + work + self.allreduce_s(tokens)
 
     def iteration_s(

@@ -173,7 +173,7 @@ def test_a_gpu_has_the_memory_of_the_trainers_smallest(
 def test_a_model_without_a_price_ends_the_set_up_before_anything_is_built(
     trainer: RequestTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: {"n_routed_experts": 64}))
+    model = SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: {"kv_lora_rank": 64}))
     monkeypatch.setattr(module, "omega_conf_to_dataclass", lambda _: model)
     monkeypatch.setattr(PPOTrainerSync, "_setup", lambda self: pytest.fail("the set-up began"))
     values = {"trainer": {"device": "cuda"}, "actor_rollout_ref": {"model": {"path": "a/b"}}}

@@ -65,11 +65,11 @@ def test_a_gpu_is_known_by_its_name_and_the_models_shape() -> None:
 
 
 def test_a_model_without_a_price_is_refused_unless_nothing_asks_for_one() -> None:
-    experts = {**DENSE, "num_experts": 8}
+    latent = {**DENSE, "kv_lora_rank": 8}
     resources = ("accelerator_type:H100",)
-    with pytest.raises(ConfigError, match=r"rlhfless\.dispatcher\.name='length_bucket'.*mixture.*dispatcher=stock"):
-        settings(None, resources, experts, dispatcher={"name": "length_bucket"}).pool((2,))
-    assert settings(None, resources, experts).pool((2,)).perf[2]
+    with pytest.raises(ConfigError, match=r"rlhfless\.dispatcher\.name='length_bucket'.*latent.*dispatcher=stock"):
+        settings(None, resources, latent, dispatcher={"name": "length_bucket"}).pool((2,))
+    assert settings(None, resources, latent).pool((2,)).perf[2]
 
 
 PLANNED = {

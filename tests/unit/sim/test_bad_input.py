@@ -75,7 +75,11 @@ def test_a_file_that_is_no_cluster_is_refused(tmp_path: Path, text: str) -> None
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"vocab_size": "1000"}, "vocab_size"),
-        ({"num_experts": 8}, "num_experts"),
+        ({"kv_lora_rank": 512}, "kv_lora_rank"),
+        ({"num_experts": "8"}, "num_experts"),
+        ({"num_experts": 8, "num_experts_per_tok": 9}, "num_experts_per_tok"),
+        ({"num_experts": 8, "num_experts_per_tok": 2, "mlp_only_layers": 3}, "mlp_only_layers"),
+        ({"num_experts": 8, "num_experts_per_tok": 2, "decoder_sparse_step": "x"}, "decoder_sparse_step"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"hidden_size": 1025}, "hidden_size"),
     ],
@@ -89,8 +93,8 @@ def test_a_bad_model_config_names_the_key(change: dict[str, object], key: str) -
 def test_of_a_vision_language_model_the_decoder_counts() -> None:
     seeing = {"text_config": MODEL | {"tie_word_embeddings": None}, "vision_config": {}, "tie_word_embeddings": True}
     assert parse_model_config(seeing, "a") == parse_model_config(MODEL | {"tie_word_embeddings": True}, "a")
-    with pytest.raises(ConfigError, match="num_experts=8: mixture"):
-        parse_model_config({"text_config": MODEL | {"num_experts": 8}}, "a")
+    with pytest.raises(ConfigError, match="kv_lora_rank=512: multi-head latent attention"):
+        parse_model_config({"text_config": MODEL | {"kv_lora_rank": 512}}, "a")
 
 
 def test_a_missing_model_key_is_named() -> None:
