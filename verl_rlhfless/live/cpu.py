@@ -132,7 +132,7 @@ class PlatformCPU(PlatformBase):
 
 def register() -> None:
     """Register the platform, the FSDP engines for its device, and the patches that it needs."""
-    from verl_rlhfless_patches import torch_gloo_backend, verl_reference_offload, vllm_cpu_linear
+    from verl_rlhfless_patches import torch_gloo_backend, verl_reference_offload, vllm_cpu_experts, vllm_cpu_linear
 
     if PlatformRegistry.get("cpu") is None:
         PlatformRegistry.register(platform="cpu")(PlatformCPU)
@@ -140,6 +140,7 @@ def register() -> None:
     torch_gloo_backend.apply()
     verl_reference_offload.apply()
     vllm_cpu_linear.apply()
+    vllm_cpu_experts.apply()
 
 
 def _register_fsdp_engines(fsdp: types.ModuleType) -> None:
