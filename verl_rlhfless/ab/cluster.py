@@ -67,9 +67,45 @@ class Cluster:
 
     def leftovers(self) -> list[str]:
         """Return what is still on this host of engines: processes, and shared memory that nobody maps, each named."""
-        marked = [process for process in _marked_processes(self.run_id) if _is_engine(process)]
+        engines = [process for process in _marked_processes(self.run_id) if _is_engine(process)]
         segments = _unmapped_segments() - self.segments_before
-        return [f"process {process.pid} ({_command(process)[:80]})" for process in marked] + sorted(segments)
+        return [f"process {process.pid} ({_command(process)[:80]})" for process in engines] + sorted(segments)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What tells the processes of one arm from all others.
+
+    Attributes:
+        run_id: Mark in the environment of every process of the arm.
+        environment: What those processes inherit, the mark included.
+        segments_before: Shared-memory segments of vLLM that were there before the arm.
+        temp_dir: Their folder, gone afterwards.
+    """
+
+    run_id: str
+    environment: Mapping[str, str]
+    segments_before: frozenset[str]
+    temp_dir: str
+
+    def cluster(self, address: str) -> Cluster:
+        """Return the cluster at ``address``, whose processes have the mark."""
+        return Cluster(address, self.run_id, self.environment, self.segments_before)
+
+
+@contextlib.contextmanager
+def marked(environment: Mapping[str, str]) -> Iterator[Mark]:
+    """Give the processes of a cluster a mark to inherit; on exit all that have it end, and nothing of them is left."""
+    run_id = uuid.uuid4().hex
+    segments_before = frozenset(queue_segments())
+    inherited = {**_RAY_ENVIRONMENT, **environment, _RUN_VARIABLE: run_id}
+    temp_dir = tempfile.mkdtemp(prefix="rlhfless-")
+    try:
+        yield Mark(run_id, inherited, segments_before, temp_dir)
+    finally:
+        _end_marked_processes(run_id)
+        unlink_segments(_unmapped_segments() - segments_before)
+        shutil.rmtree(temp_dir, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -77,28 +113,22 @@ def private_cluster(num_gpus: int, environment: Mapping[str, str], size: HostSiz
     """Start Ray with ``num_gpus`` declared GPUs; its processes inherit ``environment`` and end on exit."""
     import ray
 
-    run_id = uuid.uuid4().hex
-    segments_before = frozenset(queue_segments())
-    inherited = {**_RAY_ENVIRONMENT, **environment, _RUN_VARIABLE: run_id}
-    temp_dir = tempfile.mkdtemp(prefix="rlhfless-")
-    try:
-        with _environment(inherited):
-            context = ray.init(
-                "local",  # never join a cluster that happens to run on this host
-                num_gpus=num_gpus,
-                num_cpus=size.num_cpus,
-                object_store_memory=size.object_store_bytes,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                _temp_dir=temp_dir,
-            )
-        yield Cluster(context.address_info["gcs_address"], run_id, inherited, segments_before)
-    finally:
-        ray.shutdown()
-        _end_marked_processes(run_id)
-        unlink_segments(_unmapped_segments() - segments_before)
-        shutil.rmtree(temp_dir, ignore_errors=True)
+    with marked(environment) as mark:
+        try:
+            with _environment(mark.environment):
+                context = ray.init(
+                    "local",  # never join a cluster that happens to run on this host
+                    num_gpus=num_gpus,
+                    num_cpus=size.num_cpus,
+                    object_store_memory=size.object_store_bytes,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    _temp_dir=mark.temp_dir,
+                )
+            yield mark.cluster(context.address_info["gcs_address"])
+        finally:
+            ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -115,7 +145,7 @@ def running_cluster(address: str, num_gpus: int, environment: Mapping[str, str])
 
     check_address(address)
     run_id = uuid.uuid4().hex
-    marked = {**environment, _RUN_VARIABLE: run_id}
+    inherited = {**environment, _RUN_VARIABLE: run_id}
     segments_before = frozenset(queue_segments())
     try:
         context = ray.init(address=address, log_to_driver=False, logging_level="ERROR")
@@ -123,8 +153,8 @@ def running_cluster(address: str, num_gpus: int, environment: Mapping[str, str])
         raise RlhflessError(f"RAY_ADDRESS={address}: {' '.join(str(error).split())}. Start the cluster.") from error
     try:
         _wait_until_idle(address, num_gpus)
-        overrides = tuple(_inherited(name, value) for name, value in marked.items())
-        yield Cluster(context.address_info["gcs_address"], run_id, marked, segments_before, overrides)
+        overrides = tuple(_inherited(name, value) for name, value in inherited.items())
+        yield Cluster(context.address_info["gcs_address"], run_id, inherited, segments_before, overrides)
     finally:
         ray.shutdown()
 
