@@ -160,6 +160,14 @@ RESIDENT_REFUSED = [
         ["engine_kwargs.vllm.max_num_seqs=8", f"Set {ROLLOUT}.max_num_seqs instead"],
     ),
     (
+        [f"+{ROLLOUT}.engine_kwargs.vllm.gpu_memory_utilization=0.9"],
+        ["engine_kwargs.vllm.gpu_memory_utilization=0.9", f"Set {ROLLOUT}.gpu_memory_utilization instead"],
+    ),
+    (
+        [f"+{ROLLOUT}.engine_kwargs.vllm.enable_prefix_caching=False"],
+        ["engine_kwargs.vllm.enable_prefix_caching=False", f"Set {ROLLOUT}.enable_prefix_caching instead"],
+    ),
+    (
         [f"+{ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend=ray"],
         ["engine_kwargs.vllm.distributed_executor_backend='ray'", "Remove it"],
     ),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from verl_rlhfless.processes import (
 )
 from verl_rlhfless.shared_memory import mapped_segments, unlink_segments
 
+_ROOT = Path("/tmp")  # as verl for its sockets: the TMPDIR of a job may be longer than a name of a socket can be
 _PREFIX = "rlhfless-sockets-"
 _FOLDER_VARIABLE = "VLLM_RPC_BASE_PATH"
 
@@ -71,12 +71,18 @@ def _segments_of(processes: Iterable[ProcessKey]) -> set[str]:
 
 
 def _remove_orphans() -> None:
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        pid, _, create_ms = folder.name.removeprefix(_PREFIX).partition("-")
+    ours = f"{_PREFIX}{_pid_namespace()}-"
+    for folder in _ROOT.glob(f"{ours}*"):
+        pid, _, create_ms = folder.name.removeprefix(ours).partition("-")
         if pid.isdecimal() and create_ms.isdecimal() and not is_running((int(pid), int(create_ms) / 1e3)):
             shutil.rmtree(folder, ignore_errors=True)  # of another user: theirs to remove
 
 
 def _folder_of(server: ProcessKey) -> Path:
     pid, create_time_s = server
-    return Path(tempfile.gettempdir()) / f"{_PREFIX}{pid}-{round(create_time_s * 1e3)}"
+    return _ROOT / f"{_PREFIX}{_pid_namespace()}-{pid}-{round(create_time_s * 1e3)}"
+
+
+def _pid_namespace() -> int:
+    """Return which processes the pids are of: containers that share the folder do not see each other's."""
+    return os.stat("/proc/self/ns/pid").st_ino

@@ -89,11 +89,19 @@ _REPLICA_ARGUMENTS = (
     "worker_extension_cls",
     "distributed_executor_backend",
     "enable_sleep_mode",
+    "enable_prefix_caching",
+    "gpu_memory_utilization",
+    "max_model_len",
+    "max_num_batched_tokens",
     "max_num_seqs",
 )
 _INSTEAD = {
     "tensor_parallel_size": f"{_ROLLOUT}.tensor_model_parallel_size",
     "enable_sleep_mode": f"+{_ROLLOUT}.enable_sleep_mode",
+    "enable_prefix_caching": f"{_ROLLOUT}.enable_prefix_caching",
+    "gpu_memory_utilization": f"{_ROLLOUT}.gpu_memory_utilization",
+    "max_model_len": f"{_ROLLOUT}.max_model_len",
+    "max_num_batched_tokens": f"{_ROLLOUT}.max_num_batched_tokens",
     "max_num_seqs": f"{_ROLLOUT}.max_num_seqs",
 }
 _LEGACY = ("custom_reward_function", "reward_model", "sandbox_fusion")

@@ -7,19 +7,23 @@ import socket
 import subprocess
 import sys
 import tempfile
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from verl_rlhfless.live import engine_files
 from verl_rlhfless.live.engine_files import end_engine, reap_server, sockets_without_names
 from verl_rlhfless.processes import process_key
 from verl_rlhfless.shared_memory import queue_segments, unlink_segments
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as short:
+        monkeypatch.setattr(engine_files, "_ROOT", Path(short))
+        yield Path(short)
 
 
 def _in(folder: Path) -> list[str]:
@@ -55,10 +59,21 @@ def test_later_processes_do_not_look_for_sockets_in_the_folder_that_is_gone(
     assert os.environ.get("VLLM_RPC_BASE_PATH") == before
 
 
+def test_names_are_short_enough_however_long_the_folder_for_temporary_files_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(tempfile, "tempdir", f"/scratch/{'x' * 90}")
+    with sockets_without_names(), socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"{os.environ['VLLM_RPC_BASE_PATH']}/{uuid.uuid4()}")  # as vLLM names them
+
+
+def _name(pid: int, create_time_s: float) -> str:
+    return f"rlhfless-sockets-{os.stat('/proc/self/ns/pid').st_ino}-{pid}-{round(create_time_s * 1e3)}"
+
+
 def _killed_during_a_start(folder: Path) -> tuple[int, float]:
     process = subprocess.Popen(["sleep", "60"])
     pid, create_time_s = process_key(process.pid)
-    (folder / f"rlhfless-sockets-{pid}-{round(create_time_s * 1e3)}").mkdir()
+    (folder / _name(pid, create_time_s)).mkdir()
     process.kill()
     process.wait()
     return pid, create_time_s
@@ -104,7 +119,8 @@ def test_the_next_start_removes_orphans_and_nothing_else(folder: Path) -> None:
     living = subprocess.Popen(["sleep", "60"])
     try:
         pid, create_time_s = process_key(living.pid)
-        kept = [f"rlhfless-sockets-{pid}-{round(create_time_s * 1e3)}", "rlhfless-sockets-of-someone", "other"]
+        of_another_container = "rlhfless-sockets-1-4194303-1000"  # where that pid may well live
+        kept = [_name(pid, create_time_s), of_another_container, "rlhfless-sockets-of-someone", "other"]
         for name in kept:
             (folder / name).mkdir()
         with sockets_without_names():
