@@ -41,7 +41,12 @@ class Experts:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of one decoder-only transformer; ``experts`` is ``None`` where all of its layers are dense."""
+    """The sizes of one decoder-only transformer.
+
+    Attributes:
+        experts: ``None`` where all of its layers are dense.
+        vision: Heads and width of the encoder beside it that sees; vLLM splits them among the same GPUs.
+    """
 
     name: str
     hidden: int
@@ -53,6 +58,7 @@ class ModelShape:
     vocab: int
     is_tied: bool
     experts: Experts | None = None
+    vision: tuple[int, ...] = ()
 
     @cached_property
     def matmul_params(self) -> int:
@@ -117,8 +123,7 @@ class ModelShape:
         return tuple(
             tp
             for tp in range(1, num_gpus + 1)
-            if self.heads % tp == 0
-            and all(width % tp == 0 for width in self.widths)
+            if all(each % tp == 0 for each in (self.heads, *self.widths, *self.vision))
             and (self.kv_heads % tp == 0 or tp % self.kv_heads == 0)
         )
 
@@ -151,6 +156,7 @@ def parse_model_config(values: Mapping[str, Any], name: str) -> ModelShape:
     """
     if not isinstance(values, Mapping):
         raise ConfigError(name, type(values).__name__, "must be a JSON object", "Give the model's config.json.")
+    vision = _vision(values, name)
     if isinstance(text := values.get("text_config"), Mapping):  # of a model that sees too, the part that generates
         tied = values.get("tie_word_embeddings", text.get("tie_word_embeddings"))
         values = {**text, "tie_word_embeddings": bool(tied)}
@@ -173,7 +179,17 @@ def parse_model_config(values: Mapping[str, Any], name: str) -> ModelShape:
         vocab=_positive(values, "vocab_size", name),
         is_tied=tied,
         experts=_experts(values, layers, name),
+        vision=vision,
     )
+
+
+def _vision(values: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """Return heads and width of a vision encoder, those that its configuration names."""
+    vision = values.get("vision_config")
+    if not isinstance(vision, Mapping):
+        return ()
+    keys = ("num_heads", "num_attention_heads", "intermediate_size")
+    return tuple(_positive(vision, key, f"{name}: vision_config") for key in keys if vision.get(key))
 
 
 def _experts(values: Mapping[str, Any], layers: int, name: str) -> Experts | None:

@@ -10,7 +10,7 @@ from verl_rlhfless.errors import ConfigError, DataError
 from verl_rlhfless.policy.calibrate import IterationSample, calibrate
 from verl_rlhfless.policy.gpus import GPUS
 from verl_rlhfless.policy.perf import EnginePerf
-from verl_rlhfless.policy.shapes import MODELS
+from verl_rlhfless.policy.shapes import MODELS, parse_model_config
 from verl_rlhfless.policy.transitions import RECIPES, Recipe, TrainerPerf, optimizer_state_bytes
 
 PERF = EnginePerf(MODELS["qwen2.5-7b"], GPUS["L40S"], 2)
@@ -35,6 +35,16 @@ def test_tensor_parallel_divides_heads_and_stays_in_a_node(model: str, expected:
 )
 def test_parameter_counts_are_those_of_the_model_cards(model: str, billions: float) -> None:
     assert MODELS[model].params / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_a_vision_encoder_is_split_too() -> None:
+    decoder = {
+        "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
+        "intermediate_size": 11008, "vocab_size": 151936,
+    }  # fmt: skip
+    seeing = decoder | {"vision_config": {"num_heads": 16, "intermediate_size": 3420}}  # Qwen2.5-VL-3B
+    assert parse_model_config(decoder, "m").split_sizes(8) == (1, 2, 4, 8)
+    assert parse_model_config(seeing, "m").split_sizes(8) == (1, 2, 4)
 
 
 def test_kv_bytes_replicate_beyond_the_number_of_kv_heads() -> None:

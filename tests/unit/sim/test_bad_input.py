@@ -97,6 +97,11 @@ def test_of_a_vision_language_model_the_decoder_counts() -> None:
         parse_model_config({"text_config": MODEL | {"kv_lora_rank": 512}}, "a")
 
 
+def test_a_bad_vision_encoder_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"config\.json: vision_config: num_heads='16'"):
+        parse_model_config(MODEL | {"vision_config": {"num_heads": "16"}}, "config.json")
+
+
 def test_a_missing_model_key_is_named() -> None:
     with pytest.raises(DataError, match=r"^config\.json: intermediate_size: is missing"):
         parse_model_config({k: v for k, v in MODEL.items() if k != "intermediate_size"}, "config.json")
