@@ -256,9 +256,15 @@ class Fleet:
                 raise failures[0]
             raise ReplicaError(f"the fleet did not end in order: {failures[0]!r}") from failures[0]
 
-    def make_room_on_hosts(self) -> None:
-        """End parked engines where their host lacks memory for the next weight version; call it between rollouts."""
-        asyncio.run(self.parking.make_room())
+    def look_after_standby(self) -> None:
+        """Let go of what died while it waited, and make room for the next weights; call it between rollouts."""
+
+        async def look() -> None:
+            await self._warm_servers.forget_dead()
+            await self.parking.end_dead()
+            await self.parking.make_room()
+
+        asyncio.run(look())
 
     def close(self) -> None:
         """Release every replica, and end the engines that are parked and the servers that wait for one."""

@@ -189,6 +189,12 @@ class ParkingLot:
         )
         return report.engine_s + report.lease_s
 
+    async def end_dead(self) -> None:
+        """End parked engines that died in their sleep, or do not answer: no plan counts with them any more."""
+        for replica in list(self._parked):
+            if await replica.is_lost():
+                await self._end(replica, "died in its sleep")
+
     async def make_room(self) -> None:
         """End parked engines, the one that sleeps longest first, while their host has no room for the next weights."""
         for replica in list(self._parked):

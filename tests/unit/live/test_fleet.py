@@ -161,6 +161,9 @@ class FakeWarmPool:
     async def wait_warm(self, count: int, timeout_s: float) -> None:
         self.waited_for.append(count)
 
+    async def forget_dead(self) -> None:
+        self.num_waiting = 0
+
     def close(self) -> None:
         self.is_closed = True
 
@@ -338,6 +341,12 @@ def test_one_failed_release_does_not_keep_the_others(fleet: Fleet) -> None:
 
 def test_servers_are_warmed_up_while_the_trainer_is_still_being_built(fleet: Fleet, warm_servers: FakeWarmPool) -> None:
     assert warm_servers.num_fills == 1
+
+
+def test_a_plan_does_not_count_with_what_died_between_two_rollouts(fleet: Fleet) -> None:
+    assert fleet.standby.num_servers == 1
+    fleet.look_after_standby()
+    assert fleet.standby.num_servers == 0
 
 
 def test_servers_in_waiting_end_with_the_fleet_even_if_a_replica_does_not(

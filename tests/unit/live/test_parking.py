@@ -284,6 +284,14 @@ def test_a_host_that_runs_out_of_memory_gets_it_back(run: Run, monkeypatch: pyte
     assert run.lot.parked.total() == 0 and not Replica.engines
 
 
+def test_what_died_in_its_sleep_is_counted_with_no_more(run: Run) -> None:
+    dead, asleep = started = run.start(1, 1)
+    run.retire(started)
+    dead.is_dead = True
+    asyncio.run(run.lot.end_dead())
+    assert run.lot.parked == {1: 1} and Replica.engines == {asleep}
+
+
 def test_a_lease_whose_place_a_parked_engine_does_not_make_is_given_back(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
