@@ -1,10 +1,10 @@
 """Let the shared memory that a process makes have names that begin with a prefix of ours.
 
 Why: vLLM's queues take the names of their segments from Python, which draws them at random (``psm_...``), and remove
-them on an orderly exit only. Nobody could tell whose a segment is that an engine left which was killed during its start:
-nothing maps it any more.
-Upstream: ``Lib/multiprocessing/shared_memory.py``, ``_make_filename``; ``vllm/distributed/device_communicators/
-shm_broadcast.py``, ``ShmRingBuffer``.
+them on an orderly exit only. Nobody could tell whose a segment is that an engine left which was killed during its
+start: nothing maps it any more.
+Upstream: ``Lib/multiprocessing/shared_memory.py``, ``_make_filename``, which vLLM's ``ShmRingBuffer`` gets there
+(``vllm/distributed/device_communicators/shm_broadcast.py``).
 Remove when: vLLM removes the names once its processes have the memory open, or lets them be set.
 """
 

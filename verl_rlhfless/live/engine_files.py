@@ -1,9 +1,9 @@
 """The sockets and the shared memory of vLLM's processes, which stay behind when an engine is killed.
 
 A connected socket needs no name. So a server's sockets lie in a folder of its own until its engine is up, and the
-folder is removed then: whatever ends the engine later, nothing stays behind. Shared memory has names during a start, too,
-and those tell the server. What a server or an engine leaves that is killed during a start is removed by whoever reaps
-it, or by the next start on the node.
+folder is removed then: whatever ends the engine later, nothing stays behind. Shared memory has names during a start,
+too, and those tell the server. What a server or an engine leaves that is killed during a start is removed by whoever
+reaps it, or by the next start on the node.
 """
 
 from __future__ import annotations
