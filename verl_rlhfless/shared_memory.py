@@ -27,9 +27,9 @@ def mapped_segments(pids: Iterable[int]) -> set[str]:
 
 
 def unlink_segments(names: Iterable[str]) -> None:
-    """Remove segments by name; one that is gone already is fine."""
+    """Remove segments by name; one that is gone already is fine, and another user's is theirs to remove."""
     for name in names:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, PermissionError):
             os.unlink(_FOLDER / name)
 
 

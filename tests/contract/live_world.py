@@ -119,6 +119,10 @@ class Replica:
         self.lease = await asyncio.to_thread(self.gpus.lease, self.name, self._over)
         return SimpleNamespace(version=weights.version, checksum="", seconds=0.0, num_bytes=1)
 
+    @property
+    def holds_lease(self) -> bool:
+        return self.lease is not None and self.lease.released_s is None
+
     async def is_lost(self) -> bool:
         return self.server_handle.is_dead
 

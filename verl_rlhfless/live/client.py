@@ -4,12 +4,13 @@ A turn holds a ticket at the router. Each time it is granted it runs on one serv
 whatever reason, prompt and tokens so far continue elsewhere at once with the budget that is left. To the agent loop it
 is one call, as verl's client makes it.
 
-Invariants: only the death of an engine or server is tried again, as often as the router allows; an error of the
-request itself is raised as it is; every token is asked for once.
+Invariants: only the death of an engine or server is tried again, as often as the router allows, and what ends because
+a server is out of reach for a moment; an error of the request itself is raised as it is; every token is asked for once.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -20,6 +21,7 @@ from verl.utils import normalize_token_ids
 from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
+from verl_rlhfless.live.asking import asked
 from verl_rlhfless.live.continuation import Continuation
 from verl_rlhfless.live.mailbox import Mailbox
 from verl_rlhfless.live.tickets import ENGINE_DEAD, Grant, Outcome, OutcomeKind, SampleKey, SessionEnd, Ticket
@@ -108,6 +110,8 @@ class ElasticClient(LLMServerClient):
             kind, detail = _end_by(error), f"{grant.server}: {type(error).__name__}"
             if kind is OutcomeKind.FAILED:
                 raise
+            if kind is OutcomeKind.AWAY and not await _is_back(server, grant.attempt):
+                kind = OutcomeKind.LOST
             output = await self._recovered(grant.attempt)
         else:
             if output.extra_fields.pop(ENGINE_DEAD, False):
@@ -159,6 +163,7 @@ class ElasticClient(LLMServerClient):
         return request_id
 
 
+_BACK_WITHIN_S = 2.0  # longer, a lost replica would cost its samples more than one that starts or has room for them
 _DEATHS = (
     ray.exceptions.RayActorError,
     ray.exceptions.OutOfMemoryError,  # Ray's memory monitor chose the server
@@ -168,9 +173,23 @@ _DEATHS = (
 
 
 def _end_by(error: ray.exceptions.RayError) -> OutcomeKind:
-    """Return what an error of a call says: the server is dead, only this answer is lost, or the request is wrong."""
-    if isinstance(error, (ray.exceptions.ActorUnavailableError, ray.exceptions.ObjectLostError)):
+    """Return what an error of a call says: server dead or away, only this answer lost, or the request wrong."""
+    if isinstance(error, ray.exceptions.ActorUnavailableError):
+        return OutcomeKind.AWAY
+    if isinstance(error, ray.exceptions.ObjectLostError):
         return OutcomeKind.CUT
     # by name: agent-loop workers don't import vLLM
     is_engine = isinstance(error, ray.exceptions.RayTaskError) and type(error.cause).__name__ == "EngineDeadError"
     return OutcomeKind.LOST if is_engine or isinstance(error, _DEATHS) else OutcomeKind.FAILED
+
+
+async def _is_back(server: Any, attempt: str) -> bool:
+    """Return whether a server that was out of reach soon answers again; what it still generates of the attempt ends.
+
+    Of a node that is gone Ray says for half a minute that its actors are out of reach.
+    """
+    try:
+        await asyncio.wait_for(asked(lambda: server.abort.remote([attempt])), _BACK_WITHIN_S)
+    except (ray.exceptions.RayError, asyncio.TimeoutError):
+        return False
+    return True

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf, open_dict
 
 from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import ReplicaError, RlhflessError
+from verl_rlhfless.live.asking import asked
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.orders import ReclaimReplica, StartReplica
 from verl_rlhfless.live.parking import ParkingLot
@@ -152,7 +153,7 @@ class Fleet:
         running: list[asyncio.Task[Any]] = []
         lost: list[asyncio.Task[Any]] = []
         with contextlib.suppress(ray.exceptions.RayActorError):  # a router that is gone asks for nothing
-            while (order := await self._router.wanted.remote()) is not None:
+            while (order := await asked(lambda: self._router.wanted.remote(len(running)))) is not None:
                 is_start = isinstance(order, StartReplica)
                 work = self._replace(order.tp, weights, tuple(lost)) if is_start else self._end(order.server)
                 running.append(asyncio.create_task(work))
@@ -178,7 +179,12 @@ class Fleet:
             logger.error("rlhfless: %s could not be released: %s", replica.name, error)
             self.replicas.append(replica)
             return
-        await self._router.lease_returned.remote(replica.world_size)
+        await self._tell_returned(replica)
+
+    async def _tell_returned(self, replica: ElasticReplica) -> None:
+        """Tell the router that GPUs are free; while it is out of reach, they count as leased to the rollout's end."""
+        with contextlib.suppress(ray.exceptions.ActorUnavailableError):
+            await self._router.lease_returned.remote(replica.world_size)
 
     async def _start_all(self, candidates: list[ElasticReplica], weights: WeightSource) -> list[str]:
         """Return why replicas did not come up."""
@@ -191,7 +197,9 @@ class Fleet:
         except Exception as error:  # noqa: BLE001  told to the router, recorded, and raised if nobody came up
             self._events.write("replica_failed", replica=replica.name, reason=str(error))
             logger.error("rlhfless: %s: %s", replica.name, error)
-            await self._router.give_up_expected.remote(replica.world_size)
+            if not replica.holds_lease:
+                await self._tell_returned(replica)
+            await asked(lambda: self._router.give_up_expected.remote(replica.world_size))
             return f"{replica.name}: {error}"
         return ""
 
@@ -208,7 +216,8 @@ class Fleet:
             "pulled", lease=replica.lease.name, version=report.version, checksum=report.checksum, seconds=report.seconds
         )
         self.num_started += 1
-        await self._router.add_servers.remote({replica.server_address: replica.server_handle}, replica.world_size)
+        server = {replica.server_address: replica.server_handle}
+        await asked(lambda: self._router.add_servers.remote(server, replica.world_size))
         self._events.write("replica_ready", lease=replica.lease.name)
 
     def _started(self) -> Way:
@@ -233,24 +242,29 @@ class Fleet:
         failures: list[BaseException] = []
         if self._life is not None:
             with contextlib.suppress(ray.exceptions.RayActorError):
-                ray.get(self._router.stop_wanting.remote())
+                asyncio.run(asked(self._router.stop_wanting.remote))
             try:
                 self._life.result()  # a replica that has its GPUs and is on its way holds a lease
             except Exception as error:  # noqa: BLE001  raised below, when the replicas have been released
                 failures.append(error)
             self._life = self._starting = None
         leaving, self.replicas = self.replicas, []
-        if leaving:
-            outcomes = asyncio.run(self._release_all(leaving))
-            failures += [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        outcomes = asyncio.run(self._release_all(leaving))
+        failures += [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         if failures:
             if isinstance(failures[0], RlhflessError):
                 raise failures[0]
             raise ReplicaError(f"the fleet did not end in order: {failures[0]!r}") from failures[0]
 
-    def make_room_on_hosts(self) -> None:
-        """End parked engines where their host lacks memory for the next weight version; call it between rollouts."""
-        asyncio.run(self.parking.make_room())
+    def look_after_standby(self) -> None:
+        """Let go of what died while it waited, and make room for the next weights; call it between rollouts."""
+
+        async def look() -> None:
+            await self._warm_servers.forget_dead()
+            await self.parking.end_dead()
+            await self.parking.make_room()
+
+        asyncio.run(look())
 
     def close(self) -> None:
         """Release every replica, and end the engines that are parked and the servers that wait for one."""
@@ -263,9 +277,10 @@ class Fleet:
 
     async def _release_all(self, leaving: list[ElasticReplica]) -> list[BaseException | None]:
         addresses = [replica.server_address for replica in leaving]
-        left = await asyncio.gather(self._router.remove_servers.remote(addresses), return_exceptions=True)
+        leave = asked(lambda: self._router.remove_servers.remote(addresses))
+        left = await asyncio.gather(leave, return_exceptions=True) if leaving else []
         released = await asyncio.gather(*[self._release_one(replica) for replica in leaving], return_exceptions=True)
-        return [*left, *released]
+        return [*left, *released, *await self.parking.end_stuck()]
 
     async def _release_one(self, replica: ElasticReplica) -> None:
         lease = replica.lease  # a parked one may be woken on another lease at once

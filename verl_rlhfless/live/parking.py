@@ -44,6 +44,7 @@ class ParkingLot:
         self._can_sleep = can_sleep
         self._events = events
         self._parked: list[ElasticReplica] = []  # the one that sleeps longest first
+        self._stuck: list[ElasticReplica] = []  # did not come up and hold their lease: processes survived
         self._uses: Counter[int] = Counter()
         self._starts_s: dict[int, list[float]] = defaultdict(list)
         self._wakes_s: dict[int, list[float]] = defaultdict(list)
@@ -117,9 +118,8 @@ class ParkingLot:
                 if report is not None:
                     return parked, report
                 lease = fresh.lease = None  # returned with the engine that did not wake
-        report = await fresh.start(weights, lease)
+        report = await self._start(fresh, weights, lease)
         (self._relaunches_s if gave_way else self._starts_s)[fresh.world_size].append(fresh.engine_s)
-        self._version_bytes = report.num_bytes
         return fresh, report
 
     async def _bring_up_beside_trainer(
@@ -133,10 +133,34 @@ class ParkingLot:
             if report is not None:
                 return parked, report
             lease = fresh.lease = devices.take(fresh.name, fresh.world_size)
-        report = await fresh.start(weights, lease)
+        report = await self._start(fresh, weights, lease)
         self._starts_s[fresh.world_size].append(fresh.engine_s)
-        self._version_bytes = report.num_bytes
         return fresh, report
+
+    async def _start(
+        self, fresh: ElasticReplica, weights: WeightSource, lease: Lease | SharedLease | None
+    ) -> PullReport:
+        try:
+            report = await fresh.start(weights, lease)
+        except BaseException:
+            self._keep_if_stuck(fresh)
+            raise
+        self._version_bytes = report.num_bytes
+        return report
+
+    def _keep_if_stuck(self, replica: ElasticReplica) -> bool:
+        """Keep a replica that did not come up for a second try to end it, if it holds its lease; return whether."""
+        if replica.holds_lease:
+            self._stuck.append(replica)
+        return replica.holds_lease
+
+    async def end_stuck(self) -> list[BaseException | None]:
+        """End what survived when it did not come up, and return their leases; a failure for each that survives again.
+
+        Call it when the rollout is over.
+        """
+        stuck, self._stuck = self._stuck, []
+        return await asyncio.gather(*[replica.stop() for replica in stuck], return_exceptions=True)
 
     async def retire(self, replica: ElasticReplica) -> float:
         """Park a replica that has left the router, or end it; return how long that took once it was drained [s].
@@ -164,6 +188,12 @@ class ParkingLot:
             **dataclasses.asdict(report),
         )
         return report.engine_s + report.lease_s
+
+    async def end_dead(self) -> None:
+        """End parked engines that died in their sleep, or do not answer: no plan counts with them any more."""
+        for replica in list(self._parked):
+            if await replica.is_lost():
+                await self._end(replica, "died in its sleep")
 
     async def make_room(self) -> None:
         """End parked engines, the one that sleeps longest first, while their host has no room for the next weights."""
@@ -224,7 +254,7 @@ class ParkingLot:
     async def _wake(
         self, parked: ElasticReplica, lease: Lease | SharedLease, weights: WeightSource
     ) -> PullReport | None:
-        """Return what a parked engine loaded, ``None`` if it did not wake: the lease is returned then."""
+        """Return what a parked engine loaded, ``None`` if it did not wake and the lease is returned."""
         assert parked.lease is not None
         slept_as = parked.lease.name
         self._parked.remove(parked)
@@ -233,6 +263,8 @@ class ParkingLot:
         except (RlhflessError, ray.exceptions.RayError) as error:
             logger.warning("rlhfless: parked replica %s did not wake: %s", parked.name, error)
             self._events.write("parked_ended", parked_as=slept_as, reason=f"did not wake: {error}")
+            if self._keep_if_stuck(parked):
+                raise  # nothing else can start on these GPUs
             return None
         self._wakes_s[parked.world_size].append(parked.engine_s)
         self._events.write("replica_woken", lease=lease.name, parked_as=slept_as, seconds=parked.engine_s)

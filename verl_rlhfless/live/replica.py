@@ -82,6 +82,11 @@ class ElasticReplica(vLLMReplica):
         """The replica's name in leases, logs and errors."""
         return f"r{self.replica_rank}"
 
+    @property
+    def holds_lease(self) -> bool:
+        """Whether its GPUs are not given back."""
+        return self.lease is not None and self.lease.released_s is None
+
     def can_serve_for(self, other: ElasticReplica) -> bool:
         """Return whether this replica's engine is the one that ``other`` would start."""
         return bool(self.config == other.config and self.model_config == other.model_config)

@@ -100,6 +100,10 @@ class RequestBook:
         bound = {replica.server for replica in self._announced().replicas}
         return [name for name, load in self.servers.loads.items() if load.is_open and name not in bound]
 
+    def serves(self, server: str) -> bool:
+        """Return whether a server is a ready replica's."""
+        return any(replica.server == server and replica.state == READY for replica in self._announced().replicas)
+
     def is_starting(self, replica: int) -> bool:
         """Return whether a replica waits for its server."""
         return self._announced().replicas[replica].state == STARTING
@@ -212,12 +216,13 @@ class RequestBook:
             self.num_late += outcome.kind is not OutcomeKind.FAILED  # a client that gives up may cross a grant
             return
         is_planned = turn.is_cut or (turn.server is not None and not self.servers.loads[turn.server].is_open)
+        is_hiccup = outcome.kind is OutcomeKind.AWAY and outcome.generated > turn.generated
         self._end_attempt(turn)
         turn.generated = outcome.generated
         if outcome.kind in (OutcomeKind.DONE, OutcomeKind.FAILED):
             self._close(turn)
             return
-        turn.num_faults += not is_planned
+        turn.num_faults += not is_planned and not is_hiccup
         if turn.num_faults > self.max_retries:
             self._refuse(
                 turn,
@@ -246,6 +251,11 @@ class RequestBook:
         """Return where an attempt runs; ``None`` when it was reported, or its server is known to be gone."""
         turn = self._attempts.get(attempt)
         return turn.server if turn is not None else None
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether any ticket waits or runs."""
+        return bool(self._turns)
 
     @property
     def is_stranded(self) -> bool:

@@ -127,13 +127,13 @@ class RolloutRouter(Router):
         return True
 
     @ray.method(concurrency_group=WAITING)
-    async def wanted(self) -> Order | None:
-        """Return the next replica to start or to end, as soon as there is one; ``None`` once there will be none."""
-        return await self._on_own_loop(self.desk.orders.get())
+    async def wanted(self, number: int) -> Order | None:
+        """Return a replica to start or to end, the rollout's ``number``-th; ``None`` once there will be none."""
+        return await self._on_own_loop(self.desk.order(number))
 
     async def stop_wanting(self) -> None:
         """End the call that waits in ``wanted``: the fleet is released."""
-        self.desk.orders.put_nowait(None)
+        self.desk.stop()
 
     async def lease_returned(self, tp: int) -> None:
         """Note that a replica's GPUs were given back during the rollout."""
@@ -237,10 +237,12 @@ class RolloutRouter(Router):
     async def add_servers(self, servers: dict[str, Any], tp: int | None = None) -> None:
         """Take servers in; each is one of the replicas that the rollout expects, of ``tp`` GPUs or the recipe's.
 
-        One that died on its way in is lost.
+        One that died on its way in is lost; one that serves already changes nothing.
         """
         await super().add_servers(servers)
         for server in servers:
+            if self._live is not None and self.book.serves(server):
+                continue
             replica, is_up = self._arrived(tp, server), server in self.book.servers.loads
             if replica is not None and is_up:
                 self.book.replica_ready(replica, server)
@@ -251,10 +253,10 @@ class RolloutRouter(Router):
         self._look_now()
 
     async def give_up_expected(self, tp: int) -> None:
-        """Note that one of the replicas that were expected will not come; its GPUs are given back."""
+        """Note that one of the replicas that were expected will not come."""
         if (replica := self._arrived(tp)) is not None:
             self.book.lose_replica(replica)
-        self.desk.returned(tp)
+        self._replace_last(tp)
         self._look_now()
 
     def lose_server(self, server: str, reason: str) -> None:
@@ -262,7 +264,20 @@ class RolloutRouter(Router):
         if server in self.book.servers.loads:
             self._reclaim(server)
         super().lose_server(server, reason)
+        self._replace_last(self.desk.tp_of(server))
         self._look_now()
+
+    def _replace_last(self, tp: int) -> None:
+        """Ask for a replica in place of the last one while a validation runs, which no control loop watches."""
+        is_last = not self.book.servers.has_open and not self.desk.expected
+        if self._live is None and self.book.has_requests and is_last:
+            self.want_replica(tp)
+
+    def _wait_limit_s(self) -> float:
+        """Return the limit of a whole start where a validation waits for the replica in place of its last one."""
+        if self._live is None and self._routing is not None and self.desk.expected:
+            return start_limit_s(self._routing.config)
+        return super()._wait_limit_s()
 
     def _reclaim(self, server: str) -> None:
         if self._routing is not None and self._routing.config.is_elastic:

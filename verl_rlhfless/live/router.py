@@ -67,6 +67,7 @@ class Router:
         self._has_server = asyncio.Event()
         self._ended: deque[str] = deque(maxlen=8)
         self._give_up_timer: asyncio.TimerHandle | None = None
+        self._give_up_after_s: float | None = None
         self._joining = self._loop.create_task(self.add_servers(dict(servers)))
 
     async def configure(self, settings: RouterSettings) -> None:
@@ -283,17 +284,22 @@ class Router:
         self.book.settle()
         self.pump()
 
+    def _wait_limit_s(self) -> float:
+        """Return how long requests wait while no replica is up or starting for the announced rollout."""
+        return self.settings.stranded_timeout_s
+
     def _watch_stranded(self) -> None:
         """Bound the wait for a replica: from the moment that none is up or starting."""
-        if not self.book.is_stranded:
-            if self._give_up_timer is not None:
-                self._give_up_timer.cancel()
-                self._give_up_timer = None
-        elif self._give_up_timer is None:
-            self._give_up_timer = self._loop.call_later(self.settings.stranded_timeout_s, self._give_up)
+        limit_s = self._wait_limit_s() if self.book.is_stranded else None
+        if limit_s == self._give_up_after_s:
+            return
+        if self._give_up_timer is not None:
+            self._give_up_timer.cancel()
+        self._give_up_after_s = limit_s
+        self._give_up_timer = self._loop.call_later(limit_s, self._give_up) if limit_s is not None else None
 
     def _give_up(self) -> None:
-        self._give_up_timer = None
+        self._give_up_timer = self._give_up_after_s = None
         if self.book.is_stranded:
             self.book.refuse_waiting(self._missing())
             self.pump()
@@ -301,6 +307,6 @@ class Router:
     def _missing(self) -> str:
         history = "; ".join(self._ended) or "none was ever registered"
         return (
-            f"no rollout replica was up or starting for {self.settings.stranded_timeout_s:g} s ({history}). Look for "
-            "the replicas' errors above."
+            f"no rollout replica was up or starting for {self._wait_limit_s():g} s ({history}). Look for the "
+            "replicas' errors above."
         )

@@ -63,7 +63,7 @@ class Turn:
         sample: Number of its sample; -1 when nobody announced it.
         generated: Tokens so far, those of the attempt that runs left out.
         num_attempts: Attempts granted.
-        num_faults: Attempts that ended because an engine or server died.
+        num_faults: Attempts that ended because an engine or server died, or was away before it added a token.
         attempt: The attempt that was granted and not reported yet; empty while the ticket waits.
         server: Where that attempt runs; ``None`` when there is none, or its server is gone.
         is_cut: The end of that attempt is our decision, not a fault.

@@ -62,12 +62,13 @@ class Refusal:
 class OutcomeKind(str, enum.Enum):
     """How an attempt ended.
 
-    ``CUT``: the engine aborted it, tokens so far are kept. ``LOST``: its engine or server died. ``FAILED``: the
-    request's own fault, or nobody wants it any more.
+    ``CUT``: the engine aborted it, tokens so far are kept. ``AWAY``: its server was out of reach and answers again.
+    ``LOST``: its engine or server died. ``FAILED``: the request's own fault, or nobody wants it any more.
     """
 
     DONE = "done"
     CUT = "cut"
+    AWAY = "away"
     LOST = "lost"
     FAILED = "failed"
 
@@ -79,7 +80,7 @@ class Outcome:
     Attributes:
         ticket: The turn.
         attempt: The attempt that ended; empty when none was granted.
-        kind: How it ended. After ``CUT`` and ``LOST`` the ticket waits again at once.
+        kind: How it ended. After ``CUT``, ``AWAY`` and ``LOST`` the ticket waits again at once.
         generated: Tokens of this turn so far, all attempts together.
         detail: What is known about a failure.
     """

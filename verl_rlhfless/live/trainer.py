@@ -150,7 +150,7 @@ class ElasticTrainerSync(FusionTrainer):
     # ---- weights
 
     def _publish(self) -> None:
-        self._fleet.make_room_on_hosts()
+        self._fleet.look_after_standby()
         (report,) = [
             metrics
             for metrics in ray.get(

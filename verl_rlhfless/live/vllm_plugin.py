@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 
+from verl_rlhfless.live.engine_files import name_segments
 from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.events import OBSERVER_DIR_VARIABLE
 from verl_rlhfless.live.pacing import PACE_ENV
@@ -22,8 +23,9 @@ def install_in_vllm() -> None:
     May be called any number of times.
 
     Raises:
-        UnsupportedError: This version of vLLM is not the one that the patches were written for.
+        UnsupportedError: This version of vLLM or Python is not the one that the patches were written for.
     """
+    name_segments()
     is_leased = bool(os.environ.get(LEASE_VARIABLE))
     if is_leased:
         vllm_file_store.apply()

@@ -21,6 +21,7 @@ from verl_rlhfless.live.warm_server import WarmServer
 from verl_rlhfless.processes import ProcessKey
 
 _RAY_DEFAULT_CONCURRENCY = 1000
+_ANSWER_S = 1.0  # of a server that has done its imports; at a run's start some have not
 _CONTROL_CALLS = 64  # calls of ours and verl's that must get through while every request of the engine waits
 
 
@@ -60,6 +61,19 @@ class WarmPool:
         for task in warming:
             task.cancel()
 
+    async def forget_dead(self) -> None:
+        """Forget servers in waiting that have ended, so that no plan counts with them; one may still import."""
+        asked = {
+            asyncio.ensure_future(_ended(server)): (waiting, server)
+            for waiting in self._waiting.values()
+            for server in waiting
+        }
+        answered, silent = await asyncio.wait(asked, timeout=_ANSWER_S) if asked else ((), ())
+        for task in silent:
+            task.cancel()
+        for waiting, server in (asked[task] for task in answered if task.result()):
+            waiting.remove(server)
+
     async def take(self, node_id: str) -> tuple[Any, ProcessKey]:
         """Return a server on the node and its process: one in waiting that still lives, else a new one."""
         waiting = self._waiting.get(node_id, deque())
@@ -96,6 +110,15 @@ class WarmPool:
             )
             .remote()
         )
+
+
+async def _ended(server: Any) -> bool:
+    """Return whether a server has ended, when that is known."""
+    try:
+        await server.process.remote()
+    except ray.exceptions.RayError as error:
+        return not isinstance(error, ray.exceptions.ActorUnavailableError)
+    return False
 
 
 async def _is_warm(server: Any) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from verl_rlhfless.errors import ReplicaError
 from verl_rlhfless.policy.snapshot import (
     GONE,
     Batch,
@@ -146,9 +147,14 @@ def place_orphans(view: RolloutView, lost: IntArray, fleet: Sequence[int]) -> tu
     """Return ``(starts, moves)`` for samples whose replica was lost.
 
     The least loaded survivors, or a new replica when none is left.
+
+    Raises:
+        ReplicaError: None is left, and ``fleet`` names no size of a new one.
     """
     alive = [replica for replica in view.replicas if replica.state != GONE]
     weight = np.ones(view.batch.num_samples)
+    if not alive and not fleet:
+        raise ReplicaError(f"{len(lost)} samples lost the last replica. Look for the replicas' errors above.")
     if not alive:
         return (min(fleet),), (Move(lost, len(view.replicas)),)
     load = [(r.num_waiting + r.num_running) / r.tp for r in alive]

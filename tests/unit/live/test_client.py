@@ -1,15 +1,26 @@
-"""What an error of a call says about its server."""
+"""What an error of a call says about its server, and what becomes of a response whose server is away for a moment."""
 
 from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 pytest.importorskip("verl", reason="needs verl")
 
+from omegaconf import OmegaConf
 from ray import exceptions
+from verl.workers.rollout.llm_server import LLMServerClient
+from verl.workers.rollout.replica import TokenOutput
 
-from verl_rlhfless.live.client import _end_by
-from verl_rlhfless.live.tickets import OutcomeKind
+from verl_rlhfless.live import asking as asking_module
+from verl_rlhfless.live import client as client_module
+from verl_rlhfless.live.client import ElasticClient, _end_by
+from verl_rlhfless.live.tickets import Grant, Outcome, OutcomeKind, Progress, Ticket
+
+AWAY = exceptions.ActorUnavailableError("not now", b"0" * 16)
 
 
 class EngineDeadError(Exception):
@@ -28,7 +39,7 @@ def task_error(cause: Exception) -> exceptions.RayTaskError:
         (exceptions.NodeDiedError("gone"), OutcomeKind.LOST),
         (exceptions.WorkerCrashedError(), OutcomeKind.LOST),
         (task_error(EngineDeadError()), OutcomeKind.LOST),
-        (exceptions.ActorUnavailableError("not now", b"0" * 16), OutcomeKind.CUT),
+        (AWAY, OutcomeKind.AWAY),
         (exceptions.OwnerDiedError("0" * 56, "", "stack"), OutcomeKind.CUT),
         (task_error(ValueError("too long")), OutcomeKind.FAILED),
         (task_error(MemoryError()), OutcomeKind.FAILED),
@@ -37,3 +48,57 @@ def task_error(cause: Exception) -> exceptions.RayTaskError:
 )
 def test_only_a_death_is_tried_again(error: Exception, kind: OutcomeKind) -> None:
     assert _end_by(error) is kind
+
+
+class Mailbox:
+    """Grants everything on one server, and holds two tokens of an attempt that broke off."""
+
+    worker = "w"
+
+    def __init__(self, server: Any) -> None:
+        self.posted: list[Any] = []
+        self._server = server
+
+    def post(self, message: Any) -> None:
+        self.posted.append(message)
+
+    async def grant(self, message: Ticket | Outcome) -> tuple[Grant, Any]:
+        self.post(message)
+        return Grant("t", self.worker, f"t.{len(self.posted)}", "host:0"), self._server
+
+    async def recover(self, attempt: str) -> Progress:
+        return Progress([1, 2], [], 7)
+
+
+@pytest.mark.parametrize(
+    ("num_silent", "patience_s", "kind"),
+    [(0, 60, OutcomeKind.AWAY), (2, 60, OutcomeKind.AWAY), (9, 60, OutcomeKind.LOST), (1, 0, OutcomeKind.LOST)],
+)
+def test_a_response_goes_on_with_what_it_had_once_its_server_answers_again_or_is_given_up(
+    num_silent: int, patience_s: float, kind: OutcomeKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silences, aborted = iter([True] * num_silent), list[str]()
+    calls = iter([AWAY, TokenOutput(token_ids=[3, 4], log_probs=None, stop_reason="length")])
+
+    async def abort(attempts: list[str]) -> None:
+        if next(silences, False):
+            raise AWAY
+        aborted.extend(attempts)
+
+    async def generate(*_: Any, **__: Any) -> TokenOutput:
+        if isinstance(outcome := next(calls), Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(asking_module, "_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(client_module, "_BACK_WITHIN_S", patience_s)
+    monkeypatch.setattr(LLMServerClient, "generate", generate)
+    rollout = {"name": "vllm", "prompt_length": 8, "response_length": 4, "max_model_len": None}
+    config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout | {"enable_rollout_routing_replay": False}}})
+    client = ElasticClient(config=config, load_balancer_handle=None)
+    box = client._box = Mailbox(SimpleNamespace(abort=SimpleNamespace(remote=abort)))  # type: ignore[assignment]
+    client._granted = {}
+    output = asyncio.run(client.generate("r", prompt_ids=[0], sampling_params={}))
+    assert output.token_ids == [1, 2, 3, 4]
+    assert [message.kind for message in box.posted[1:]] == [kind, OutcomeKind.DONE]
+    assert aborted == (["t.1"] if kind is OutcomeKind.AWAY else []), "it is not generated twice at once"

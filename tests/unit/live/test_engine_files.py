@@ -114,6 +114,57 @@ def test_an_engine_that_is_killed_during_its_start_leaves_no_shared_memory(way: 
         unlink_segments([name])
 
 
+_STARTING = """
+from verl_rlhfless.live.vllm_plugin import install_in_vllm
+from multiprocessing import resource_tracker, shared_memory
+install_in_vllm()
+memory = shared_memory.SharedMemory(create=True, size=4096)
+resource_tracker.unregister(memory._name, "shared_memory")
+print(memory.name)
+"""
+
+
+def _left_by_an_engine(folder: str) -> str:
+    """Return the name of the segment that an engine leaves which is killed while a server starts it."""
+    command = [sys.executable, "-c", _STARTING]
+    environment = os.environ | {"VLLM_RPC_BASE_PATH": folder}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.parametrize("way", ["its server goes on", "a task on its node reaps it", "the next start finds it"])
+def test_what_an_engine_leaves_that_died_during_its_start_is_told_by_its_name(way: str, folder: Path) -> None:
+    if way == "its server goes on":
+        with sockets_without_names():
+            name = _left_by_an_engine(os.environ["VLLM_RPC_BASE_PATH"])
+            assert name in queue_segments()
+    else:
+        server = _killed_during_a_start(folder)
+        name = _left_by_an_engine(str(next(folder.iterdir())))
+        assert name in queue_segments()
+        if way == "a task on its node reaps it":
+            reap_server(server, (), timeout_s=1.0)
+        else:
+            with sockets_without_names():
+                pass
+    assert name not in queue_segments()
+
+
+@pytest.mark.parametrize("whose", ["a living server's", "another container's", "another program's"])
+def test_what_may_be_in_use_stays(whose: str, folder: Path) -> None:
+    if whose == "a living server's":
+        pid, create_time_s = process_key(os.getpid())
+        name = _left_by_an_engine(str(folder / f"rlhfless-sockets-{pid}-{round(create_time_s * 1e3)}"))
+    else:
+        name = "psm_rlhfless-1-4194303-1-00" if whose == "another container's" else "psm_4194303-1-00"
+        (Path("/dev/shm") / name).touch()
+    try:
+        reap_server(_killed_during_a_start(folder), (), timeout_s=1.0)
+        engine_files._remove_orphans()
+        assert name in queue_segments()
+    finally:
+        unlink_segments([name])
+
+
 def test_the_next_start_removes_orphans_and_nothing_else(folder: Path) -> None:
     _killed_during_a_start(folder)
     living = subprocess.Popen(["sleep", "60"])

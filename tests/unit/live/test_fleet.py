@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from ray.exceptions import ActorUnavailableError
 
 from verl_rlhfless.config import parse_config
 from verl_rlhfless.errors import LeaseTimeoutError, ReplicaError
+from verl_rlhfless.live import asking as asking_module
 from verl_rlhfless.live import fleet as fleet_module
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.fleet import Fleet
@@ -34,6 +36,7 @@ class FakeReplica:
 
     start_fails: frozenset[int] = frozenset()
     release_fails: frozenset[int] = frozenset()
+    survives: frozenset[int] = frozenset()
     lacks_gpus: frozenset[int] = frozenset()
     may_start: threading.Event | None = None
 
@@ -43,13 +46,24 @@ class FakeReplica:
         self.name = f"r{rank}"
         self.world_size = rollout.tensor_model_parallel_size
         self.server_address, self.server_handle = f"host:{rank}", f"handle-{rank}"
-        self.lease = SimpleNamespace(name=f"rlhfless/replica/r{rank}", granted_s=10.0, gpu_s=3.0 * self.world_size)
+        self.lease: Any = SimpleNamespace(
+            name=f"rlhfless/replica/r{rank}", granted_s=10.0, gpu_s=3.0 * self.world_size, released_s=None
+        )
         self.state = SimpleNamespace(value="released")
         self.is_released = self.is_dead = False
         self.engine_s = 1.0
 
+    @property
+    def holds_lease(self) -> bool:
+        return self.lease is not None and self.lease.released_s is None
+
     async def is_lost(self) -> bool:
         return self.is_dead
+
+    async def stop(self) -> None:
+        if self.rank in self.survives:
+            raise ReplicaError(f"process of engine {self.rank} survived")
+        self.is_released, self.lease.released_s = True, 20.0
 
     async def host_available_bytes(self) -> int:
         return 0
@@ -60,11 +74,13 @@ class FakeReplica:
     async def start(self, weights: WeightSource, lease: Any) -> Any:
         self.lease = lease or self.lease
         if self.rank in self.lacks_gpus:
+            self.lease = None
             is_over = await asyncio.to_thread(self.over.wait, 10)
             raise LeaseTimeoutError("the rollout is over" if is_over else "not granted")
         if self.may_start is not None:
             await asyncio.to_thread(self.may_start.wait, 10)
         if self.rank in self.start_fails:
+            await self.stop()
             raise ReplicaError(f"engine {self.rank} broke")
         return SimpleNamespace(version=weights.version, checksum="c", seconds=0.0, num_bytes=1)
 
@@ -92,14 +108,28 @@ class FakeRouter:
         self.add_servers = SimpleNamespace(remote=self._add)
         self.remove_servers = SimpleNamespace(remote=self._remove)
         self.wanted = SimpleNamespace(remote=self._wanted)
-        self.stop_wanting = SimpleNamespace(remote=lambda: self.wishes.put(None))
+        self.stop_wanting = SimpleNamespace(remote=self._stop_wanting)
         self.wishes: queue.Queue[Order | None] = queue.Queue()
+        self.orders: list[Order | None] = []
+        self.num_out_of_reach = 0
 
-    async def _wanted(self) -> Order | None:
-        return await asyncio.to_thread(self.wishes.get)
+    def _reached(self) -> None:
+        if self.num_out_of_reach:
+            self.num_out_of_reach -= 1
+            raise ActorUnavailableError("a disturbed network", b"0" * 16)
+
+    async def _wanted(self, number: int) -> Order | None:
+        if number == len(self.orders):
+            self.orders.append(await asyncio.to_thread(self.wishes.get))
+        self._reached()
+        return self.orders[number]
+
+    async def _stop_wanting(self) -> None:
+        self.wishes.put(None)
 
     def _expect(self, tps: list[int]) -> None:
         self.expected = list(tps)
+        self.orders.clear()
 
     async def _give_up(self, tp: int) -> None:
         self.given_up += tp
@@ -131,6 +161,9 @@ class FakeWarmPool:
     async def wait_warm(self, count: int, timeout_s: float) -> None:
         self.waited_for.append(count)
 
+    async def forget_dead(self) -> None:
+        self.num_waiting = 0
+
     def close(self) -> None:
         self.is_closed = True
 
@@ -149,6 +182,7 @@ def router() -> FakeRouter:
 def fleet(router: FakeRouter, warm_servers: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
     """A fleet that ends with its test: its thread waits for wishes, and would keep the whole test run alive."""
     monkeypatch.setattr(fleet_module.ray, "get", lambda value: value)
+    monkeypatch.setattr(asking_module, "_WAITS_S", (0.0, 0.0))
     monkeypatch.setattr(fleet_module, "ElasticReplica", type("Replica", (FakeReplica,), {}))
     run = OmegaConf.create({"actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 1}, "model": {}}})
     fleet = Fleet(run, parse_config(None), router, EventLog(None), warm_servers)
@@ -220,6 +254,33 @@ def test_imports_are_not_waited_for_where_leases_must_not_come_late(fleet: Fleet
     assert warm_servers.waited_for == [0]
 
 
+def test_a_failed_start_gives_its_gpus_back_in_the_routers_account(fleet: Fleet, router: FakeRouter) -> None:
+    fleet_module.ElasticReplica.start_fails = frozenset({0})
+    started(fleet, 1, (2,))
+    assert router.returned == [1]
+
+
+def test_gpus_of_a_failed_start_whose_processes_survive_are_not_free_until_those_are_ended(
+    fleet: Fleet, router: FakeRouter
+) -> None:
+    fleet_module.ElasticReplica.start_fails = fleet_module.ElasticReplica.survives = frozenset({0})
+    started(fleet, 1, (2,))
+    assert router.returned == [] and router.given_up == 1
+    stuck = fleet._asked_for[0]
+    fleet_module.ElasticReplica.survives = frozenset()
+    fleet.release()
+    assert stuck.is_released
+
+
+def test_processes_of_a_failed_start_that_survive_the_rollout_too_are_an_error(fleet: Fleet) -> None:
+    fleet_module.ElasticReplica.start_fails = fleet_module.ElasticReplica.survives = frozenset({0})
+    started(fleet, 1, (2,))
+    serving = fleet.replicas[0]
+    with pytest.raises(ReplicaError, match="process of engine 0 survived"):
+        fleet.release()
+    assert serving.is_released
+
+
 def test_replicas_start_while_the_caller_submits_its_prompts(fleet: Fleet, router: FakeRouter) -> None:
     fleet_module.ElasticReplica.may_start = threading.Event()
     begin(fleet, scheduled_fleet(1, (1,), tp=1))
@@ -282,6 +343,12 @@ def test_servers_are_warmed_up_while_the_trainer_is_still_being_built(fleet: Fle
     assert warm_servers.num_fills == 1
 
 
+def test_a_plan_does_not_count_with_what_died_between_two_rollouts(fleet: Fleet) -> None:
+    assert fleet.standby.num_servers == 1
+    fleet.look_after_standby()
+    assert fleet.standby.num_servers == 0
+
+
 def test_servers_in_waiting_end_with_the_fleet_even_if_a_replica_does_not(
     fleet: Fleet, warm_servers: FakeWarmPool
 ) -> None:
@@ -319,6 +386,41 @@ def test_a_lost_replica_that_can_not_be_released_yet_is_released_later(fleet: Fl
     dead.is_released, fleet_module.ElasticReplica.release_fails = False, frozenset()
     fleet.release()
     assert dead.is_released
+
+
+def test_orders_are_taken_again_from_a_router_that_was_out_of_reach(fleet: Fleet, router: FakeRouter) -> None:
+    started(fleet, 1, (1,))
+    router.num_out_of_reach = 2
+    router.wishes.put(StartReplica(1))
+    until(lambda: "host:1" in router.servers)
+    router.wishes.put(EndReplica("host:0"))
+    until(lambda: router.returned == [1])
+    assert [type(order) for order in router.orders] == [StartReplica, EndReplica], "each was carried out once"
+
+
+def test_a_router_that_stays_out_of_reach_is_not_asked_for_ever(fleet: Fleet, router: FakeRouter) -> None:
+    started(fleet, 1, (1,))
+    (serving,) = fleet.replicas
+    router.num_out_of_reach = 10**9
+    router.wishes.put(StartReplica(1))
+    assert fleet._life is not None
+    fleet._life.result(timeout=10)
+    fleet.release()
+    assert serving.is_released
+
+
+def test_a_return_that_the_router_does_not_hear_of_ends_no_run(fleet: Fleet, router: FakeRouter) -> None:
+    async def is_out_of_reach(_: int) -> None:
+        asked.set()
+        raise ActorUnavailableError("a disturbed network", b"0" * 16)
+
+    asked = threading.Event()
+    router.lease_returned = SimpleNamespace(remote=is_out_of_reach)
+    started(fleet, 1, (2,))
+    router.wishes.put(EndReplica("host:0"))
+    assert asked.wait(10)
+    fleet.release()
+    assert not fleet.replicas
 
 
 def test_a_router_that_is_gone_during_the_start_is_an_error_and_no_endless_wait(

@@ -35,6 +35,10 @@ class Lease:
         self.name, self.devices = f"rlhfless/replica/{name}", devices
         self.held.append(self)
 
+    @property
+    def released_s(self) -> float | None:
+        return None if self in self.held else 20.0
+
     def device_key(self) -> Any:
         return (("node", frozenset(self.devices)),)
 
@@ -58,8 +62,12 @@ class Replica:
         self.lease: Any = None
         self.state = ReplicaState.REQUESTED
         self.engine_s = 0.0
-        self.is_dead = False
+        self.is_dead = self.survives = False
         self.versions: list[int] = []
+
+    @property
+    def holds_lease(self) -> bool:
+        return self.lease is not None and self.lease.released_s is None
 
     def can_serve_for(self, other: Replica) -> bool:
         return self.config == other.config
@@ -104,6 +112,8 @@ class Replica:
         return ReleaseReport(True, 0.0, 0.2, 0.0)
 
     async def stop(self) -> None:
+        if self.survives:
+            raise ReplicaError("a process survived")
         self.engines.discard(self)
         self.lease.release()
         self.state = ReplicaState.RELEASED
@@ -207,6 +217,17 @@ def test_an_engine_that_died_in_its_sleep_is_started_again(run: Run) -> None:
     assert run.lot.parked.total() == 0
 
 
+def test_one_that_neither_wakes_nor_ends_keeps_its_gpus_until_it_can_be_ended(run: Run) -> None:
+    (first,) = run.start(1)
+    run.retire([first])
+    first.is_dead = first.survives = True
+    with pytest.raises(ReplicaError, match="a process survived"):
+        run.start(1)
+    assert Lease.held == [first.lease]
+    first.survives = False
+    assert asyncio.run(run.lot.end_stuck()) == [None] and Lease.held == []
+
+
 def test_one_that_holds_too_much_memory_is_ended(run: Run) -> None:
     (first,) = run.start(1)
     first.park_fails = True
@@ -261,6 +282,14 @@ def test_a_host_that_runs_out_of_memory_gets_it_back(run: Run, monkeypatch: pyte
     monkeypatch.setattr(Replica, "host_bytes", MIB)
     asyncio.run(run.lot.make_room())
     assert run.lot.parked.total() == 0 and not Replica.engines
+
+
+def test_what_died_in_its_sleep_is_counted_with_no_more(run: Run) -> None:
+    dead, asleep = started = run.start(1, 1)
+    run.retire(started)
+    dead.is_dead = True
+    asyncio.run(run.lot.end_dead())
+    assert run.lot.parked == {1: 1} and Replica.engines == {asleep}
 
 
 def test_a_lease_whose_place_a_parked_engine_does_not_make_is_given_back(

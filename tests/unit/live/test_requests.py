@@ -208,6 +208,20 @@ def test_only_unplanned_ends_count_against_the_bound_and_the_last_one_is_told() 
     assert made.take_refusals() == [] and started(made) == []
 
 
+def test_a_server_that_is_out_of_reach_again_and_again_costs_no_sample_that_gains_tokens() -> None:
+    made = book(1)
+    all_on(made, 0, 0)
+    made.submit(ticket(0))
+    for no in range(1, 9):
+        assert started(made) == [("t0-0", "s0")]
+        end(made, 0, OutcomeKind.AWAY, generated=no, no=no)
+    for no in range(9, 13):
+        assert not made.take_refusals()
+        started(made)
+        end(made, 0, OutcomeKind.AWAY, generated=8, no=no)
+    assert len(made.take_refusals()) == 1, "one that gains none is not tried for ever"
+
+
 @pytest.mark.parametrize("ends", ["cut", "drained"])
 def test_an_engine_that_dies_under_what_was_leaving_it_is_no_fault_of_the_request(ends: str) -> None:
     made = book(1, servers=2)

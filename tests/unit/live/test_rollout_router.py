@@ -17,7 +17,7 @@ from verl_rlhfless.errors import ConfigError, ReplicaError
 from verl_rlhfless.live import planner as planner_module
 from verl_rlhfless.live import rollout_router as rollout_module
 from verl_rlhfless.live.announcement import Announcement, Group
-from verl_rlhfless.live.orders import EndReplica, ReclaimReplica, StartReplica
+from verl_rlhfless.live.orders import EndReplica, Order, ReclaimReplica, StartReplica
 from verl_rlhfless.live.planner import LivePlanner
 from verl_rlhfless.live.rollout_router import RolloutRouter
 from verl_rlhfless.live.tickets import (
@@ -69,6 +69,13 @@ class World:
         self.router = router
         self.where: dict[SampleKey, list[str]] = {}
         self._tickets: dict[str, SampleKey] = {}
+        self._num_orders = 0
+
+    async def order(self, timeout_s: float = 5.0) -> Order | None:
+        """Return the next order of the rollout, as the fleet does."""
+        order = await asyncio.wait_for(self.router.wanted(self._num_orders), timeout_s)
+        self._num_orders += 1
+        return order
 
     async def submit(self, announced: Announcement) -> list[Grant]:
         tickets = []
@@ -102,7 +109,7 @@ async def settled() -> None:
 
 
 async def orders(world: World, count: int) -> list[Any]:
-    return [await asyncio.wait_for(world.router.wanted(), 5) for _ in range(count)]
+    return [await world.order() for _ in range(count)]
 
 
 def on_router(
@@ -301,10 +308,10 @@ def test_a_fleet_that_loses_one_replica_after_the_other_gives_up() -> None:
         await world.router.lose_servers(["host:0"], "killed")
         assert await orders(world, 1) == [ReclaimReplica("host:0")]
         for _ in range(world.router.settings.max_retries):
-            await asyncio.wait_for(world.router.wanted(), 5)
+            await world.order()
             await world.router.give_up_expected(1)
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(world.router.wanted(), 0.2)
+            await world.order(0.2)
 
     on_router(check, servers=1, pool="elastic")
 
@@ -346,7 +353,7 @@ class Timers:
         self.waits: list[Any] = []
 
     def call_later(self, delay_s: float, action: Callable[[], None]) -> Any:
-        wait = SimpleNamespace(action=action, is_over=False)
+        wait = SimpleNamespace(action=action, delay_s=delay_s, is_over=False)
         wait.cancel = lambda: setattr(wait, "is_over", True)
         self.waits.append(wait)
         return wait
@@ -372,6 +379,45 @@ def test_each_wait_for_a_replica_has_its_whole_time() -> None:
         assert len((await router.send(WORKER, [])).refusals) == 1
 
     on_router(check, servers=0)
+
+
+async def lose_all_in_validation(world: World) -> None:
+    """Start a validation of one request on ``host:0`` and ``host:1``, and lose these after each other."""
+    (grant,) = (await world.router.send(WORKER, [Ticket("validation", WORKER, "s", None, 50)])).grants
+    await world.router.lose_servers(["host:1"], "killed")
+    assert world.router.desk.orders == [ReclaimReplica("host:1")], "another one is left"
+    await world.router.lose_servers(["host:0"], "killed")
+    await world.router.send(WORKER, [Outcome("validation", grant.attempt, OutcomeKind.LOST, 3)])
+    assert world.router.desk.orders[1:] == [ReclaimReplica("host:0"), StartReplica(1)]
+
+
+def test_the_last_replica_of_a_validation_is_replaced_and_waited_for() -> None:
+    async def check(world: World) -> None:
+        router, world.router._loop = world.router, (timers := Timers())  # type: ignore[assignment]
+        await lose_all_in_validation(world)
+        (limit,) = [wait for wait in timers.waits if not wait.is_over]
+        assert limit.delay_s > 60, "as long as a start may take"
+        await router.add_servers({"host:2": Server()}, 1)
+        (again,) = (await router.send(WORKER, [])).grants
+        assert again.server == "host:2" and limit.is_over
+
+    on_router(check, pool="elastic")
+
+
+def test_a_validation_gives_up_when_nothing_comes_in_place_of_its_last_replica() -> None:
+    async def check(world: World) -> None:
+        router, world.router._loop = world.router, (timers := Timers())  # type: ignore[assignment]
+        await lose_all_in_validation(world)
+        for _ in range(router.settings.max_retries):
+            await router.give_up_expected(1)
+        assert router.desk.orders.count(StartReplica(1)) == router.settings.max_retries
+        (limit,) = [wait for wait in timers.waits if not wait.is_over]
+        assert limit.delay_s == router.settings.stranded_timeout_s
+        timers.fire()
+        (refusal,) = (await router.send(WORKER, [])).refusals
+        assert "host:0 lost: killed" in refusal.reason
+
+    on_router(check, pool="elastic")
 
 
 def test_nothing_is_given_up_while_a_replica_starts() -> None:
@@ -425,7 +471,7 @@ def test_after_a_failed_policy_nothing_more_is_leased(monkeypatch: pytest.Monkey
         await world.finish(grants)
         report = await world.router.report()
         assert report is not None and "ZeroDivisionError" in report.failure
-        assert world.router.desk.orders.empty() and report.num_started == 0
+        assert not world.router.desk.orders and report.num_started == 0
 
     on_router(check, pool="elastic")
 
@@ -448,7 +494,9 @@ def test_a_fleet_that_is_lost_after_its_policy_failed_is_reported_with_both_fail
         await world.finish(grants, OutcomeKind.LOST)
         await router.send(WORKER, [SessionEnd(key) for key in announced.samples()])
         report = await router.report()
-        assert report is not None and report.step == 1 and "ZeroDivisionError('policy'), and then " in report.failure
+        assert (
+            report is not None and report.step == 1 and "ZeroDivisionError('policy'), and then Repl" in report.failure
+        )
 
     on_router(check)
 
@@ -592,7 +640,7 @@ def test_a_replica_whose_last_sample_ended_is_given_back_while_the_others_decode
         assert first and others
         await settled()
         await world.finish(first)
-        order = await asyncio.wait_for(world.router.wanted(), 5)
+        order = await world.order()
         assert order == EndReplica("host:0")
         assert await world.router.get_all_servers() == ["host:1"]
         await world.finish(others)
@@ -623,7 +671,7 @@ def test_no_replica_beside_the_trainer_is_ended_before_the_rollout_is_over(monke
         first = [grant for grant in grants if grant.server == "host:0"]
         await world.finish(first)
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(world.router.wanted(), 0.8)
+            await world.order(0.8)
         await world.finish([grant for grant in grants if grant not in first])
         report = await world.router.report()
         assert report is not None and (report.num_released, report.failure) == (0, "")
@@ -655,7 +703,7 @@ def test_with_a_fixed_schedule_every_replica_stays_to_the_end() -> None:
         grants = await world.submit(announced)
         await world.finish([grant for grant in grants if grant.server == "host:0"])
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(world.router.wanted(), 0.8)
+            await world.order(0.8)
 
     on_router(check, servers=0, pool="elastic", migration="off")
 
@@ -759,7 +807,7 @@ def test_gpus_are_free_only_after_the_fleet_confirmed_their_return() -> None:
         grants = await start_planned(world, announced)
         free = world.router.desk.free_gpus
         await world.finish([grant for grant in grants if grant.server == "host:0"])
-        await asyncio.wait_for(world.router.wanted(), 5)
+        await world.order()
         assert world.router.desk.free_gpus == free
         await world.router.lease_returned(1)
         assert world.router.desk.free_gpus == free + 1
@@ -772,9 +820,39 @@ def test_an_order_that_came_too_late_for_its_rollout_is_not_carried_out_in_the_n
         world.router.desk.start(1)
         await world.router.progress("host:0", Delta((), None, is_dead=True))
         await world.router.expect([1])
-        assert world.router.desk.orders.empty() and world.router.desk.free_gpus == 3
+        assert not world.router.desk.orders and world.router.desk.free_gpus == 3
 
     on_router(check, servers=1, pool="elastic")
+
+
+def test_an_order_whose_answer_was_lost_is_given_again_and_none_after_it_is_missed() -> None:
+    async def check(world: World) -> None:
+        lost = asyncio.ensure_future(world.router.wanted(0))
+        await settled()
+        world.router.desk.start(1)
+        assert await asyncio.wait_for(lost, 5) == StartReplica(1)
+        world.router.desk.end("host:0")
+        assert await orders(world, 2) == [StartReplica(1), EndReplica("host:0")]
+
+    on_router(check, pool="elastic")
+
+
+def test_a_server_that_is_registered_twice_is_one_replica() -> None:
+    async def check(world: World) -> None:
+        announced, one = announcement(), Server()
+        await world.router.expect([1, 1])
+        await world.router.announce(announced)
+        await world.submit(announced)
+        for _ in range(2):
+            await world.router.add_servers({"host:a": one}, 1)
+        first = await world.more()
+        assert 0 < len(first) < 8 and world.router.desk.expected == [1]
+        await world.router.add_servers({"host:b": Server()}, 1)
+        second = await world.more()
+        assert {grant.server for grant in second} == {"host:b"}
+        await world.finish(first + second)
+
+    on_router(check, servers=0, pool="elastic", migration="off", dispatcher="stock")
 
 
 def test_a_limit_that_later_steps_cannot_meet_does_not_end_the_run() -> None:

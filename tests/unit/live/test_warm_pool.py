@@ -69,6 +69,23 @@ def test_a_server_that_died_in_waiting_is_replaced(pool: WarmPool) -> None:
     assert pool.num_waiting == 1  # the one on the other node
 
 
+def test_a_server_that_died_in_waiting_is_counted_with_no_more_and_one_that_imports_is(
+    pool: WarmPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def imports() -> None:
+        await asyncio.Event().wait()
+
+    async def is_out_of_reach() -> None:
+        raise ray.exceptions.ActorUnavailableError("a disturbed network", b"0" * 16)
+
+    monkeypatch.setattr(warm_pool_module, "_ANSWER_S", 0.01)
+    pool.fill()
+    (dead, busy), (away,) = pool._waiting["a"], pool._waiting["b"]
+    dead.is_dead, busy.process.remote, away.process.remote = True, imports, is_out_of_reach
+    asyncio.run(pool.forget_dead())
+    assert [*pool._waiting["a"], *pool._waiting["b"]] == [busy, away]
+
+
 def test_a_server_serves_one_replica_after_the_other(pool: WarmPool) -> None:
     pool.fill()
     server = _take(pool, "a")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.unit.sim.cases import cell, steps
+from verl_rlhfless.errors import ReplicaError
 from verl_rlhfless.policy.dispatch import balanced_groups, equal_length_blocks, place_orphans, rebind, spread
 from verl_rlhfless.policy.snapshot import GONE, READY, RUNNING, Batch, ReplicaView, RolloutView
 
@@ -64,3 +65,8 @@ def test_lost_samples_go_where_there_is_least_to_do_for_each_gpu() -> None:
 def test_when_none_is_left_the_narrowest_of_the_fleet_is_started_again() -> None:
     starts, moves = place_orphans(orphaned((ReplicaView(0, 4, GONE, 0, 0, 0),)), np.arange(4), (4, 2))
     assert (starts, [(move.replica, move.samples.tolist()) for move in moves]) == ((2,), [(1, [0, 1, 2, 3])])
+
+
+def test_when_none_is_left_and_none_may_be_started_that_is_said() -> None:
+    with pytest.raises(ReplicaError, match="4 samples lost the last replica"):
+        place_orphans(orphaned(()), np.arange(4), ())
