@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 from ray._private.services import get_node_ip_address
@@ -65,16 +64,6 @@ def autoscaled(
 def gpus_of_nodes() -> list[int]:
     """Return the GPUs of every node that is alive, fewest first."""
     return sorted(int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"])
-
-
-def kill_node(ip: str = OTHER_IP) -> None:
-    """End a node as a lost machine ends: at once, with every process on it."""
-    raylets = [p for p in psutil.process_iter() if f"--node_ip_address={ip}" in _command(p)]
-    everything = [each for raylet in raylets for each in (raylet, *raylet.children(recursive=True))]
-    for process in everything:
-        process.suspend()  # so that none acts on the end of another
-    for process in everything:
-        process.kill()
 
 
 def wait_until_gpus_are(expected: list[int]) -> None:
@@ -143,9 +132,3 @@ def _free_port() -> int:
         listener.bind(("", 0))
         port: int = listener.getsockname()[1]
         return port
-
-
-def _command(process: psutil.Process) -> list[str]:
-    with contextlib.suppress(psutil.Error):
-        return process.cmdline()
-    return []
