@@ -1,4 +1,7 @@
-"""Bad input through the real ``python -m verl.trainer.main_ppo``: one clear line, quickly, and no process left."""
+"""Bad input through the real ``python -m verl.trainer.main_ppo``: one clear line, and no process left.
+
+What the start-up check refuses is in ``tests/unit/test_startup.py``; each run here imports all of verl.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-LIMIT_S = 60.0
+LIMIT_S = 300.0
 MARK = "RLHFLESS_TEST_RUN"
 
 
@@ -49,14 +52,13 @@ VLLM = "actor_rollout_ref.rollout.name=vllm"
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["rlhfless.planner.schedule=[1,0]"], ["rlhfless.planner.schedule=[1, 0]", "integer >= 1", "[1,2,1,2]"]),
         (
             ["trainer.v1.trainer_mode=sync"],
-            ["trainer.v1.trainer_mode='sync'", "must be rlhfless_sync", "last override"],
+            ["trainer.v1.trainer_mode='sync'", "must be rlhfless_sync", "the override 'trainer.v1.trainer_mode=sync'"],
         ),
-        (["actor_rollout_ref.rollout.name=sglang"], ["rollout.name='sglang'", "vllm"]),
         ([VLLM, "data.train_files=/nowhere.parquet"], ["data.train_files='/nowhere.parquet'", "is missing"]),
     ],
+    ids=["first check", "one of the last"],
 )
 def test_main_ppo_ends_with_one_line(tmp_path: Path, overrides: list[str], parts: list[str]) -> None:
     result = _start(tmp_path, "+rlhfless=default", *overrides)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.single_controller.ray.base import RayClassWithInitArgs, create_colocated_worker_cls
 from verl.trainer.config import CheckpointConfig
+from verl.trainer.ppo.v1 import trainer_base
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
@@ -22,6 +22,7 @@ from tests.integration.conftest import Cluster, ForeignJob
 from verl_rlhfless.demo.assets import arithmetic_problems, build_assets
 from verl_rlhfless.live.pool import ElasticResourcePool
 from verl_rlhfless.live.worker_group import ElasticWorkerGroup
+from verl_rlhfless_patches import verl_worker_group
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers can't import a test module
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -103,12 +104,7 @@ def test_training_goes_on_bit_for_bit_after_another_job_used_the_gpus(
 
 
 def test_the_installed_verl_builds_its_worker_groups_from_another_class_only_inside_the_block() -> None:
-    check = """
-from verl.trainer.ppo.v1 import trainer_base
-from verl_rlhfless_patches import verl_worker_group
-stock, other = trainer_base.RayWorkerGroup, type("Other", (trainer_base.RayWorkerGroup,), {})
-with verl_worker_group.use(other):
-    assert trainer_base.RayWorkerGroup is other
-assert trainer_base.RayWorkerGroup is stock
-"""
-    subprocess.run([sys.executable, "-W", "ignore", "-c", check], timeout=WAIT_S, check=True)
+    stock, other = trainer_base.RayWorkerGroup, type("Other", (trainer_base.RayWorkerGroup,), {})
+    with verl_worker_group.use(other):
+        assert trainer_base.RayWorkerGroup is other
+    assert trainer_base.RayWorkerGroup is stock

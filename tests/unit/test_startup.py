@@ -66,7 +66,7 @@ REFUSED = [
     ),
     (["rlhfless/pool=off"], {}, ["rlhfless.pool.name='off'", "only together"]),
     (["rlhfless.planner.name=magic"], {}, ["rlhfless.planner.name='magic'", "off, fixed"]),
-    (["rlhfless.planner.schedule=[1,0]"], {}, ["rlhfless.planner.schedule=[1, 0]", "integer >= 1"]),
+    (["rlhfless.planner.schedule=[1,0]"], {}, ["rlhfless.planner.schedule=[1, 0]", "integer >= 1", "[1,2,1,2]"]),
     (["rlhfless.planner.schedule=[1,1.5]"], {}, ["rlhfless.planner.schedule=[1, 1.5]", "integer >= 1"]),
     (["rlhfless.instrument.pace=missing.json"], {}, ["rlhfless.instrument.pace='missing.json'"]),
     (["rlhfless.replay.trace=a.jsonl"], {"RAY_ADDRESS": "host:1"}, ["rlhfless.replay.trace='a.jsonl'", "absolute"]),
