@@ -166,6 +166,12 @@ def count_parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in made.parameters())
 
 
+def has_tied_embeddings(hf_config: Any) -> bool:
+    """Return whether input and output embeddings of a model are one tensor; not every configuration says so itself."""
+    named_by = hf_config if hasattr(hf_config, "tie_word_embeddings") else hf_config.get_text_config()
+    return bool(getattr(named_by, "tie_word_embeddings", False))
+
+
 def _weight_dtype(role: Any) -> str | None:
     """Return the type in which the engine of a role keeps its weights; FSDP's ``dtype`` is what it computes in."""
     dtype: str | None = role.megatron.dtype if role.strategy == "megatron" else role.fsdp_config.model_dtype
