@@ -100,10 +100,12 @@ class Worker:
         """Receive a version; with ``loads``, also checksum it and copy it into parameters."""
         from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 
-        self._record = self._new_record()
+        from verl_rlhfless.live.weight_slices import Joiner, Slice
 
-        def on_bucket(weights: list[tuple[str, torch.Tensor]], is_last: bool) -> None:
-            for name, tensor in weights if loads else ():
+        self._record, joiner = self._new_record(), Joiner()
+
+        def on_bucket(weights: list[tuple[str | Slice, torch.Tensor]], is_last: bool) -> None:
+            for name, tensor in joiner.join(weights) if loads else ():
                 self._record.add(name, tensor)
                 if name not in self._parameters:
                     self._parameters[name] = torch.empty_like(tensor)
@@ -156,16 +158,14 @@ class Replica:
     async def copy_out(self, version: int) -> float:
         """Return the seconds until the last bucket was acknowledged."""
         from verl_rlhfless.live.weight_channel import BoundedSender
-        from verl_rlhfless.live.weight_reader import read_tensors
+        from verl_rlhfless.live.weight_reader import read_slices
 
         started = time.monotonic()
         manifest = await connect(self._store_name).manifest.remote(version, _WAIT_S)
-        bucket_bytes = max(manifest.bucket_bytes, manifest.largest_tensor_bytes)
-
-        sender = BoundedSender(self._handle, bucket_bytes, started + _WAIT_S, threading.Event())
+        sender = BoundedSender(self._handle, manifest.bucket_bytes, started + _WAIT_S, threading.Event())
 
         def send() -> None:
-            asyncio.run(sender.send(read_tensors(manifest, _WAIT_S)))
+            asyncio.run(sender.send(read_slices(manifest, manifest.bucket_bytes, _WAIT_S)))
 
         receiving = self._worker.receive.remote(self._handle, False)
         await asyncio.to_thread(send)

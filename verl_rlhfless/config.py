@@ -57,8 +57,8 @@ class PoolConfig(Section):
     not be leased runs them on its GPUs.
     ``park`` says whether the engine of a replica that leaves the rollout sleeps until the next one, and
     ``park_residual_bytes`` is the most memory that may then be in use on its device, by whatever process; ``None`` =
-    what ``gpu_memory_utilization`` leaves, since the next engine starts only beside so much. Above it the engine is
-    ended.
+    what ``gpu_memory_utilization`` leaves, less 1 GiB for the context of the next engine, which starts only beside so
+    much. Above it the engine is ended.
     ``same_device_wait_s`` bounds the wait for the devices of a suspended trainer or a parked engine.
     ``warm_servers`` is how many server processes do their imports in advance; ``None`` = as many as the largest fleet.
     """

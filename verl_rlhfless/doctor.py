@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 import shutil
 import warnings
@@ -25,18 +26,21 @@ from rich.table import Table
 from rich.text import Text
 
 from verl_rlhfless import __version__
-from verl_rlhfless.config import TRAINER_MODE
+from verl_rlhfless.config import TRAINER_MODE, WeightsConfig
 from verl_rlhfless.errors import RlhflessError
 from verl_rlhfless.live.available_memory import available_bytes
 from verl_rlhfless.live.seams import check_seams
 from verl_rlhfless.live.startup import PLUGIN_NAME, check_plugin_policy, load_plugin
+from verl_rlhfless.policy.host_memory import SPILL_THRESHOLD, StoreMemory, store_need
 from verl_rlhfless.versions import REQUIREMENTS, Requirement, check_requirement, installed_version
 
 Status = Literal["ok", "warn", "fail"]
 
 _GIB = 1024**3
 _MIN_FREE_MEMORY_GIB = 16.0  # the demo's stock arm, four trainer ranks and four engines on CPU, takes 15.1 GiB
-_MIN_FREE_SHM_GIB = 1.0  # Ray's object store and vLLM's message queues live there
+_MIN_FREE_SHM_GIB = 1.0  # what Ray's object store and vLLM's message queues take in the demo
+_USUAL_PARAMS = 7.6e9  # of Qwen2.5-7B, the size that is told how much shared memory it takes
+_BYTES_PER_PARAM = 2  # bfloat16, in which weights travel
 _REINSTALL = "Install this package again, in its source folder: pip install --no-deps --force-reinstall ."
 _STYLES: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -165,12 +169,25 @@ def check_memory(available_bytes: int, total_bytes: int) -> Finding:
     return Finding("memory", "warn", detail, f"Free memory: the demo needs {_MIN_FREE_MEMORY_GIB:g} GiB or more.")
 
 
-def check_shared_memory(free_bytes: int) -> Finding:
-    """Return whether ``/dev/shm`` has room for Ray's object store and vLLM's queues."""
+def check_shared_memory(free_bytes: int, num_gpus: int) -> Finding:
+    """Return whether ``/dev/shm`` has room for the demo, or on a machine with GPUs for a model of the usual size."""
+    weights = WeightsConfig()
+    buffers = num_gpus * (weights.bucket_mib << 20)
+    model = int(_USUAL_PARAMS * _BYTES_PER_PARAM)
+    store = store_need(StoreMemory(model, weights.max_versions, weights.bucket_mib << 20))
+    needed = store.num_bytes / SPILL_THRESHOLD + buffers if num_gpus else _MIN_FREE_SHM_GIB * _GIB
     detail = f"{free_bytes / _GIB:.1f} GiB free in /dev/shm"
-    if free_bytes / _GIB >= _MIN_FREE_SHM_GIB:
+    if free_bytes >= needed:
         return Finding("shared memory", "ok", detail)
-    action = "Enlarge /dev/shm (docker run --shm-size=8g), or remove what stopped runs left there."
+    size = f"{math.ceil(needed / _GIB)}g"
+    action = f"Enlarge /dev/shm (docker run --shm-size={size}), or remove what stopped runs left there."
+    if num_gpus:
+        per_param = weights.max_versions * _BYTES_PER_PARAM / SPILL_THRESHOLD
+        action += (
+            f" {size} is for 7B parameters: Ray's object store takes {per_param:g} bytes a parameter for "
+            f"{weights.max_versions} versions of the weights, and each GPU's engine worker {weights.bucket_mib} MiB. "
+            "A run that lacks room ends at start, and says how much."
+        )
     return Finding("shared memory", "warn", detail, action)
 
 
@@ -188,7 +205,7 @@ def diagnose(environ: Mapping[str, str]) -> list[Finding]:
         "GPUs": partial(check_gpus, num_gpus),
         "flash-attn": partial(check_flash_attention, num_gpus),
         "memory": partial(check_memory, available_bytes(), psutil.virtual_memory().total),
-        "shared memory": partial(check_shared_memory, shutil.disk_usage("/dev/shm").free),
+        "shared memory": partial(check_shared_memory, shutil.disk_usage("/dev/shm").free, num_gpus),
     }
     return [_run_check(name, check) for name, check in checks.items()]
 

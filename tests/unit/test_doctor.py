@@ -115,9 +115,18 @@ def test_less_memory_than_the_recorded_demo_took_is_a_warning() -> None:
 
 @pytest.mark.parametrize(("free_bytes", "status"), [(64 * 1024**2, "warn"), (8 * GIB, "ok")])
 def test_a_small_shm_is_a_warning(free_bytes: int, status: str) -> None:
-    finding = doctor.check_shared_memory(free_bytes)
+    finding = doctor.check_shared_memory(free_bytes, num_gpus=0)
     assert finding.status == status
     assert ("shm" in finding.action) == (status == "warn")
+
+
+@pytest.mark.parametrize("num_gpus", [1, 8])
+def test_a_machine_with_gpus_needs_shared_memory_for_weights_and_for_all_that_load_them(num_gpus: int) -> None:
+    finding = doctor.check_shared_memory(8 * GIB, num_gpus)
+    assert finding.status == "warn"
+    advised = int(finding.action.split("--shm-size=")[1].split("g)")[0]) * GIB
+    assert doctor.check_shared_memory(advised, num_gpus).status == "ok"
+    assert advised >= 2 * 2 * 7e9 + num_gpus * 256 * 2**20, "two versions of 7B in bfloat16, and a bucket a worker"
 
 
 def test_a_broken_check_is_a_failure_and_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import OmegaConf
+
+from verl_rlhfless.config import RlhflessConfig
+from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.live.suspendable import why_lease_is_kept
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """The GPUs that a run can't do with less of: the trainer's, those of the fleet that it needs, and other pools'.
+
+    Attributes:
+        trainer: The trainer's.
+        fleet: GPUs of each replica: of the largest scheduled fleet, or of the smallest that may be planned.
+        is_planned: Whether fleets are planned.
+        kept: Why the trainer never leaves its GPUs; empty if it may.
+        others: What verl's other pools hold, by their section.
+    """
+
+    trainer: int
+    fleet: tuple[int, ...]
+    is_planned: bool
+    kept: str
+    others: Mapping[str, int]
+
+    @classmethod
+    def of_run(cls, run: Any, settings: RlhflessConfig, others: Mapping[str, int]) -> Demand:
+        """Return what a run with verl's configuration ``run`` needs beside other pools."""
+        planner = settings.planner
+        if settings.plans:
+            fleet = (min(planner.tensor_parallel_sizes or (1,)),) * planner.min_replicas
+        else:
+            fleet = (run.actor_rollout_ref.rollout.tensor_model_parallel_size,) * max(planner.schedule)
+        trainer = run.trainer.n_gpus_per_node * run.trainer.nnodes
+        kept = why_lease_is_kept(run, settings.pool.suspend_trainer)
+        return cls(trainer, fleet, settings.plans, kept, others)
+
+    @property
+    def total(self) -> int:
+        """GPUs that must be there at the same time."""
+        return self._leased + sum(self.others.values())
+
+    @property
+    def _leased(self) -> int:
+        return self.trainer + sum(self.fleet) if self.kept else max(self.trainer, sum(self.fleet))
+
+    @property
+    def lowered_by(self) -> str:
+        """The keys that ask for less."""
+        return f"trainer.n_gpus_per_node or rlhfless.planner.{'min_replicas' if self.is_planned else 'schedule'}"
+
+    def __str__(self) -> str:
+        which = "smallest planned" if self.is_planned else "largest scheduled"
+        why = f" ({self.kept})" if self.kept else ""
+        beside = "".join(f", and {section} holds {count}" for section, count in self.others.items())
+        replicas = f"{len(self.fleet)} replicas of {self.fleet[0]} GPUs"
+        return f"the trainer's {self.trainer} GPUs and the {which} fleet, {replicas}, need {self._leased}{why}{beside}"
+
+
+def check_cluster(run: Any, settings: RlhflessConfig, num_gpus: int) -> None:
+    """Refuse a run that can't fit into the cluster, before its trainer is built; the cluster may grow by ``max_gpus``.
+
+    One that lacks GPUs even for the trainer grows, too, or the trainer's lease says so.
+
+    Args:
+        run: verl's configuration.
+        settings: Ours.
+        num_gpus: Of all nodes of the cluster now.
+
+    Raises:
+        ConfigError: Trainer, the fleet that is needed and verl's other pools are more than that.
+    """
+    demand = Demand.of_run(run, settings, other_pools(run))
+    if settings.pool.max_gpus is None and demand.trainer <= num_gpus < demand.total:
+        raise ConfigError(
+            "trainer.n_gpus_per_node",
+            run.trainer.n_gpus_per_node,
+            f"{demand}, and the cluster has {num_gpus} GPUs",
+            f"Lower {demand.lowered_by}, use +rlhfless=resident, or for a cluster that grows set "
+            "rlhfless.pool.max_gpus to what trainer and replicas may lease.",
+        )
 
 
 def other_pools(run: Any) -> dict[str, int]:

@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 
 from verl_rlhfless.live.checksum import EngineChecksum, TensorSum, as_unsigned, bit_sum, dtype_name, stream_digest
 from verl_rlhfless.live.engine_log import LEASE_VARIABLE
+from verl_rlhfless.live.weight_slices import Joiner, Slice
 
 _TIED_HEAD = "lm_head."  # what vLLM skips when a model ties its head to the embedding
 
@@ -60,12 +61,15 @@ class ElasticWorkerExtension(vLLMColocateWorkerExtension):
         model = self.model_runner.vllm_config.model_config
         is_tied = bool(getattr(model.hf_text_config, "tie_word_embeddings", False))
         self.rlhfless_received = ReceivedWeights(model.dtype, is_tied)
+        self.rlhfless_joiner = Joiner()
         super().update_weights_from_ipc(*args, **kwargs)
 
-    def _update_weights(self, weights: list[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> None:
-        for name, tensor in weights:
+    def _update_weights(self, weights: list[tuple[str | Slice, torch.Tensor]], *args: Any, **kwargs: Any) -> None:
+        complete = self.rlhfless_joiner.join(weights)
+        for name, tensor in complete:
             self.rlhfless_received.add(name, tensor)
-        super()._update_weights(weights, *args, **kwargs)
+        if complete:
+            super()._update_weights(complete, *args, **kwargs)
 
     def change_lease(self, lease: str) -> None:
         """Record what this engine does from now on under the lease of this name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from verl_rlhfless.policy.host_memory import (
     store_need,
 )
 
+_SHM = "/dev/shm"
 _ANSWER_S = 60.0  # the first task on a node waits for a worker process
 _DTYPE_BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2}
 _VLLM_CPU_KV_GIB = "VLLM_CPU_KVCACHE_SPACE"
@@ -37,8 +39,9 @@ def measure_host_memory(num_gpus: int = 0, is_driver: bool = False) -> HostMemor
     """Return the memory of this node; call it in a process there."""
     node_id = ray.get_runtime_context().get_node_id()
     (node,) = [node for node in ray.nodes() if node["NodeID"] == node_id]
-    stored = int(node["Resources"]["object_store_memory"])
-    return HostMemory(node_id, stored, available_bytes(), num_gpus, is_driver)
+    stored, shm = int(node["Resources"]["object_store_memory"]), shutil.disk_usage(_SHM)
+    # Ray puts its object store elsewhere only where it is larger than that.
+    return HostMemory(node_id, stored, available_bytes(), num_gpus, is_driver, shm.free, shm.total >= stored)
 
 
 def measure_nodes() -> list[HostMemory]:
@@ -161,6 +164,12 @@ def count_parameters(model: Any) -> int:
     with torch.device("meta"):
         made = auto_class.from_config(hf_config, trust_remote_code=trust, attn_implementation="eager")
     return sum(parameter.numel() for parameter in made.parameters())
+
+
+def has_tied_embeddings(hf_config: Any) -> bool:
+    """Return whether input and output embeddings of a model are one tensor; not every configuration says so itself."""
+    named_by = hf_config if hasattr(hf_config, "tie_word_embeddings") else hf_config.get_text_config()
+    return bool(getattr(named_by, "tie_word_embeddings", False))
 
 
 def _weight_dtype(role: Any) -> str | None:

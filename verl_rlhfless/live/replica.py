@@ -33,6 +33,12 @@ from verl_rlhfless.processes import ProcessKey
 
 __all__ = ["ElasticReplica", "ParkReport", "ReleaseReport", "ReplicaState", "WeightSource"]
 
+FRESH_ENGINE_BYTES = 2**30
+"""What the next engine holds on a device before vLLM asks for its share of it: CUDA's context, kernels, NCCL's buffers.
+
+vLLM (``init_device`` of its GPU worker) compares what is free only after these are there. A round upper figure.
+"""
+
 _DRAIN_POLL_S = 0.02
 _ANSWER_S = 5.0  # beyond what the end of processes may take
 _START_KEY, _PULL_KEY = "rlhfless.pool.start_timeout_s", "rlhfless.weights.pull_timeout_s"
@@ -229,7 +235,8 @@ class ElasticReplica(vLLMReplica):
         is_given_away = not isinstance(self.lease, SharedLease)  # beside the trainer, its own state is in use there
         limit = self._pool.park_residual_bytes
         if limit is None:
-            limit = int((1 - self.config.gpu_memory_utilization) * memory.device_total_bytes)
+            left = int((1 - self.config.gpu_memory_utilization) * memory.device_total_bytes)
+            limit = max(0, left - FRESH_ENGINE_BYTES)
         if is_given_away and memory.device_bytes > limit:
             raise ReplicaError(
                 f"replica {self.name}: {memory.device_bytes} bytes in use on a device of the sleeping engine, limit "

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
 from verl_rlhfless.errors import ConfigError, LeaseLostError, RlhflessError, UnsupportedError
-from verl_rlhfless.live.budget import other_pools
+from verl_rlhfless.live.budget import Demand, other_pools
 from verl_rlhfless.live.fusion_check import check_fusion
 from verl_rlhfless.live.instrument import instrument_environment
 from verl_rlhfless.live.model_check import check_model_at_hand
@@ -207,35 +207,15 @@ def check_budget(config: DictConfig, parsed: RlhflessConfig, environ: Mapping[st
 
     The fleet is the largest scheduled one, or the smallest that may be planned.
     """
-    trainer = config.trainer.n_gpus_per_node * config.trainer.nnodes
-    fleet, key_of_fleet = _asked_fleet(config, parsed)
-    kept = why_lease_is_kept(config, parsed.pool.suspend_trainer)
-    needed = trainer + sum(fleet) if kept else max(trainer, sum(fleet))
     ray_init = OmegaConf.select(config, "ray_kwargs.ray_init") or {}
     limits: dict[str, tuple[int | None, dict[str, int]]] = {"rlhfless.pool.max_gpus": (parsed.pool.max_gpus, {})}
     if ray_init.get("address") is None and "RAY_ADDRESS" not in environ:
         limits["ray_kwargs.ray_init.num_gpus"] = ray_init.get("num_gpus"), other_pools(config)
     for key, (limit, others) in limits.items():
-        total = needed + sum(others.values())
-        if limit is not None and total > limit:
-            beside = "".join(f", and {section} holds {count}" for section, count in others.items())
-            raise ConfigError(
-                key,
-                limit,
-                f"the trainer's {trainer} GPUs and the {'smallest planned' if parsed.plans else 'largest scheduled'} "
-                f"fleet, {len(fleet)} replicas of {fleet[0]} GPUs, need {needed}{f' ({kept})' if kept else ''}{beside}",
-                f"Raise it to {total}, lower trainer.n_gpus_per_node or {key_of_fleet}, or use +rlhfless=resident.",
-            )
-
-
-def _asked_fleet(config: DictConfig, parsed: RlhflessConfig) -> tuple[tuple[int, ...], str]:
-    """Return the replicas that a run needs in any case, and the key that asks for so many."""
-    planner = parsed.planner
-    if not parsed.plans:
-        tp = config.actor_rollout_ref.rollout.tensor_model_parallel_size
-        return (tp,) * max(planner.schedule), "rlhfless.planner.schedule"
-    sizes = planner.tensor_parallel_sizes or (1,)
-    return (min(sizes),) * planner.min_replicas, "rlhfless.planner.min_replicas"
+        demand = Demand.of_run(config, parsed, others)
+        if limit is not None and demand.total > limit:
+            action = f"Raise it to {demand.total}, lower {demand.lowered_by}, or use +rlhfless=resident."
+            raise ConfigError(key, limit, str(demand), action)
 
 
 def _check_replay(config: DictConfig, trace: str, environ: Mapping[str, str]) -> None:

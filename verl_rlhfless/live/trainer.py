@@ -24,10 +24,16 @@ from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
 from verl_rlhfless.errors import ConfigError, DeviceMismatchError, LeaseLostError, LeaseTimeoutError, ReplicaError
 from verl_rlhfless.live import weight_engine
 from verl_rlhfless.live.announcement import announcement_of
-from verl_rlhfless.live.budget import gpu_budget
+from verl_rlhfless.live.budget import check_cluster, gpu_budget
 from verl_rlhfless.live.fleet import Fleet
 from verl_rlhfless.live.fusion_trainer import FusionTrainer
-from verl_rlhfless.live.host_memory import check_nodes, count_parameters, measure_nodes, memory_of_run
+from verl_rlhfless.live.host_memory import (
+    check_nodes,
+    count_parameters,
+    has_tied_embeddings,
+    measure_nodes,
+    memory_of_run,
+)
 from verl_rlhfless.live.pool import TRAINER_POOL, ElasticResourcePoolManager
 from verl_rlhfless.live.replica import WeightSource
 from verl_rlhfless.live.request_trainer import RequestTrainer
@@ -77,7 +83,7 @@ class ElasticTrainerSync(FusionTrainer):
         )
 
     def _setup(self) -> None:
-        self._check_host_memory()
+        self._check_nodes()
         self._store = create_store(self._store_name, self._settings.weights)
         with verl_worker_group.use(ElasticWorkerGroup):
             super()._setup()
@@ -85,17 +91,19 @@ class ElasticTrainerSync(FusionTrainer):
         self._fleet = Fleet(self.config, self._settings, self._router, self._events, warm_servers)
         self._trainer_lease = self._make_trainer_lease()
 
-    def _check_host_memory(self) -> None:
-        """Refuse nodes that lack host memory, before anything is started on them.
+    def _check_nodes(self) -> None:
+        """Refuse nodes that lack GPUs or host memory, before anything is started on them.
 
         Raises:
+            ConfigError: The run needs more GPUs than they have.
             HostMemoryError: The message names node, holders and shortage.
         """
-        model: HFModelConfig = omega_conf_to_dataclass(self.config.actor_rollout_ref.model)
-        kept = why_lease_is_kept(self.config, self._settings.pool.suspend_trainer)
         nodes = measure_nodes()
         num_gpus = sum(node.num_gpus for node in nodes)
-        params, is_tied = count_parameters(model), bool(model.hf_config.tie_word_embeddings)
+        check_cluster(self.config, self._settings, num_gpus)
+        model: HFModelConfig = omega_conf_to_dataclass(self.config.actor_rollout_ref.model)
+        kept = why_lease_is_kept(self.config, self._settings.pool.suspend_trainer)
+        params, is_tied = count_parameters(model), has_tied_embeddings(model.hf_config)
         memory = memory_of_run(
             self.config, self._settings, params, is_tied=is_tied, can_suspend=not kept, num_gpus=num_gpus
         )

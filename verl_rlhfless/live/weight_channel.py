@@ -22,6 +22,7 @@ from zmq.constants import PollEvent, SocketOption, SocketType
 from zmq.sugar.context import Context
 
 from verl_rlhfless.errors import WeightStoreError
+from verl_rlhfless.live.weight_slices import Slice
 
 _POLL_MS = 100
 _SHM = Path("/dev/shm")
@@ -42,8 +43,8 @@ class BoundedSender:
         self._socket.setsockopt(SocketOption.LINGER, 0)
         self._socket.bind(zmq_handle)
 
-    async def send(self, tensors: AsyncIterator[tuple[str, torch.Tensor]]) -> None:
-        """Send named tensors, none of which is larger than a bucket; return when the worker has them all. Once only.
+    async def send(self, tensors: AsyncIterator[tuple[str | Slice, torch.Tensor]]) -> None:
+        """Send tensors and slices, none larger than a bucket; return when the worker has them all. Once only.
 
         Raises:
             WeightStoreError: No shared memory is left, the worker did not take them in time, or ``stop`` was set.
@@ -62,17 +63,18 @@ class BoundedSender:
             self._socket.close()
             self._path.unlink(missing_ok=True)
 
-    async def _send_buckets(self, tensors: AsyncIterator[tuple[str, torch.Tensor]]) -> None:
-        bucket: dict[str, TensorMetadata] = {}
+    async def _send_buckets(self, tensors: AsyncIterator[tuple[str | Slice, torch.Tensor]]) -> None:
+        bucket: dict[str | Slice, TensorMetadata] = {}
         end = 0
-        async for name, tensor in tensors:
+        async for label, tensor in tensors:
             begin = -(-end // tensor.element_size()) * tensor.element_size()  # the receiver views it as its type
             end = begin + tensor.nbytes
             if end > self._bucket_bytes:
                 self._exchange({"bucket_meta": bucket, "is_last": False})
                 bucket, begin, end = {}, 0, tensor.nbytes
             self._buffer[begin:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-            bucket[name] = TensorMetadata(name=name, shape=tensor.shape, dtype=tensor.dtype, offset=begin, handle=None)
+            name = label if isinstance(label, str) else label.name
+            bucket[label] = TensorMetadata(name=name, shape=tensor.shape, dtype=tensor.dtype, offset=begin, handle=None)
         self._exchange({"bucket_meta": bucket, "is_last": True})
 
     def _exchange(self, message: Any) -> None:
@@ -104,8 +106,8 @@ def allocate(num_bytes: int) -> SharedMemory:
         memory.close()
         memory.unlink()
         raise WeightStoreError(
-            f"no {num_bytes >> 20} MiB left in {_SHM} ({error.strerror}). Enlarge it, or lower "
-            "rlhfless.weights.bucket_mib."
+            f"no {num_bytes >> 20} MiB left in {_SHM} ({error.strerror}). Enlarge it (docker run --shm-size, or a "
+            "larger memory-backed volume), or lower rlhfless.weights.bucket_mib."
         ) from error
     finally:
         os.close(segment)

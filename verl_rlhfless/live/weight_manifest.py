@@ -65,8 +65,3 @@ class Manifest:
     def num_bytes(self) -> int:
         """Size of all tensors."""
         return sum(tensor.num_bytes for tensor in self.tensors)
-
-    @property
-    def largest_tensor_bytes(self) -> int:
-        """Size of the largest tensor."""
-        return max((tensor.num_bytes for tensor in self.tensors), default=0)

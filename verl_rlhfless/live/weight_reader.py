@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 from verl_rlhfless.errors import WeightStoreError
 from verl_rlhfless.live.checksum import as_unsigned, bit_sum
 from verl_rlhfless.live.weight_manifest import Manifest, StoredTensor
+from verl_rlhfless.live.weight_slices import Slice
 
 
 async def read_tensors(manifest: Manifest, timeout_s: float) -> AsyncIterator[tuple[str, torch.Tensor]]:
@@ -23,6 +24,32 @@ async def read_tensors(manifest: Manifest, timeout_s: float) -> AsyncIterator[tu
     Raises:
         WeightStoreError: A bucket did not arrive in time or is lost.
     """
+    async for stored, pieces in _read(manifest, timeout_s):
+        yield stored.name, _as_tensor(stored, pieces)
+
+
+async def read_slices(
+    manifest: Manifest, num_bytes: int, timeout_s: float
+) -> AsyncIterator[tuple[str | Slice, torch.Tensor]]:
+    """Like :func:`read_tensors`, but a tensor larger than ``num_bytes`` comes in slices of at most so much, uncopied.
+
+    Raises:
+        WeightStoreError: A bucket did not arrive in time or is lost.
+    """
+    async for stored, pieces in _read(manifest, timeout_s):
+        if stored.num_bytes <= num_bytes:
+            yield stored.name, _as_tensor(stored, pieces)
+            continue
+        begin = 0
+        for piece in pieces:
+            flat = _view(piece, stored.dtype)
+            for part in flat.split(num_bytes // flat.element_size()):
+                yield Slice(stored.name, stored.shape, begin), part
+                begin += part.numel()
+
+
+async def _read(manifest: Manifest, timeout_s: float) -> AsyncIterator[tuple[StoredTensor, list[Any]]]:
+    """Yield every tensor with the pieces of its bytes."""
     deadline = time.monotonic() + timeout_s
     index, bucket = -1, np.empty(0, np.uint8)
     for stored in manifest.tensors:
@@ -31,7 +58,7 @@ async def read_tensors(manifest: Manifest, timeout_s: float) -> AsyncIterator[tu
             if part.bucket != index:
                 index, bucket = part.bucket, await _fetch(manifest, part.bucket, deadline)
             pieces.append(bucket[part.offset : part.offset + part.num_bytes])
-        yield stored.name, _as_tensor(stored, pieces)
+        yield stored, pieces
 
 
 async def read_checked_tensors(manifest: Manifest, timeout_s: float) -> AsyncIterator[tuple[str, torch.Tensor]]:
@@ -62,10 +89,14 @@ async def _fetch(manifest: Manifest, index: int, deadline: float) -> Any:
 
 
 def _as_tensor(stored: StoredTensor, pieces: list[Any]) -> torch.Tensor:
-    dtype: torch.dtype = getattr(torch, stored.dtype)
     if not pieces:
-        return torch.empty(stored.shape, dtype=dtype)
+        return torch.empty(stored.shape, dtype=getattr(torch, stored.dtype))
+    return _view(pieces[0] if len(pieces) == 1 else np.concatenate(pieces), stored.dtype).view(stored.shape)
+
+
+def _view(piece: Any, dtype: str) -> torch.Tensor:
+    """Return bytes as a flat tensor of a type."""
     with warnings.catch_warnings():  # Ray's buffers are read-only, which is right: every reader on the node shares them
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
-        flat = torch.from_numpy(pieces[0] if len(pieces) == 1 else np.concatenate(pieces))
-    return flat.view(dtype).view(stored.shape)
+        flat: torch.Tensor = torch.from_numpy(piece).view(getattr(torch, dtype))
+    return flat

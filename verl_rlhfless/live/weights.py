@@ -1,8 +1,9 @@
 """How an elastic replica gets the trainer's weights: its server actor pulls a version from the store into its engine.
 
 There is no collective, no worker process beside the engine's own, and nobody else pauses. Every worker of the engine
-gets the whole stream through a shared-memory buffer of its own, with verl's protocol and verl's receiver. On a GPU too:
-verl's other way, CUDA IPC, needs the tensors in the sender's device memory, and the server actor has none.
+gets the whole stream through a shared-memory buffer of its own, which is one bucket whatever the model: with verl's
+protocol and verl's receiver, and larger tensors in slices. On a GPU too: verl's other way, CUDA IPC, needs the tensors
+in the sender's device memory, and the server actor has none.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from verl_rlhfless.live.checksum import EngineChecksum, verify
 from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.weight_channel import BoundedSender
 from verl_rlhfless.live.weight_manifest import Manifest
-from verl_rlhfless.live.weight_reader import read_tensors
+from verl_rlhfless.live.weight_reader import read_slices
 from verl_rlhfless.live.weight_store import ANSWER_GRACE_S, answered, connect, create_store
 
 __all__ = ["PullReport", "create_store", "pull_into_engine"]
@@ -104,13 +105,12 @@ async def _call(engine: Any, method: str, deadline: float, **kwargs: Any) -> lis
 
 async def _transfer(engine: Any, manifest: Manifest, handles: list[str], deadline: float) -> None:
     """Stream the version to every worker, one thread each: a sender blocks."""
-    bucket_bytes = max(manifest.bucket_bytes, manifest.largest_tensor_bytes)  # verl's receiver needs whole tensors
     stop = threading.Event()
-    senders = [BoundedSender(handle, bucket_bytes, deadline, stop) for handle in handles]
+    senders = [BoundedSender(handle, manifest.bucket_bytes, deadline, stop) for handle in handles]
     receiving = asyncio.ensure_future(_call(engine, "update_weights_from_ipc", deadline, use_shm=True))
 
     def send(sender: BoundedSender) -> None:
-        asyncio.run(sender.send(read_tensors(manifest, _left_s(deadline))))
+        asyncio.run(sender.send(read_slices(manifest, manifest.bucket_bytes, _left_s(deadline))))
 
     tasks = [receiving, *(asyncio.ensure_future(asyncio.to_thread(send, sender)) for sender in senders)]
     try:

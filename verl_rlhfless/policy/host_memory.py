@@ -3,8 +3,9 @@
 One account for all that share a node. Pure arithmetic on what is known before anything starts; the bytes of processes
 are constants, measured by ``benchmarks/host_memory.py`` on CPU.
 
-Invariants: what one holder needs is one ``Need``; a node is short if its needs are more than its free memory, or those
-inside Ray's object store more than what the store keeps before it spills.
+Invariants: what one holder needs is one ``Need``; a node is short if its needs are more than its free memory, those
+inside Ray's object store more than what the store keeps before it spills, or those in ``/dev/shm`` more than is free
+there.
 """
 
 from __future__ import annotations
@@ -152,6 +153,8 @@ class HostMemory:
             as available until something is stored in them.
         num_gpus: Accelerators of the node.
         is_driver: Whether the trainer's own process runs there.
+        shm_bytes: Free in ``/dev/shm``, of which a container has little; ``None`` = not measured.
+        is_store_in_shm: Whether Ray's object store takes its memory there, too.
     """
 
     node_id: str
@@ -159,6 +162,8 @@ class HostMemory:
     available_bytes: int
     num_gpus: int = 0
     is_driver: bool = False
+    shm_bytes: int | None = None
+    is_store_in_shm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +174,13 @@ class Need:
         what: The holder, in the user's words.
         num_bytes: Its memory.
         is_stored: Whether it is inside Ray's object store.
+        is_in_shm: Whether it is in ``/dev/shm`` wherever the object store is.
     """
 
     what: str
     num_bytes: int
     is_stored: bool = False
+    is_in_shm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +198,8 @@ class NodeAccount:
     @property
     def short_bytes(self) -> int:
         """Bytes that the node lacks; 0 when it has room."""
-        return max(0, self.num_bytes - self.node.available_bytes, self._stored_bytes - self._store_room_bytes)
+        stored = self._stored_bytes - self._store_room_bytes
+        return max(0, self.num_bytes - self.node.available_bytes, stored, self._shm_short_bytes)
 
     @property
     def _stored_bytes(self) -> int:
@@ -201,17 +209,26 @@ class NodeAccount:
     def _store_room_bytes(self) -> int:
         return int(self.node.object_store_bytes * SPILL_THRESHOLD)
 
+    @property
+    def _in_shm(self) -> list[Need]:
+        return [need for need in self.needs if need.is_in_shm or (need.is_stored and self.node.is_store_in_shm)]
+
+    @property
+    def _buffer_bytes(self) -> int:
+        return sum(need.num_bytes for need in self.needs if need.is_in_shm)
+
+    @property
+    def _shm_short_bytes(self) -> int:
+        if self.node.shm_bytes is None:
+            return 0
+        return max(0, sum(need.num_bytes for need in self._in_shm) - self.node.shm_bytes)
+
     def shortage(self) -> str:
         """Return what is needed, what there is, and what to do; empty when the node has room."""
         if self._stored_bytes > self._store_room_bytes:
-            stored = [need for need in self.needs if need.is_stored]
-            return (
-                f"{_listed(stored)}, but Ray's object store on node {self.node.node_id[:8]} keeps "
-                f"{_gib(self._store_room_bytes)} in memory (80 % of {_gib(self.node.object_store_bytes)}): "
-                f"{_gib(self._stored_bytes - self._store_room_bytes)} short. Start Ray with an object store of at "
-                f"least {int(self._stored_bytes / SPILL_THRESHOLD) + 1} bytes (--object-store-memory), or lower "
-                "rlhfless.weights.max_versions."
-            )
+            return self._store_shortage()
+        if self._shm_short_bytes:
+            return self._shm_shortage()
         if self.num_bytes > self.node.available_bytes:
             return (
                 f"{_listed(self.needs)}, but only {_gib(self.node.available_bytes)} is free on node "
@@ -221,6 +238,28 @@ class NodeAccount:
                 "state of a trainer on GPUs off the host."
             )
         return ""
+
+    def _store_shortage(self) -> str:
+        stored = [need for need in self.needs if need.is_stored]
+        enough = int(self._stored_bytes / SPILL_THRESHOLD) + 1
+        in_shm = enough + self._buffer_bytes
+        return (
+            f"{_listed(stored)}, but Ray's object store on node {self.node.node_id[:8]} keeps "
+            f"{_gib(self._store_room_bytes)} in memory (80 % of {_gib(self.node.object_store_bytes)}): "
+            f"{_gib(self._stored_bytes - self._store_room_bytes)} short. Start Ray with an object store of at "
+            f"least {enough} bytes (--object-store-memory), for which /dev/shm needs {_gib(in_shm)}, or lower "
+            "rlhfless.weights.max_versions."
+        )
+
+    def _shm_shortage(self) -> str:
+        helps = ["rlhfless.weights.bucket_mib"] if self._shm_short_bytes < self._buffer_bytes else []
+        helps += ["rlhfless.weights.max_versions"] if self.node.is_store_in_shm else []
+        return (
+            f"{_listed(self._in_shm, 'shared memory')}, but only {_gib(self.node.shm_bytes or 0)} is free in /dev/shm "
+            f"on node {self.node.node_id[:8]}: {_gib(self._shm_short_bytes)} short. Enlarge it by that (docker run "
+            "--shm-size; in Kubernetes a larger volume of medium Memory), or remove what stopped runs left there"
+            f"{', or lower ' + ' or '.join(helps) if helps else ''}."
+        )
 
 
 def store_need(store: StoreMemory) -> Need:
@@ -281,10 +320,12 @@ def _replica_needs(run: RunMemory, node: HostMemory) -> list[Need]:
     if not here:
         return []
     servers = max(here, min(replicas.num_warm, replicas.num_replicas))
-    processes = ENGINE_BYTES + replicas.tp * (ENGINE_WORKER_BYTES + run.store.bucket_bytes)
+    processes = ENGINE_BYTES + replicas.tp * ENGINE_WORKER_BYTES
+    buffers = f"{here * replicas.tp} engine workers that load weights, a bucket each"
     return [
         Need(f"{servers} servers of replicas", servers * SERVER_BYTES),
         Need(f"{here} engines of TP{replicas.tp}", here * (processes + replicas.state_bytes)),
+        Need(buffers, here * replicas.tp * run.store.bucket_bytes, is_in_shm=True),
         Need(f"{replicas.num_parked} parked engines", replicas.num_parked * replicas.parked_bytes),
     ]
 
@@ -301,10 +342,10 @@ def _trainer_load(trainer: TrainerMemory) -> Need:
     return Need(what, trainer.copies_at_load * largest)
 
 
-def _listed(needs: Sequence[Need]) -> str:
+def _listed(needs: Sequence[Need], memory: str = "host memory") -> str:
     total = sum(need.num_bytes for need in needs)
     parts = "; ".join(f"{_gib(need.num_bytes)} for {need.what}" for need in needs)
-    return f"{_gib(total)} of host memory needed ({parts})"
+    return f"{_gib(total)} of {memory} needed ({parts})"
 
 
 def _gib(num_bytes: int) -> str:

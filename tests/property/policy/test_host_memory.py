@@ -36,7 +36,9 @@ def runs(draw: st.DrawFn) -> RunMemory:
     )
 
 
-NODES = st.builds(HostMemory, st.uuids().map(str), BYTES, BYTES, st.integers(0, 64), st.booleans())
+NODES = st.builds(
+    HostMemory, st.uuids().map(str), BYTES, BYTES, st.integers(0, 64), st.booleans(), BYTES, st.booleans()
+)
 
 
 @given(runs(), NODES, st.booleans())
@@ -50,7 +52,10 @@ def test_a_node_is_refused_exactly_when_it_is_short(run: RunMemory, node: HostMe
 def test_more_memory_never_refuses_what_fitted(run: RunMemory, node: HostMemory, has_trainer: bool, more: int) -> None:
     account = account_node(run, node, has_trainer=has_trainer)
     bigger = replace(
-        node, available_bytes=node.available_bytes + more, object_store_bytes=node.object_store_bytes + more
+        node,
+        available_bytes=node.available_bytes + more,
+        object_store_bytes=node.object_store_bytes + more,
+        shm_bytes=(node.shm_bytes or 0) + more,
     )
     assert NodeAccount(bigger, account.needs).short_bytes <= account.short_bytes
 

@@ -126,3 +126,16 @@ def test_the_observer_counts_what_its_container_took(cgroups: Path) -> None:
     v2_group(cgroups, limit=16 * GIB, used=11 * GIB)
     watch.look(0.0)
     assert json.loads(out.getvalue())["memory_peak_bytes"] == 2 * GIB
+
+
+@pytest.mark.parametrize(("stored", "is_there"), [(8 * GIB, True), (9 * GIB, False)])
+def test_what_is_free_in_shared_memory_is_measured_and_whether_the_object_store_takes_it(
+    monkeypatch: pytest.MonkeyPatch, stored: int, is_there: bool
+) -> None:
+    node = {"NodeID": "node-0", "Resources": {"object_store_memory": stored}}
+    monkeypatch.setattr("ray.nodes", lambda: [node])
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node-0"))
+    usage = {"/dev/shm": SimpleNamespace(total=8 * GIB, free=5 * GIB)}
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage[path])
+    memory = measure_host_memory()
+    assert (memory.shm_bytes, memory.is_store_in_shm) == (5 * GIB, is_there)

@@ -10,11 +10,13 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
 from verl_rlhfless.config import parse_config
+from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.live import trainer as trainer_module
-from verl_rlhfless.live.budget import gpu_budget, other_pools
+from verl_rlhfless.live.budget import check_cluster, gpu_budget, other_pools
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.routing import Nodes, RoutingSettings
 from verl_rlhfless.live.trainer import ElasticTrainerSync
+from verl_rlhfless.policy.host_memory import HostMemory
 
 REWARD = ["reward.reward_model.n_gpus_per_node=2", "reward.reward_model.nnodes=2", "reward.reward_model.enable=True"]
 OWN_POOL = [*REWARD, "reward.reward_model.enable_resource_pool=True"]
@@ -67,3 +69,49 @@ def test_a_trainer_leaves_where_the_other_pools_leave_no_room_for_it_beside_repl
     assert not lease.before_rollout(4).is_first
     monkeypatch.setattr(lease, "_suspend", lambda: None)
     assert lease.before_rollout(5).is_first
+
+
+def check(num_gpus: int, *overrides: str) -> None:
+    run = recipe("actor_rollout_ref.rollout.tensor_model_parallel_size=2", *overrides)
+    check_cluster(run, parse_config(OmegaConf.to_container(run.rlhfless, resolve=True)), num_gpus)
+
+
+STAYS, FIXED = "rlhfless.pool.suspend_trainer=never", "rlhfless/planner=fixed"
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "overrides", "needs"),
+    [
+        (8, [STAYS], "the trainer's 8 GPUs and the smallest planned fleet, 1 replicas of 1 GPUs, need 9"),
+        (9, [STAYS, FIXED], "the largest scheduled fleet, 1 replicas of 2 GPUs, need 10"),
+        (11, OWN_POOL, "need 8, and reward.reward_model holds 4"),
+    ],
+    ids=["a plan", "a schedule", "a reward model"],
+)
+def test_a_run_that_the_cluster_has_no_room_for_is_refused_before_its_trainer_is_built(
+    num_gpus: int, overrides: list[str], needs: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check(num_gpus, *overrides)
+    for part in (needs, f"the cluster has {num_gpus} GPUs", "+rlhfless=resident", "rlhfless.pool.max_gpus"):
+        assert part in str(refused.value)
+    check(num_gpus + 1, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "overrides"),
+    [(8, [STAYS, "rlhfless.pool.max_gpus=16"]), (0, [STAYS]), (8, [])],
+    ids=["it grows up to max_gpus", "it has to grow for the trainer", "a trainer that leaves"],
+)
+def test_a_cluster_that_grows_or_that_the_trainer_leaves_is_not_refused(num_gpus: int, overrides: list[str]) -> None:
+    check(num_gpus, *overrides)
+
+
+def test_the_nodes_are_looked_at_before_the_trainer_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer: Any = ElasticTrainerSync.__new__(ElasticTrainerSync)
+    trainer.config = recipe(STAYS)
+    trainer._settings = parse_config(OmegaConf.to_container(trainer.config.rlhfless, resolve=True))
+    nodes = [HostMemory(name, 10**13, 10**13, num_gpus=4) for name in ("node-0", "node-1")]
+    monkeypatch.setattr(trainer_module, "measure_nodes", lambda: nodes)
+    with pytest.raises(ConfigError, match="the cluster has 8 GPUs"):
+        trainer._setup()

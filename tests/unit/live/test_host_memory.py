@@ -11,7 +11,13 @@ from omegaconf import DictConfig
 
 from verl_rlhfless.config import RlhflessConfig, parse_config
 from verl_rlhfless.errors import HostMemoryError, WeightStoreError
-from verl_rlhfless.live.host_memory import check_nodes, check_store, count_parameters, memory_of_run
+from verl_rlhfless.live.host_memory import (
+    check_nodes,
+    check_store,
+    count_parameters,
+    has_tied_embeddings,
+    memory_of_run,
+)
 from verl_rlhfless.policy.host_memory import HostMemory, RunMemory, StoreMemory
 
 GIB = 2**30
@@ -175,6 +181,15 @@ def test_parameters_are_counted_where_the_runs_attention_needs_a_gpu(
     layer = 2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 16
     assert count_parameters(SimpleNamespace(hf_config=config, trust_remote_code=False)) > 2 * 100 * 8 + layer
     assert config._attn_implementation == "flash_attention_2", "the run's own configuration is as it was"
+
+
+@pytest.mark.parametrize(("kind", "is_tied"), [
+    ("Qwen2AudioConfig", False), ("MllamaConfig", False), ("Qwen2_5OmniConfig", True), ("Gemma3Config", True),
+])  # fmt: skip
+def test_tied_embeddings_are_asked_of_the_text_model_where_the_whole_one_does_not_say(kind: str, is_tied: bool) -> None:
+    import transformers
+
+    assert has_tied_embeddings(getattr(transformers, kind)()) is is_tied
 
 
 def test_every_rank_loads_a_whole_copy_of_a_model_with_tied_embeddings() -> None:

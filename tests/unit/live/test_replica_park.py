@@ -22,6 +22,7 @@ from verl_rlhfless.live.replica import ElasticReplica, ReplicaState, WeightSourc
 from verl_rlhfless.live.shared_lease import TrainerDevices
 from verl_rlhfless.types import LeasedNode
 
+GIB = 2**30
 POOL = PoolConfig(
     name="elastic", park_residual_bytes=1000, release_timeout_s=0.1, start_timeout_s=0.1, drain_timeout_s=0.1
 )
@@ -167,16 +168,20 @@ def test_more_device_memory_than_allowed_is_refused_by_its_key(replica: Any) -> 
     assert replica.lease.is_held
 
 
-@pytest.mark.parametrize(("in_use", "is_parked"), [(2000, True), (2001, False)])
-def test_without_a_limit_of_its_own_the_next_engine_must_be_able_to_start(
-    replica: Any, in_use: int, is_parked: bool
+@pytest.mark.parametrize(
+    ("in_use", "total_gib", "limit"),
+    [(19 * GIB, 80, None), (19 * GIB + 1, 80, 19 * GIB), (0, 2, None), (1, 2, 0)],
+    ids=["just fits", "a byte too much", "nothing on a small device", "a byte on a small device"],
+)
+def test_without_a_limit_of_its_own_the_next_engine_must_be_able_to_start_beside_its_own_context(
+    replica: Any, in_use: int, total_gib: int, limit: int | None
 ) -> None:
     replica._pool = dataclasses.replace(POOL, park_residual_bytes=None)
     replica.config = RolloutConfig(name="vllm", tensor_model_parallel_size=1, gpu_memory_utilization=0.75)
-    replica._server_handle.answers["park"] = lambda: ParkedMemory(in_use, 8000, 5, 9)
-    with contextlib.nullcontext() if is_parked else pytest.raises(ReplicaError, match="limit 2000"):
+    replica._server_handle.answers["park"] = lambda: ParkedMemory(in_use, total_gib * GIB, 5, 9)
+    with contextlib.nullcontext() if limit is None else pytest.raises(ReplicaError, match=f"limit {limit}\\."):
         asyncio.run(replica.park())
-    assert (replica.state is ReplicaState.PARKED) == is_parked
+    assert (replica.state is ReplicaState.PARKED) == (limit is None)
 
 
 def test_beside_the_trainer_what_is_in_use_is_the_trainers_and_no_reason_to_end_the_engine(replica: Any) -> None:

@@ -124,6 +124,27 @@ def test_an_object_store_that_would_spill_is_refused_with_the_shortage() -> None
     assert f"at least {int(12.5 * GIB) + 1} bytes (--object-store-memory)" in text
 
 
+SMALL_SHM = replace(ROOMY, shm_bytes=GIB)
+
+
+def test_engines_that_load_together_need_a_bucket_of_shared_memory_for_each_worker() -> None:
+    text = account_node(run(), SMALL_SHM, has_trainer=False).shortage()
+    assert "8.00 GiB for 8 engine workers that load weights" in text
+    assert "only 1.00 GiB is free in /dev/shm on node node-0: 7.00 GiB short" in text
+    assert "--shm-size" in text and "or lower rlhfless.weights.bucket_mib." in text
+    assert account_node(run(), replace(SMALL_SHM, shm_bytes=8 * GIB), has_trainer=False).shortage() == ""
+
+
+def test_weights_in_an_object_store_in_shared_memory_count_there_too() -> None:
+    node = replace(SMALL_SHM, is_store_in_shm=True)
+    account = account_node(run(), node, has_trainer=False)
+    assert "64.00 GiB of shared memory needed (8.00 GiB for" in account.shortage()
+    assert "63.00 GiB short" in account.shortage()
+    assert "bucket_mib" not in account.shortage(), "smaller buckets alone would not do"
+    enough = replace(node, shm_bytes=SMALL_SHM.shm_bytes + account.short_bytes)  # type: ignore[operator]
+    assert account_node(run(), enough, has_trainer=False).shortage() == ""
+
+
 def test_following_the_advice_is_enough() -> None:
     need = store_need(StoreMemory(4 * GIB + 123, 2, GIB))
     text = NodeAccount(HostMemory("node", object_store_bytes=GIB, available_bytes=100 * GIB), (need,)).shortage()
