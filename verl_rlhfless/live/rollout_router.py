@@ -114,6 +114,12 @@ class RolloutRouter(Router):
         self._planner = LivePlanner(routing, self._restored_costs)
         await self.configure(settings)
 
+    async def reroute(self, routing: RoutingSettings) -> None:
+        """Take other settings in mid-run, between two rollouts."""
+        assert self._planner is not None, "a router is configured before its first rollout"
+        self._routing = self._planner.routing = routing
+        self.desk = FleetDesk(routing.tp, routing.replica_gpus)
+
     async def plan(self, announced: Announcement, standby: Standby) -> FleetDecision:
         """Return the fleet for a step, before any of it is leased; ``announce`` follows when it begins to start.
 

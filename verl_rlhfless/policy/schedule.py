@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from verl_rlhfless.types import FleetDecision, ReplicaSpec
@@ -27,6 +30,13 @@ def largest_fleet(step: int, schedule: Sequence[int], tp: int) -> FleetDecision:
     return FleetDecision(
         step, (ReplicaSpec(tp),) * count, f"validation uses the largest scheduled fleet, {count} x TP{tp}"
     )
+
+
+def fleet_within(decision: FleetDecision, num_gpus: int) -> FleetDecision:
+    """Return the fleet without its last replicas, those for which ``num_gpus`` GPUs don't suffice; the first stays."""
+    ends = tuple(itertools.accumulate(replica.tp for replica in decision.replicas))
+    count = max(1, bisect.bisect_right(ends, num_gpus))
+    return dataclasses.replace(decision, replicas=decision.replicas[:count])
 
 
 def validation_fleet(

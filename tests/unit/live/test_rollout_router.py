@@ -40,6 +40,7 @@ from verl_rlhfless.policy.routing import RoutingPolicy
 WORKER = "w"
 
 SERVERS = Standby(num_servers=4)
+FAST = {"name": "cost_aware", "cost_weight": 0}
 TWO = {"min_replicas": 2, "max_replicas": 2, "tensor_parallel_sizes": [1]}
 
 
@@ -862,6 +863,18 @@ def test_a_steps_phases_are_not_those_of_its_last_refill() -> None:
     on_planning_router(partial(check, refills=()), **TWO)
     on_planning_router(partial(check, refills=(refill_of(1), refill_of(1, "another"))), **TWO)
     assert learnt[0] == learnt[1] and "phases" in learnt[0]
+
+
+def test_plans_lease_no_more_than_a_trainer_that_could_not_leave_has_room_for() -> None:
+    async def check(world: World) -> None:
+        large = announcement(groups=16, n=8)
+        assert (await world.router.plan(large, standby=SERVERS)).num_gpus > 2
+        stays = replace(settings("elastic", FAST), replica_gpus=2, keeps_trainer=True)
+        await world.router.reroute(stays)
+        assert (await world.router.plan(large, standby=SERVERS)).num_gpus <= 2
+        assert world.router.desk.free_gpus == 2
+
+    on_router(check, servers=0, pool="elastic", planner=FAST)
 
 
 def test_a_plan_is_for_one_step() -> None:
