@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -34,9 +33,8 @@ def largest_fleet(step: int, schedule: Sequence[int], tp: int) -> FleetDecision:
 
 def fleet_within(decision: FleetDecision, num_gpus: int) -> FleetDecision:
     """Return the fleet without its last replicas, those for which ``num_gpus`` GPUs don't suffice; the first stays."""
-    ends = tuple(itertools.accumulate(replica.tp for replica in decision.replicas))
-    count = max(1, bisect.bisect_right(ends, num_gpus))
-    return dataclasses.replace(decision, replicas=decision.replicas[:count])
+    num_fitting = sum(end <= num_gpus for end in itertools.accumulate(replica.tp for replica in decision.replicas))
+    return dataclasses.replace(decision, replicas=decision.replicas[: max(1, num_fitting)])
 
 
 def validation_fleet(
