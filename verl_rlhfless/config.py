@@ -19,6 +19,9 @@ TRAINER_MODE = "rlhfless_sync"
 LEAVING_STRATEGIES = frozenset({"fsdp", "fsdp2"})
 """Strategies of trainers whose state is known to leave its device and come back."""
 
+SUSPEND_RESIDUAL_BYTES = 512 << 20
+"""What a suspended rank may keep of its GPU unless the recipe says so: workspaces, buffers that are not sharded."""
+
 _INACTIVE = ("off", "stock", None)
 
 
@@ -59,6 +62,8 @@ class PoolConfig(Section):
     ``park_residual_bytes`` is the most memory that may then be in use on its device, by whatever process; ``None`` =
     what ``gpu_memory_utilization`` leaves, less 1 GiB for the context of the next engine, which starts only beside so
     much. Above it the engine is ended.
+    ``suspend_residual_bytes`` is the most memory that torch's allocator may hold on a GPU that the trainer leaves; with
+    more the trainer keeps its GPUs for the rest of the run.
     ``same_device_wait_s`` bounds the wait for the devices of a suspended trainer or a parked engine.
     ``warm_servers`` is how many server processes do their imports in advance; ``None`` = as many as the largest fleet.
     """
@@ -74,6 +79,7 @@ class PoolConfig(Section):
     same_device_wait_s: float = within(0.1, default=30.0)
     resume_timeout_s: float = within(0.1, default=600.0)
     suspend_trainer: str = one_of("auto", "never")
+    suspend_residual_bytes: int = within(0, default=SUSPEND_RESIDUAL_BYTES)
     share_trainer: str = one_of("auto", "never")
     park: str = one_of("auto", "always", "never")
     park_residual_bytes: int | None = within(0, default=None)

@@ -143,6 +143,7 @@ def test_a_validation_wakes_what_the_plans_left_asleep(plans: bool, asleep: list
     trainer: Any = ElasticTrainerSync.__new__(ElasticTrainerSync)
     trainer._settings = SimpleNamespace(plans=plans, planner=SimpleNamespace(schedule=(1, 3), max_replicas=None))
     trainer._routing, trainer.global_steps = SimpleNamespace(replica_gpus=8), 5
+    trainer._trainer_lease, trainer._room = SimpleNamespace(kept_because=""), None
     trainer.config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 2}}})
     started: list[Any] = []
     trainer._fleet = SimpleNamespace(

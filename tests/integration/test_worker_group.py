@@ -25,6 +25,7 @@ from verl.single_controller.ray.base import (
 )
 
 from tests.integration.conftest import Cluster, ForeignJob
+from verl_rlhfless.config import SUSPEND_RESIDUAL_BYTES
 from verl_rlhfless.errors import DeviceMismatchError, LeaseTimeoutError, RlhflessError, SuspendError, UnsupportedError
 from verl_rlhfless.live.lease import Lease, LeaseRequest
 from verl_rlhfless.live.pool import ElasticResourcePool, ElasticResourcePoolManager
@@ -223,7 +224,7 @@ def test_other_devices_are_refused_by_name_and_given_back(ray_cluster: Cluster, 
 
 
 def test_memory_that_stays_on_a_device_keeps_the_lease(ray_cluster: Cluster, resumed: ElasticWorkerGroup) -> None:
-    resumed.residency = Tracked(residue_bytes=resumed.max_reserved_bytes + 1)
+    resumed.residency = Tracked(residue_bytes=SUSPEND_RESIDUAL_BYTES + 1)
     with pytest.raises(SuspendError, match=r"device bytes still reserved by rank \{0: 536870913, 1: 536870913\}"):
         resumed.suspend(WAIT_S)
     assert resumed.resource_pool.lease is not None

@@ -83,6 +83,13 @@ def test_what_verl_keeps_on_the_host_between_phases_stays_there(journal: list[An
     assert moves == [("actor", "cuda", True, False, True)] + 2 * [("actor", "cuda", False, False, False)]
 
 
+def test_buffers_that_fsdp2_keeps_on_the_device_beside_offloaded_weights_stay_there(journal: list[Any]) -> None:
+    fsdp2_policy = Engine(journal)
+    fsdp2_policy._uses_fsdp2_cpu_offload_policy = True  # type: ignore[attr-defined]
+    VerlResidency().offload(training_worker(fsdp2_policy))
+    assert journal == [("actor", "cpu", False, False, False), "synchronize"]
+
+
 @pytest.mark.parametrize("attribute", ["worker_dict", "fused_worker_dict"])
 def test_every_role_of_a_process_moves(journal: list[Any], attribute: str) -> None:
     actor_ref = SimpleNamespace(
@@ -193,12 +200,42 @@ def _leave_after_a_forward_pass(url: str, rank: int, strategy: str) -> None:
         assert torch.equal(model(torch.ones(2, 8)), output)
 
 
-@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"])
-def test_no_gathered_weights_stay_behind_when_fsdp1_inferred_last(tmp_path: Path, strategy: str) -> None:
+def _leave_fsdp2_after_a_forward_pass(url: str, rank: int, reshards: bool) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    torch.distributed.init_process_group("gloo", init_method=url, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)).eval()
+    for part in (*model, model):
+        fully_shard(part, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=reshards)
+    engine = Engine([])  # as one that only infers it is not moved, which would reshard it
+    engine.module = model
+    residency._device_name = lambda: "cpu"
+    with torch.no_grad():
+        output = model(torch.ones(2, 8))
+        assert all(isinstance(weights, DTensor) for weights in model.parameters()) == reshards
+        VerlResidency().offload(training_worker(engine))
+        assert all(isinstance(weights, DTensor) for weights in model.parameters())
+        assert torch.equal(model(torch.ones(2, 8)), output)
+
+
+def on_two_ranks(target: Any, tmp_path: Path, setting: Any) -> None:
     context, url = multiprocessing.get_context("fork"), f"file://{tmp_path}/meeting"
-    ranks = [context.Process(target=_leave_after_a_forward_pass, args=(url, rank, strategy)) for rank in range(2)]
+    ranks = [context.Process(target=target, args=(url, rank, setting)) for rank in range(2)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [0, 0]
+
+
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"])
+def test_no_gathered_weights_stay_behind_when_fsdp1_inferred_last(tmp_path: Path, strategy: str) -> None:
+    on_two_ranks(_leave_after_a_forward_pass, tmp_path, strategy)
+
+
+@pytest.mark.parametrize("reshards", [True, False])
+def test_no_gathered_weights_stay_behind_when_fsdp2_inferred_last(tmp_path: Path, reshards: bool) -> None:
+    on_two_ranks(_leave_fsdp2_after_a_forward_pass, tmp_path, reshards)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from verl_rlhfless.policy.schedule import largest_fleet, scheduled_fleet, validation_fleet
+from verl_rlhfless.policy.schedule import fleet_within, largest_fleet, scheduled_fleet, validation_fleet
 
 
 def test_schedule_repeats_and_says_why() -> None:
@@ -12,6 +12,11 @@ def test_schedule_repeats_and_says_why() -> None:
     assert sizes == [1, 2, 3, 1, 2, 3]
     decision = scheduled_fleet(2, (1, 2, 3), tp=2)
     assert decision.num_gpus == 4 and "step 2" in decision.reason and "2 x TP2" in decision.reason
+
+
+@pytest.mark.parametrize(("num_gpus", "count"), [(8, 3), (5, 2), (1, 1)])
+def test_a_fleet_loses_the_replicas_for_which_there_is_no_gpu_but_for_one(num_gpus: int, count: int) -> None:
+    assert len(fleet_within(scheduled_fleet(1, (3,), tp=2), num_gpus).replicas) == count
 
 
 def test_validation_gets_the_largest_fleet() -> None:

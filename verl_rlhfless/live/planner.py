@@ -28,13 +28,14 @@ class LivePlanner:
     """Plans, and learns what plans should count with.
 
     Attributes:
+        routing: The run's settings.
         costs: What was measured so far.
         speed: Measures the engines while they run.
         next: The plan of the step that is announced next, and the pool that it was made for.
     """
 
     def __init__(self, routing: RoutingSettings, costs: CostModel) -> None:
-        self._routing = routing
+        self.routing = routing
         self.costs, self.speed = costs, SpeedMeter()
         self.next: tuple[RolloutPlan, PoolSnapshot] | None = None
         self._has_planned = False
@@ -53,9 +54,9 @@ class LivePlanner:
         Raises:
             ConfigError: No fleet meets the deadline or the budget.
         """
-        pool, batch = apply(self.costs, self._routing.planning_pool(), standby), announced.batch()
-        prediction = self._routing.arm(announced, ()).predict(lengths, batch)
-        goal = self._routing.goal()
+        pool, batch = apply(self.costs, self.routing.planning_pool(), standby), announced.batch()
+        prediction = self.routing.arm(announced, ()).predict(lengths, batch)
+        goal = self.routing.goal()
         try:
             plan = self._plan_fleet(pool, batch, prediction, goal)
         except ConfigError as error:
@@ -73,7 +74,7 @@ class LivePlanner:
         return decision_of(plan, announced.step)
 
     def _plan_fleet(self, pool: PoolSnapshot, batch: Batch, prediction: Prediction, goal: Goal) -> RolloutPlan:
-        if self._routing.config.pool.park == "never":
+        if self.routing.config.pool.park == "never":
             return plan_fleet(pool, batch, prediction, goal, can_fuse=False)
         return plan_parked_fleet(pool, batch, prediction, goal)
 
@@ -83,7 +84,7 @@ class LivePlanner:
         Not where the plan had the choice to share the trainer's GPUs, nor where the trainer stays: it has no other.
         """
         assert plan.objective is not None
-        loses = plan.objective > 1 and not self._routing.keeps_trainer and not may_share
+        loses = plan.objective > 1 and not self.routing.keeps_trainer and not may_share
         self._num_losses = self._num_losses + 1 if loses else 0
         if self._num_losses == _LOSSES:
             logger.warning(
@@ -96,6 +97,6 @@ class LivePlanner:
 
     async def learn(self, done: tuple[Batch, IntArray], times: StepTimes) -> None:
         """Take what a step took; ``done`` holds its prompts and lengths."""
-        declared = self._routing.planning_pool()
+        declared = self.routing.planning_pool()
         self.costs = learn_step(self.costs, declared, done, times)
         self.costs = await asyncio.to_thread(learn_speed, self.costs, declared.perf, self.speed.samples)

@@ -53,12 +53,15 @@ class VerlResidency:
     def offload(self, worker: Any) -> None:
         """Move model, gradients and optimizer state to the host.
 
+        Buffers of a model that FSDP2 offloads stay: they are small, and nothing would bring them back.
+
         Raises:
             UnsupportedError: The worker has no training engine that this class knows.
         """
         for engine in _engines(worker):
             _free_unsharded(engine.module)
-            engine.to("cpu", model=True, optimizer=True, grad=True)
+            moves = not _is_offloaded_by_fsdp2(engine)
+            engine.to("cpu", model=moves, optimizer=moves, grad=moves)
         _synchronize()  # verl copies to pinned memory without waiting; the device may be someone else's in a moment
 
     def memory(self, worker: Any) -> RankMemory:
@@ -74,10 +77,9 @@ class VerlResidency:
     def onload(self, worker: Any) -> None:
         """Put back on the device what verl keeps there between two phases: nothing that it offloads by itself."""
         for engine in _engines(worker):
-            # CPUOffloadPolicy is FSDP2's own offload: such a model must never be moved as a whole.
-            is_fixed_on_host = getattr(engine, "_uses_fsdp2_cpu_offload_policy", False)
-            model = not engine.is_param_offload_enabled and not is_fixed_on_host
-            optimizer = not engine.is_optimizer_offload_enabled and not is_fixed_on_host
+            moves = not _is_offloaded_by_fsdp2(engine)
+            model = moves and not engine.is_param_offload_enabled
+            optimizer = moves and not engine.is_optimizer_offload_enabled
             engine.to(_device_name(), model=model, optimizer=optimizer, grad=model)
         _synchronize()
 
@@ -123,14 +125,27 @@ def expand_segments(worker: Any) -> None:
     set_expandable_segments(True)
 
 
-def _free_unsharded(module: Any) -> None:
-    """Free the gathered weights that FSDP1 keeps between two phases, even those of a model that only infers.
+def _is_offloaded_by_fsdp2(engine: Any) -> bool:
+    """Return whether the engine has a ``CPUOffloadPolicy``: such a model must never be moved as a whole.
 
-    The root's are kept after every forward pass without a backward pass, and all where nothing is resharded after
-    forward passes. verl frees the root's alone, and only with ``fsdp_size`` > 1. FSDP2 reshards what is moved.
+    Its parameters and optimizer state are on the host between two phases, its buffers never.
     """
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    return bool(getattr(engine, "_uses_fsdp2_cpu_offload_policy", False))
 
+
+def _free_unsharded(module: Any) -> None:
+    """Free the gathered weights that FSDP keeps between two phases, even those of a model that only infers.
+
+    FSDP1 keeps the root's after every forward pass without a backward pass, and both versions keep all where nothing is
+    resharded after forward passes. verl frees the root's alone, and only with ``fsdp_size`` > 1. A move reshards FSDP2,
+    but what only infers or is offloaded by FSDP2 is not moved.
+    """
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    if isinstance(module, FSDPModule):
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
     if not isinstance(module, FullyShardedDataParallel) or module._is_root is None:  # None: it never ran
         return
     for handle in module._all_handles:

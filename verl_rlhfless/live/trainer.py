@@ -21,7 +21,14 @@ from verl.utils.debug import marked_timer
 from verl.workers.config import HFModelConfig
 
 from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
-from verl_rlhfless.errors import ConfigError, DeviceMismatchError, LeaseLostError, LeaseTimeoutError, ReplicaError
+from verl_rlhfless.errors import (
+    ConfigError,
+    DeviceMemoryError,
+    DeviceMismatchError,
+    LeaseLostError,
+    LeaseTimeoutError,
+    ReplicaError,
+)
 from verl_rlhfless.live import weight_engine
 from verl_rlhfless.live.announcement import announcement_of
 from verl_rlhfless.live.budget import check_cluster, gpu_budget
@@ -45,7 +52,7 @@ from verl_rlhfless.live.warm_pool import WarmPool
 from verl_rlhfless.live.weights import create_store
 from verl_rlhfless.live.worker_group import ElasticWorkerGroup
 from verl_rlhfless.policy.learnt import Standby, StepTimes
-from verl_rlhfless.policy.schedule import largest_fleet, scheduled_fleet, validation_fleet
+from verl_rlhfless.policy.schedule import fleet_within, largest_fleet, scheduled_fleet, validation_fleet
 from verl_rlhfless.types import FleetDecision
 from verl_rlhfless_patches import verl_worker_group
 
@@ -69,6 +76,8 @@ class ElasticTrainerSync(FusionTrainer):
         self._step_began_s = 0.0
         self._publish_s: float | None = None
         self._was_told_of_room = False
+        self._shares_for_good = False  # a trainer that could not leave, and has all GPUs
+        self._room: int | None = None  # GPUs for replicas, where the trainer could not leave
         super().__init__(config, settings)
 
     # ---- set-up
@@ -182,7 +191,7 @@ class ElasticTrainerSync(FusionTrainer):
     # ---- rollout
 
     def _may_fuse(self) -> bool:
-        shares = self._decision is not None and self._decision.is_resident
+        shares = self._shares_for_good or (self._decision is not None and self._decision.is_resident)
         return super()._may_fuse() and not self._trainer_lease.decision.is_suspended and not shares
 
     def _tp(self) -> int:
@@ -194,9 +203,36 @@ class ElasticTrainerSync(FusionTrainer):
         trainer = self._trainer_lease.before_rollout(
             decision.num_gpus, is_validation=is_validation, is_shared=is_shared
         )
+        if not is_shared and self._could_not_leave():
+            is_shared = self._shares_for_good = self._must_share(decision)
         shared = self.actor_rollout_wg.devices() if is_shared else None
         self._fleet.start(decision, source, imports_first=trainer.is_first, shared=shared)
         self._trainer_lease.during_rollout(self._fleet)
+
+    def _could_not_leave(self) -> bool:
+        """Return whether the trainer was meant to leave in this run, but has been found to stay."""
+        return bool(self._trainer_lease.kept_because) and not self._routing.keeps_trainer
+
+    def _must_share(self, decision: FleetDecision) -> bool:
+        """Return whether replicas run on the GPUs of a trainer that could not leave; else there are others.
+
+        Raises:
+            DeviceMemoryError: There are no others, and these have no memory for an engine.
+        """
+        if self._trainer_lease.num_gpus_beside >= min(replica.tp for replica in decision.replicas):
+            return False
+        if self._settings.pool.share_trainer == "never" or not self._has_room_for_engines():
+            raise DeviceMemoryError(self._trainer_lease.kept_because)
+        logger.warning("rlhfless: replicas share the trainer's GPUs from now on.")
+        return True
+
+    def _plan_for_a_trainer_that_stays(self) -> None:
+        """Lower what later fleets may lease, once the trainer could not leave; call it between rollouts."""
+        if self._could_not_leave():
+            lease = self._trainer_lease
+            self._room = lease.num_gpus if self._shares_for_good else lease.num_gpus_beside
+            self._routing = dataclasses.replace(self._routing, replica_gpus=self._room, keeps_trainer=True)
+            ray.get(self._router.reroute.remote(self._routing))
 
     def prepare_step(self) -> dict[str, Any]:
         """Submit the step's prompts, and begin to start its replicas."""
@@ -212,7 +248,8 @@ class ElasticTrainerSync(FusionTrainer):
         """
         if self._decision is not None:
             return super()._submit_batch_to_rollout(batch)
-        self._decision = decision = self._decide_fleet(batch)
+        self._plan_for_a_trainer_that_stays()
+        self._decision = decision = self._placed(self._decide_fleet(batch))
         self._fleet.expect(decision)
         with ThreadPoolExecutor(1, "rlhfless-start") as beside:
             started = beside.submit(self._start_fleet, decision)
@@ -230,6 +267,12 @@ class ElasticTrainerSync(FusionTrainer):
             raise error.cause from error
         self._events.write("planned", **dataclasses.asdict(decision))
         return decision
+
+    def _placed(self, decision: FleetDecision) -> FleetDecision:
+        """Return a fleet as it runs beside a trainer that could not leave: a schedule knows nothing of that."""
+        if self._room is None:
+            return decision
+        return dataclasses.replace(fleet_within(decision, self._room), is_resident=self._shares_for_good)
 
     def _standby(self) -> Standby:
         """Return what waits for a replica, and what of it can wake beside the trainer."""
@@ -313,7 +356,8 @@ class ElasticTrainerSync(FusionTrainer):
         return {f"rlhfless/{name}": float(value) for name, value in (measured | predicted | planned).items()}
 
     def on_validate_begin(self) -> None:
-        decision = self._decide_validation_fleet()
+        self._plan_for_a_trainer_that_stays()
+        decision = self._placed(self._decide_validation_fleet())
         self._fleet.expect(decision)
         self._start_fleet(decision, is_validation=True)
         self._fleet.wait_started()

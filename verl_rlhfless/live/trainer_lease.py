@@ -29,7 +29,6 @@ _LEASED_FIRST_S = 5.0
 very GPUs that it holds."""
 
 _POLL_S = 0.02
-_NOBODY = SuspendDecision(False, False, None, 0.0, "no rollout yet")
 
 
 class Group(Protocol):
@@ -39,8 +38,8 @@ class Group(Protocol):
     def bound_devices(self) -> DeviceKey:
         """The devices that its processes are bound to."""
 
-    def suspend(self, timeout_s: float) -> SuspendResult:
-        """Leave the devices and return the lease."""
+    def suspend(self, timeout_s: float, max_reserved_bytes: int) -> SuspendResult:
+        """Leave the devices but for so many bytes of each, and return the lease."""
 
     def resume(self, timeout_s: float, same_device_wait_s: float) -> ResumeResult:
         """Lease the devices again and go back onto them."""
@@ -71,14 +70,14 @@ class TrainerLease:
     Attributes:
         history: What earlier rollouts took.
         decision: For the current or last rollout.
-        kept_because: Why the trainer never leaves in this run; empty when it may.
+        kept_because: Why the trainer never leaves any more; empty when it may.
     """
 
     def __init__(self, group: Group, gpus: Gpus, config: PoolConfig, events: EventLog, kept_because: str = "") -> None:
         self._group, self._gpus, self._config, self._events = group, gpus, config, events
         self.kept_because = kept_because
         self.history = SuspendHistory()
-        self.decision, self._is_validation = _NOBODY, False
+        self.decision, self._is_validation = _stay("no rollout yet"), False
         self._began_s = 0.0
         self._over = threading.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rlhfless-trainer-lease")
@@ -93,6 +92,11 @@ class TrainerLease:
         return self._gpus.trainer
 
     @property
+    def num_gpus_beside(self) -> int:
+        """GPUs of the budget for replicas while the trainer keeps its own."""
+        return max(0, self._gpus.budget() - self._gpus.trainer)
+
+    @property
     def moves_s(self) -> tuple[float, float] | None:
         """What leaving and coming back took in the last rollout; ``None`` = the trainer stayed."""
         return (self._suspend_s, self._resumed[1]) if self._resumed is not None else None
@@ -104,26 +108,23 @@ class TrainerLease:
     ) -> SuspendDecision:
         """Decide for the coming rollout; when the replicas need the trainer's GPUs, return with them given back.
 
-        With ``is_shared`` that is decided: the replicas run beside the trainer on its own GPUs.
+        With ``is_shared`` that is decided: the replicas run beside the trainer on its own GPUs. A trainer that memory
+        keeps on its devices stays, from then on; the caller knows whether the replicas have room beside it.
 
         Raises:
-            SuspendError: The ranks could not leave.
+            SuspendError: The ranks did not answer.
         """
         needs = RolloutNeeds(self._gpus.trainer, replica_gpus, self._gpus.budget(), is_validation)
         kept_because = "the replicas share its GPUs" if is_shared else self.kept_because
-        self.decision = decision = (
-            SuspendDecision(False, False, None, 0.0, kept_because)
-            if kept_because
-            else decide_suspend(self.history, needs)
-        )
+        self.decision = decision = _stay(kept_because) if kept_because else decide_suspend(self.history, needs)
         self._is_validation, self._began_s = is_validation, time.monotonic()
         self._over.clear()
         self._suspended = self._resumed = None
         self._events.write("trainer_lease", is_suspended=decision.is_suspended, reason=decision.reason)
         logger.info("rlhfless: trainer %s: %s", "leaves" if decision.is_suspended else "stays", decision.reason)
-        if decision.is_first:
-            self._suspend()
-        return decision
+        if decision.is_first and not self._try_suspend():
+            self.decision = _stay(self.kept_because)
+        return self.decision
 
     def during_rollout(self, replicas: Replicas) -> None:
         """Let the trainer leave and, when the rollout is nearly over, come back; returns at once."""
@@ -160,12 +161,7 @@ class TrainerLease:
                 self._over.wait(_POLL_S)  # replicas that lease later would take the devices that it returns to
             if self._over.is_set():
                 return
-            try:
-                self._suspend()
-            except DeviceMemoryError as error:  # the replicas run beside it, and so they can in every later step
-                self.kept_because = f"an earlier suspend failed: {error}"
-                self._events.write("suspend_failed", reason=str(error))
-                logger.warning("rlhfless: the trainer keeps its lease from now on: %s", error)
+            if not self._try_suspend():
                 return
         after_s = self.decision.resume_after_s
         if self._over.wait(None if after_s is None else max(0.0, self._began_s + after_s - time.monotonic())):
@@ -177,9 +173,20 @@ class TrainerLease:
         except (LeaseTimeoutError, DeviceMismatchError) as error:  # tried again when the rollout is over
             logger.warning("rlhfless: the trainer could not come back early: %s", error)
 
+    def _try_suspend(self) -> bool:
+        """Leave the devices; return whether no memory stayed on them. Where it does, nothing tries again."""
+        try:
+            self._suspend()
+        except DeviceMemoryError as error:
+            self.kept_because = f"an earlier suspend failed: {error}"
+            self._events.write("suspend_failed", reason=str(error))
+            logger.warning("rlhfless: the trainer keeps its lease from now on: %s", error)
+            return False
+        return True
+
     def _suspend(self) -> None:
-        began_s = time.monotonic()
-        self._suspended = result = self._group.suspend(self._config.resume_timeout_s)
+        began_s, config = time.monotonic(), self._config
+        self._suspended = result = self._group.suspend(config.resume_timeout_s, config.suspend_residual_bytes)
         self._suspend_s = time.monotonic() - began_s
         self._events.write(
             "trainer_suspended",
@@ -227,3 +234,7 @@ class TrainerLease:
         assert left.lease.released_s is not None
         held_s = sum(lease.released_s - lease.granted_s for lease in back.wrong_leases if lease.released_s is not None)
         return self._gpus.trainer * max(0.0, back.lease.granted_s - left.lease.released_s - held_s)
+
+
+def _stay(reason: str) -> SuspendDecision:
+    return SuspendDecision(False, False, None, 0.0, reason)

@@ -19,6 +19,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.single_controller.ray.base import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 
+from verl_rlhfless.config import SUSPEND_RESIDUAL_BYTES
 from verl_rlhfless.errors import (
     DeviceMemoryError,
     DeviceMismatchError,
@@ -32,9 +33,6 @@ from verl_rlhfless.live.residency import DeviceResidency, RankMemory, VerlReside
 from verl_rlhfless.live.same_devices import describe_devices, lease_devices
 from verl_rlhfless.live.shared_lease import TrainerDevices
 from verl_rlhfless.types import DeviceKey
-
-MAX_RESERVED_BYTES = 512 << 20
-"""Device memory that torch's allocator may hold in a suspended rank (workspaces, buffers that are not sharded)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +97,9 @@ class ElasticWorkerGroup(RayWorkerGroup):
 
     Attributes:
         residency: How a rank leaves its device and comes back.
-        max_reserved_bytes: Most device memory that a rank may keep reserved while suspended.
     """
 
     residency: DeviceResidency = VerlResidency()
-    max_reserved_bytes: int = MAX_RESERVED_BYTES
     _parent: ElasticWorkerGroup | None = None
     _bound: DeviceKey = ()
     _node_ips: tuple[str, ...] = ()
@@ -175,13 +171,14 @@ class ElasticWorkerGroup(RayWorkerGroup):
         """The devices that the processes are bound to, leased or not."""
         return self._bound if self._parent is None else self._parent.bound_devices
 
-    def suspend(self, timeout_s: float) -> SuspendResult:
+    def suspend(self, timeout_s: float, max_reserved_bytes: int = SUSPEND_RESIDUAL_BYTES) -> SuspendResult:
         """Move every role to the host, confirm that the device memory is free, and release the lease.
 
         Call it between phases. Rollout engines on the same devices must be asleep or absent: their memory is not seen.
 
         Args:
             timeout_s: Bound of each of the three phases [s].
+            max_reserved_bytes: Most device memory that torch's allocator may keep in a suspended rank.
 
         Raises:
             SuspendError: A rank did not answer in time; the lease is kept.
@@ -189,7 +186,7 @@ class ElasticWorkerGroup(RayWorkerGroup):
             LeaseReleaseError: Ray did not confirm the release; the ranks stay on the host.
         """
         if self._parent is not None:
-            return self._parent.suspend(timeout_s)
+            return self._parent.suspend(timeout_s, max_reserved_bytes)
         pool = self._elastic_pool()
         if pool.lease is None:
             raise RlhflessError(f"worker group {self.name_prefix} is suspended already. Call resume() first.")
@@ -198,7 +195,7 @@ class ElasticWorkerGroup(RayWorkerGroup):
         offloaded_s = time.monotonic()
         ranks = tuple(self._on_every_rank(self.residency.memory, "report its device memory", timeout_s))
         confirmed_s = time.monotonic()
-        self._refuse_residue(ranks, timeout_s)
+        self._refuse_residue(ranks, max_reserved_bytes, timeout_s)
         lease = pool.lease
         pool.release(timeout_s)
         end_s = time.monotonic()
@@ -324,13 +321,15 @@ class ElasticWorkerGroup(RayWorkerGroup):
         results: list[Any] = ray.get(refs)
         return results
 
-    def _refuse_residue(self, ranks: tuple[RankMemory, ...], timeout_s: float) -> None:
+    def _refuse_residue(self, ranks: tuple[RankMemory, ...], max_reserved_bytes: int, timeout_s: float) -> None:
         reserved = {rank: memory.device_reserved_bytes for rank, memory in enumerate(ranks)}
-        over = {rank: count for rank, count in reserved.items() if count > self.max_reserved_bytes}
+        over = {rank: count for rank, count in reserved.items() if count > max_reserved_bytes}
         if over:
             self._on_every_rank(self.residency.onload, "onload", timeout_s)
             raise DeviceMemoryError(
                 f"worker group {self.name_prefix}: device bytes still reserved by rank {over}, limit "
-                f"{self.max_reserved_bytes}. The lease is kept and the state is back on the device. "
-                "Something else in these processes holds device memory."
+                f"{max_reserved_bytes}. The lease is kept and the state is back on the device: something else in these "
+                "processes holds device memory. Raise rlhfless.pool.suspend_residual_bytes if replicas start beside so "
+                "much, use +rlhfless=resident, or leave the replicas GPUs of their own: lower trainer.n_gpus_per_node "
+                "and set rlhfless.pool.suspend_trainer=never."
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from verl_rlhfless.types import FleetDecision, ReplicaSpec
@@ -27,6 +29,12 @@ def largest_fleet(step: int, schedule: Sequence[int], tp: int) -> FleetDecision:
     return FleetDecision(
         step, (ReplicaSpec(tp),) * count, f"validation uses the largest scheduled fleet, {count} x TP{tp}"
     )
+
+
+def fleet_within(decision: FleetDecision, num_gpus: int) -> FleetDecision:
+    """Return the fleet without its last replicas, those for which ``num_gpus`` GPUs don't suffice; the first stays."""
+    num_fitting = sum(end <= num_gpus for end in itertools.accumulate(replica.tp for replica in decision.replicas))
+    return dataclasses.replace(decision, replicas=decision.replicas[: max(1, num_fitting)])
 
 
 def validation_fleet(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +40,7 @@ from verl_rlhfless.policy.routing import RoutingPolicy
 WORKER = "w"
 
 SERVERS = Standby(num_servers=4)
+FAST = {"name": "cost_aware", "cost_weight": 0}
 TWO = {"min_replicas": 2, "max_replicas": 2, "tensor_parallel_sizes": [1]}
 
 
@@ -80,7 +82,7 @@ class World:
     async def submit(self, announced: Announcement) -> list[Grant]:
         tickets = []
         for number, key in enumerate(announced.samples()):
-            ticket = Ticket(f"{announced.step}-{number}", WORKER, f"s{number}", key, 50)
+            ticket = Ticket(f"{key.uid}-{key.session}", WORKER, f"s{number}", key, 50)
             self._tickets[ticket.id] = key
             tickets.append(ticket)
         return await self._grants(await self.router.send(WORKER, tickets))
@@ -511,14 +513,71 @@ def test_without_any_replica_the_step_is_refused() -> None:
 
 def test_further_prompts_of_a_step_are_served_without_a_plan() -> None:
     async def check(world: World) -> None:
-        first, refill = announcement(1), announcement(2, groups=1)
+        first, refill = announcement(1), refill_of(1)
         await world.router.announce(first)
         await world.router.announce(refill)
         grants = [*await world.submit(first), *await world.submit(refill)]
         assert len(grants) == 10
         await world.finish(grants)
         report = await world.router.report()
-        assert report is not None and report.num_samples == 8
+        assert report is not None and report.num_samples == 10
+
+    on_router(check)
+
+
+def refill_of(step: int, uid: str = "refill") -> Announcement:
+    """Two samples of one more prompt: verl replaces a group that has nothing to teach while the step goes on."""
+    return Announcement(step, (Group(uid, uid, 90, 2, 50),), 100)
+
+
+def test_a_step_whose_prompts_come_in_parts_is_reported_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr(
+        rollout_module, "time", SimpleNamespace(monotonic=lambda: now_s[0], process_time=lambda: now_s[0] / 10)
+    )
+
+    async def end_after(world: World, seconds: float, grants: list[Grant]) -> None:
+        now_s[0] += seconds
+        await world.finish(grants)
+        await world.router.wait_ended(5.0)
+
+    async def check(world: World) -> None:
+        first, refill, joining = announcement(1), refill_of(1), refill_of(1, "joins")
+        await world.router.announce(first)
+        await end_after(world, 30.0, await world.submit(first))
+        now_s[0] += 10.0  # until verl asks for more
+        await world.router.announce(refill)
+        await world.router.announce(joining)
+        grants, last = await world.submit(refill), await world.submit(joining)
+        await end_after(world, 8.0, grants)
+        await end_after(world, 4.0, last)
+        report = await world.router.report()
+        assert report is not None and (report.num_samples, report.rollout_s) == (12, 52.0)
+        assert report.router_cpu_s == pytest.approx(3.8), "its wait for refills is not the router's work"
+        await world.router.announce(announcement(2))
+        await end_after(world, 5.0, await world.submit(announcement(2)))
+        report = await world.router.report()
+        assert report is not None and (report.step, report.num_samples, report.rollout_s) == (2, 8, 5.0)
+
+    on_router(check)
+
+
+def test_a_failure_before_a_refill_is_still_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("policy")
+
+    async def check(world: World) -> None:
+        await world.router.announce(announcement())
+        grants = await world.submit(announcement())
+        with monkeypatch.context() as broken:
+            broken.setattr(RoutingPolicy, "react", fail)
+            world.router._look_now()
+            await settled()
+        await world.finish(grants)
+        await world.router.announce(refill_of(1))
+        await world.finish(await world.submit(refill_of(1)))
+        report = await world.router.report()
+        assert report is not None and "ZeroDivisionError" in report.failure
 
     on_router(check)
 
@@ -865,6 +924,35 @@ def test_a_limit_that_later_steps_cannot_meet_does_not_end_the_run() -> None:
         assert "nearest to a limit" in decision.reason and "Feasible" in decision.reason
 
     on_planning_router(check, max_step_s=60.0)
+
+
+def test_a_steps_phases_are_not_those_of_its_last_refill() -> None:
+    learnt: list[str] = []
+
+    async def check(world: World, refills: Sequence[Announcement]) -> None:
+        await world.finish(await start_planned(world, announcement()), tokens=40)
+        for refill in refills:
+            await world.router.announce(refill)
+            await world.finish(await world.submit(refill), tokens=20)
+        await world.router.report()
+        await world.router.learn_costs(StepTimes((), None, phases_s=20.0, publish_s=None))
+        learnt.append(await world.router.costs())
+
+    on_planning_router(partial(check, refills=()), **TWO)
+    on_planning_router(partial(check, refills=(refill_of(1), refill_of(1, "another"))), **TWO)
+    assert learnt[0] == learnt[1] and "phases" in learnt[0]
+
+
+def test_plans_lease_no_more_than_a_trainer_that_could_not_leave_has_room_for() -> None:
+    async def check(world: World) -> None:
+        large = announcement(groups=16, n=8)
+        assert (await world.router.plan(large, standby=SERVERS)).num_gpus > 2
+        stays = replace(settings("elastic", FAST), replica_gpus=2, keeps_trainer=True)
+        await world.router.reroute(stays)
+        assert (await world.router.plan(large, standby=SERVERS)).num_gpus <= 2
+        assert world.router.desk.free_gpus == 2
+
+    on_router(check, servers=0, pool="elastic", planner=FAST)
 
 
 def test_a_plan_is_for_one_step() -> None:

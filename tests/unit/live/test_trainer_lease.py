@@ -50,8 +50,10 @@ class Group:
         self.failures: dict[str, list[Exception]] = {SUSPEND: [], RESUME: []}
         self.moved = threading.Condition()
         self.clock = Clock()
+        self.limits: list[int] = []
 
-    def suspend(self, timeout_s: float) -> SuspendResult:
+    def suspend(self, timeout_s: float, max_reserved_bytes: int) -> SuspendResult:
+        self.limits.append(max_reserved_bytes)
         self._move(SUSPEND)
         return SuspendResult(0.1, 0.1, 0.1, (), _lease("old", granted_s=0.0, released_s=100.0))
 
@@ -184,6 +186,26 @@ def test_memory_that_stays_on_a_device_keeps_the_lease_for_good(
     assert not lease.before_rollout(replica_gpus=2).is_suspended
     assert "rank 0 holds 1 GiB" in lease.decision.reason
     assert [event["event"] for event in events(tmp_path)] == ["trainer_lease", "suspend_failed", "trainer_lease"]
+
+
+def test_memory_that_stays_where_replicas_were_to_run_keeps_the_trainer_there(
+    lease: TrainerLease, group: Group, tmp_path: Path
+) -> None:
+    group.failures[SUSPEND] = [DeviceMemoryError("rank 0 holds 1 GiB")]
+    assert not lease.before_rollout(replica_gpus=4).is_suspended
+    lease.during_rollout(Replicas())
+    assert lease.after_rollout() == {"rlhfless/trainer_suspended": 0.0}
+    assert not lease.before_rollout(replica_gpus=4).is_suspended
+    assert group.moves == [SUSPEND] and "rank 0 holds 1 GiB" in lease.decision.reason
+    assert [event["event"] for event in events(tmp_path)] == ["trainer_lease", "suspend_failed", "trainer_lease"]
+
+
+def test_how_much_may_stay_on_the_devices_is_the_recipes(group: Group, tmp_path: Path) -> None:
+    lease = TrainerLease(group, Gpus(2, lambda: 2), PoolConfig(suspend_residual_bytes=7), EventLog(tmp_path))
+    lease.before_rollout(replica_gpus=2)
+    lease.after_rollout()
+    assert group.limits == [7]
+    lease.close()
 
 
 def test_ranks_that_do_not_answer_end_the_run(lease: TrainerLease, group: Group) -> None:
