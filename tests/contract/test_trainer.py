@@ -19,6 +19,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl_rlhfless.config import PoolConfig, parse_config
 from verl_rlhfless.live import request_trainer
 from verl_rlhfless.live.fusion_trainer import FusionTrainer
+from verl_rlhfless.live.replica_places import ReplicaPlaces
 from verl_rlhfless.live.request_trainer import RequestTrainer
 from verl_rlhfless.live.residency import expand_segments
 from verl_rlhfless.live.trainer import ElasticTrainerSync
@@ -113,17 +114,16 @@ def test_a_step_waits_for_no_gpus_once_its_samples_are_there(monkeypatch: pytest
 def test_engines_may_join_the_trainer_where_the_memory_that_their_recipe_gives_them_is_free(
     free_share: float, kept_because: str, setting: str, num_beside: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = ElasticTrainerSync.__new__(ElasticTrainerSync)
-    trainer._settings, trainer._was_told_of_room = SimpleNamespace(pool=PoolConfig(share_trainer=setting)), False
-    trainer._trainer_lease = SimpleNamespace(kept_because=kept_because)
-    trainer.config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"gpu_memory_utilization": 0.4}}})
     asked: list[float] = []
 
     def free_device_share(timeout_s: float) -> float:
         asked.append(timeout_s)
         return free_share
 
-    trainer.actor_rollout_wg = SimpleNamespace(devices=lambda: "its devices", free_device_share=free_device_share)
+    trainer: Any = ElasticTrainerSync.__new__(ElasticTrainerSync)
+    ranks: Any = SimpleNamespace(devices=lambda: "its devices", free_device_share=free_device_share)
+    lease: Any = SimpleNamespace(kept_because=kept_because)
+    trainer._places = ReplicaPlaces(lease, ranks, PoolConfig(share_trainer=setting), 0.4)
     sleeping = SimpleNamespace(parked_on=lambda devices: Counter({1: 2} if devices == "its devices" else {}))
     trainer._fleet = SimpleNamespace(standby=Standby({1: 3}), parking=sleeping)
     with caplog.at_level("INFO"):
@@ -143,7 +143,7 @@ def test_a_validation_wakes_what_the_plans_left_asleep(plans: bool, asleep: list
     trainer: Any = ElasticTrainerSync.__new__(ElasticTrainerSync)
     trainer._settings = SimpleNamespace(plans=plans, planner=SimpleNamespace(schedule=(1, 3), max_replicas=None))
     trainer._routing, trainer.global_steps = SimpleNamespace(replica_gpus=8), 5
-    trainer._trainer_lease, trainer._room = SimpleNamespace(kept_because=""), None
+    trainer._places = SimpleNamespace(limit=lambda: None, placed=lambda decision: decision)
     trainer.config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 2}}})
     started: list[Any] = []
     trainer._fleet = SimpleNamespace(

@@ -26,8 +26,8 @@ from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.model_check import check_shape
 from verl_rlhfless.live.request_server import RequestReplica
 from verl_rlhfless.live.residency import device_bytes
-from verl_rlhfless.live.rollout_router import RolloutReport
 from verl_rlhfless.live.routing import Nodes, RoutingSettings
+from verl_rlhfless.live.step_report import RolloutReport
 from verl_rlhfless.live.tickets import RouterSettings
 
 LENGTHS_FILE = "rlhfless_lengths.json"

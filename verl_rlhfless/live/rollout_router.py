@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from verl_rlhfless.live.rollout import LiveRollout
 from verl_rlhfless.live.router import ACTOR_OPTIONS, WAITING, Router
 from verl_rlhfless.live.routing import RoutingSettings
 from verl_rlhfless.live.samples import Rollout
+from verl_rlhfless.live.step_report import RolloutReport, StepReport
 from verl_rlhfless.live.tickets import Delta, GrantBatch, Message, RouterSettings, SessionEnd
 from verl_rlhfless.policy.arm import Policy
 from verl_rlhfless.policy.balance import Foresight
@@ -44,47 +45,6 @@ logger = logging.getLogger(__name__)
 _NEVER_S = 1e9  # beyond the end of any rollout
 
 
-@dataclass(frozen=True, slots=True)
-class RolloutReport:
-    """What the router did for the prompts of one step, those that were announced later than the first included.
-
-    Attributes:
-        step: Training step.
-        num_samples: Samples that were announced, those that joined without a plan included.
-        num_looks: How often the policy was asked.
-        num_migrations: Running samples that were cut to continue elsewhere.
-        num_late: Messages about attempts that had ended already, since the start of the run.
-        rollout_s: From the first announcement to the last sample's end.
-        router_cpu_s: CPU time of the router's process meanwhile: requests, journal and decisions.
-        failure: Why no decisions were made to the end; empty when they were.
-        num_released: Replicas that gave their lease back before the last announced sample ended.
-        num_started: Replicas that were asked for during the rollout.
-    """
-
-    step: int
-    num_samples: int
-    num_looks: int
-    num_migrations: int
-    num_late: int
-    rollout_s: float
-    router_cpu_s: float
-    failure: str = ""
-    num_released: int = 0
-    num_started: int = 0
-
-    def after(self, earlier: RolloutReport) -> RolloutReport:
-        """Return the report of both parts of a step, of which this is the later one."""
-        return replace(
-            self,
-            num_samples=earlier.num_samples + self.num_samples,
-            num_looks=earlier.num_looks + self.num_looks,
-            num_migrations=earlier.num_migrations + self.num_migrations,
-            router_cpu_s=earlier.router_cpu_s + self.router_cpu_s,
-            failure=earlier.failure or self.failure,
-            num_released=earlier.num_released + self.num_released,
-        )
-
-
 class RolloutRouter(Router):
     """The router of a run of ours: it also plans and controls every rollout that is announced."""
 
@@ -96,15 +56,11 @@ class RolloutRouter(Router):
         self.desk = FleetDesk(1, 0)
         self._planner: LivePlanner | None = None
         self._restored_costs = CostModel()  # a checkpoint is loaded before the run's settings come
-        self._last: tuple[Batch, IntArray] | None = (
-            None  # the last step as first announced: it trains on as many prompts
-        )
+        self._last: tuple[Batch, IntArray] | None = None  # the last step as first announced: it trains on as many
         self._live: LiveRollout | None = None
         self._refine: Callable[[RolloutView], Prediction] | None = None
         self._control: asyncio.Task[None] | None = None
-        self._report: RolloutReport | None = None
-        self._began_s = 0.0  # the step's rollout
-        self._num_joined = 0  # samples, since the last announced rollout began
+        self._step = StepReport()
         self.listeners.append(self._on_change)
 
     async def configure_rollouts(self, settings: RouterSettings, routing: RoutingSettings) -> None:
@@ -172,7 +128,7 @@ class RolloutRouter(Router):
         """
         if not self.book.is_done:
             logger.info("rlhfless: step %d: further prompts join without a plan", announced.step)
-            self._num_joined += len(announced.samples())
+            self._step.num_joined += len(announced.samples())
             return tuple(range(len(announced.groups)))
         await self._control_ended()
         assert self._routing is not None and self._planner is not None, "configured before the first rollout"
@@ -195,9 +151,7 @@ class RolloutRouter(Router):
         rank = np.empty_like(plan.order)
         rank[plan.order] = np.arange(len(rank))
         self.begin(Rollout(batch, announced.samples(), rank, predicted, pool))
-        self._num_joined = 0
-        if self._earlier(announced.step) is None:
-            self._began_s = time.monotonic()
+        self._step.begin(announced.step)
         limit_s = start_limit_s(self._routing.config)
         self._live = LiveRollout(self, self.desk, self.want_replica, announced.step, limit_s)
         self._refine = routing.refine
@@ -215,7 +169,7 @@ class RolloutRouter(Router):
     async def report(self) -> RolloutReport | None:
         """Return what was done for the last step, when its rollout has ended; ``None`` when none was announced."""
         await self._control_ended()
-        return self._report
+        return self._step.total
 
     async def remaining_s(self) -> float:
         """Return the predicted seconds until the last sample of the announced rollout is complete; 0 = none runs."""
@@ -237,8 +191,8 @@ class RolloutRouter(Router):
 
     async def send(self, worker: str, messages: Sequence[Message]) -> GrantBatch:
         """Take a worker's messages; the last sample of a step may be one that joined without a plan."""
-        if self._live is None and self._report is not None and any(isinstance(one, SessionEnd) for one in messages):
-            self._report = replace(self._report, rollout_s=time.monotonic() - self._began_s)
+        if self._live is None and any(isinstance(one, SessionEnd) for one in messages):
+            self._step.sample_ended()
         return await super().send(worker, messages)
 
     async def progress(self, server: str, delta: Delta) -> None:
@@ -349,18 +303,17 @@ class RolloutRouter(Router):
             failure += further
         report = RolloutReport(
             step=batch.step,
-            num_samples=batch.num_samples + self._num_joined,
+            num_samples=batch.num_samples + self._step.num_joined,
             num_looks=record.num_looks,
             num_migrations=record.num_migrations,
             num_late=self.book.num_late,
-            rollout_s=time.monotonic() - self._began_s,
+            rollout_s=self._step.rollout_s,
             router_cpu_s=time.process_time() - began_cpu_s,
             failure=failure,
             num_released=live.num_released,
             num_started=self.desk.num_started,
         )
-        earlier = self._earlier(batch.step)
-        self._report = report if earlier is None else report.after(earlier)
+        self._step.add(report)
         live.close()
         self._live = None
 
@@ -383,12 +336,8 @@ class RolloutRouter(Router):
         if (view.generated > 0).all() and (view.state == FINISHED).all():
             if self._routing.remembers:
                 self._lengths = learn(self._lengths, batch, view.generated)
-            if self._earlier(batch.step) is None:  # refills replace what is not trained on: they add to no phase
+            if not self._step.has_part_of(batch.step):  # refills replace what is not trained on: they add to no phase
                 self._last = batch, view.generated
-
-    def _earlier(self, step: int) -> RolloutReport | None:
-        """Return the report of what has ended of a step; ``None`` = it begins."""
-        return self._report if self._report is not None and self._report.step == step else None
 
 
 def start_limit_s(config: RlhflessConfig) -> float:

@@ -23,7 +23,6 @@ from verl.workers.config import HFModelConfig
 from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
 from verl_rlhfless.errors import (
     ConfigError,
-    DeviceMemoryError,
     DeviceMismatchError,
     LeaseLostError,
     LeaseTimeoutError,
@@ -43,6 +42,7 @@ from verl_rlhfless.live.host_memory import (
 )
 from verl_rlhfless.live.pool import TRAINER_POOL, ElasticResourcePoolManager
 from verl_rlhfless.live.replica import WeightSource
+from verl_rlhfless.live.replica_places import ReplicaPlaces
 from verl_rlhfless.live.request_trainer import RequestTrainer
 from verl_rlhfless.live.residency import expand_segments
 from verl_rlhfless.live.suspendable import why_lease_is_kept
@@ -52,7 +52,7 @@ from verl_rlhfless.live.warm_pool import WarmPool
 from verl_rlhfless.live.weights import create_store
 from verl_rlhfless.live.worker_group import ElasticWorkerGroup
 from verl_rlhfless.policy.learnt import Standby, StepTimes
-from verl_rlhfless.policy.schedule import fleet_within, largest_fleet, scheduled_fleet, validation_fleet
+from verl_rlhfless.policy.schedule import largest_fleet, scheduled_fleet, validation_fleet
 from verl_rlhfless.types import FleetDecision
 from verl_rlhfless_patches import verl_worker_group
 
@@ -75,9 +75,6 @@ class ElasticTrainerSync(FusionTrainer):
         self._decision: FleetDecision | None = None  # of the step, once its first prompts are there
         self._step_began_s = 0.0
         self._publish_s: float | None = None
-        self._was_told_of_room = False
-        self._shares_for_good = False  # a trainer that could not leave, and has all GPUs
-        self._room: int | None = None  # GPUs for replicas, where the trainer could not leave
         super().__init__(config, settings)
 
     # ---- set-up
@@ -99,6 +96,8 @@ class ElasticTrainerSync(FusionTrainer):
         warm_servers = WarmPool(self._num_warm_servers(), self.config.actor_rollout_ref.rollout.max_num_seqs)
         self._fleet = Fleet(self.config, self._settings, self._router, self._events, warm_servers)
         self._trainer_lease = self._make_trainer_lease()
+        share = float(self.config.actor_rollout_ref.rollout.gpu_memory_utilization)
+        self._places = ReplicaPlaces(self._trainer_lease, self.actor_rollout_wg, self._settings.pool, share)
 
     def _check_nodes(self) -> None:
         """Refuse nodes that lack GPUs or host memory, before anything is started on them.
@@ -191,7 +190,7 @@ class ElasticTrainerSync(FusionTrainer):
     # ---- rollout
 
     def _may_fuse(self) -> bool:
-        shares = self._shares_for_good or (self._decision is not None and self._decision.is_resident)
+        shares = self._places.shares_for_good or (self._decision is not None and self._decision.is_resident)
         return super()._may_fuse() and not self._trainer_lease.decision.is_suspended and not shares
 
     def _tp(self) -> int:
@@ -199,39 +198,17 @@ class ElasticTrainerSync(FusionTrainer):
 
     def _start_fleet(self, decision: FleetDecision, *, is_validation: bool = False) -> None:
         source = WeightSource(self._store_name, self._version, self._settings.weights.pull_timeout_s)
-        is_shared = decision.is_resident
         trainer = self._trainer_lease.before_rollout(
-            decision.num_gpus, is_validation=is_validation, is_shared=is_shared
+            decision.num_gpus, is_validation=is_validation, is_shared=decision.is_resident
         )
-        if not is_shared and self._could_not_leave():
-            is_shared = self._shares_for_good = self._must_share(decision)
-        shared = self.actor_rollout_wg.devices() if is_shared else None
+        shared = self._places.devices_for(decision)
         self._fleet.start(decision, source, imports_first=trainer.is_first, shared=shared)
         self._trainer_lease.during_rollout(self._fleet)
 
-    def _could_not_leave(self) -> bool:
-        """Return whether the trainer was meant to leave in this run, but has been found to stay."""
-        return bool(self._trainer_lease.kept_because) and not self._routing.keeps_trainer
-
-    def _must_share(self, decision: FleetDecision) -> bool:
-        """Return whether replicas run on the GPUs of a trainer that could not leave; else there are others.
-
-        Raises:
-            DeviceMemoryError: There are no others, and these have no memory for an engine.
-        """
-        if self._trainer_lease.num_gpus_beside >= min(replica.tp for replica in decision.replicas):
-            return False
-        if self._settings.pool.share_trainer == "never" or not self._has_room_for_engines():
-            raise DeviceMemoryError(self._trainer_lease.kept_because)
-        logger.warning("rlhfless: replicas share the trainer's GPUs from now on.")
-        return True
-
-    def _plan_for_a_trainer_that_stays(self) -> None:
+    def _limit_fleets(self) -> None:
         """Lower what later fleets may lease, once the trainer could not leave; call it between rollouts."""
-        if self._could_not_leave():
-            lease = self._trainer_lease
-            self._room = lease.num_gpus if self._shares_for_good else lease.num_gpus_beside
-            self._routing = dataclasses.replace(self._routing, replica_gpus=self._room, keeps_trainer=True)
+        if (room := self._places.limit()) is not None:
+            self._routing = dataclasses.replace(self._routing, replica_gpus=room, keeps_trainer=True)
             ray.get(self._router.reroute.remote(self._routing))
 
     def prepare_step(self) -> dict[str, Any]:
@@ -248,8 +225,8 @@ class ElasticTrainerSync(FusionTrainer):
         """
         if self._decision is not None:
             return super()._submit_batch_to_rollout(batch)
-        self._plan_for_a_trainer_that_stays()
-        self._decision = decision = self._placed(self._decide_fleet(batch))
+        self._limit_fleets()
+        self._decision = decision = self._places.placed(self._decide_fleet(batch))
         self._fleet.expect(decision)
         with ThreadPoolExecutor(1, "rlhfless-start") as beside:
             started = beside.submit(self._start_fleet, decision)
@@ -268,38 +245,10 @@ class ElasticTrainerSync(FusionTrainer):
         self._events.write("planned", **dataclasses.asdict(decision))
         return decision
 
-    def _placed(self, decision: FleetDecision) -> FleetDecision:
-        """Return a fleet as it runs beside a trainer that could not leave: a schedule knows nothing of that."""
-        if self._room is None:
-            return decision
-        return dataclasses.replace(fleet_within(decision, self._room), is_resident=self._shares_for_good)
-
     def _standby(self) -> Standby:
         """Return what waits for a replica, and what of it can wake beside the trainer."""
-        pool, standby = self._settings.pool, self._fleet.standby
-        if pool.share_trainer == "never" or self._trainer_lease.kept_because:
-            return standby
-        beside = self._fleet.parking.parked_on(self.actor_rollout_wg.devices())
-        if not beside.total() or not self._has_room_for_engines():
-            return standby
-        return dataclasses.replace(standby, beside=beside)
-
-    def _has_room_for_engines(self) -> bool:
-        """Return whether the trainer's GPUs have as much memory free as the recipe gives an engine."""
-        pool = self._settings.pool
-        wanted = float(self.config.actor_rollout_ref.rollout.gpu_memory_utilization)
-        free = self.actor_rollout_wg.free_device_share(pool.resume_timeout_s)
-        if free < wanted and not self._was_told_of_room:
-            self._was_told_of_room = True
-            logger.info(
-                "rlhfless: a replica takes %.0f %% of a GPU's memory, and %.0f %% is free beside the trainer: replicas "
-                "lease in every step. For steps that share the trainer's GPUs, lower "
-                "actor_rollout_ref.rollout.gpu_memory_utilization or set the actor's param_offload and "
-                "optimizer_offload.",
-                100 * wanted,
-                100 * free,
-            )
-        return bool(free >= wanted)
+        beside = self._places.beside(self._fleet.parking.parked_on)
+        return dataclasses.replace(self._fleet.standby, beside=beside)
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
         """Run verl's step; when no replica came up, say why."""
@@ -356,8 +305,8 @@ class ElasticTrainerSync(FusionTrainer):
         return {f"rlhfless/{name}": float(value) for name, value in (measured | predicted | planned).items()}
 
     def on_validate_begin(self) -> None:
-        self._plan_for_a_trainer_that_stays()
-        decision = self._placed(self._decide_validation_fleet())
+        self._limit_fleets()
+        decision = self._places.placed(self._decide_validation_fleet())
         self._fleet.expect(decision)
         self._start_fleet(decision, is_validation=True)
         self._fleet.wait_started()

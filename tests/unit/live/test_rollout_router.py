@@ -17,6 +17,7 @@ from tests.unit.live.routed import settings
 from verl_rlhfless.errors import ConfigError, ReplicaError
 from verl_rlhfless.live import planner as planner_module
 from verl_rlhfless.live import rollout_router as rollout_module
+from verl_rlhfless.live import step_report
 from verl_rlhfless.live.announcement import Announcement, Group
 from verl_rlhfless.live.orders import EndReplica, Order, ReclaimReplica, StartReplica
 from verl_rlhfless.live.planner import LivePlanner
@@ -532,9 +533,9 @@ def refill_of(step: int, uid: str = "refill") -> Announcement:
 
 def test_a_step_whose_prompts_come_in_parts_is_reported_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [100.0]
-    monkeypatch.setattr(
-        rollout_module, "time", SimpleNamespace(monotonic=lambda: now_s[0], process_time=lambda: now_s[0] / 10)
-    )
+    clock = SimpleNamespace(monotonic=lambda: now_s[0], process_time=lambda: now_s[0] / 10)
+    for module in (rollout_module, step_report):
+        monkeypatch.setattr(module, "time", clock)
 
     async def end_after(world: World, seconds: float, grants: list[Grant]) -> None:
         now_s[0] += seconds

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
 from tests.unit.live.routed import settings
 from verl_rlhfless.config import PoolConfig
 from verl_rlhfless.errors import DeviceMemoryError
 from verl_rlhfless.live import trainer as trainer_module
 from verl_rlhfless.live.events import EventLog
+from verl_rlhfless.live.replica_places import ReplicaPlaces
 from verl_rlhfless.live.trainer import ElasticTrainerSync
 from verl_rlhfless.live.trainer_lease import Gpus, TrainerLease
 from verl_rlhfless.types import FleetDecision, ReplicaSpec
@@ -56,9 +56,8 @@ def trainer(folder: Path, monkeypatch: pytest.MonkeyPatch, budget: int, utilizat
     made._trainer_lease = TrainerLease(made.actor_rollout_wg, Gpus(2, lambda: budget), config, EventLog(folder))
     made._settings = SimpleNamespace(pool=config, weights=SimpleNamespace(pull_timeout_s=1.0), plans=False)
     made._routing = replace(settings("elastic"), keeps_trainer=False, trainer_gpus=2)
-    made._shares_for_good, made._room, made._was_told_of_room = False, None, False
+    made._places = ReplicaPlaces(made._trainer_lease, made.actor_rollout_wg, config, utilization)
     made._store_name, made._version = "weights", 0
-    made.config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"gpu_memory_utilization": utilization}}})
     router = SimpleNamespace(reroute=SimpleNamespace(remote=made.told.append))
     made.llm_server_manager = SimpleNamespace(global_load_balancer=router)
     return made
@@ -69,8 +68,8 @@ def test_replicas_that_fit_beside_it_do_and_later_fleets_are_no_larger(
 ) -> None:
     made = trainer(tmp_path, monkeypatch, budget=4, utilization=0.9)
     for _ in range(2):
-        made._plan_for_a_trainer_that_stays()
-        made._start_fleet(made._placed(FOUR))
+        made._limit_fleets()
+        made._start_fleet(made._places.placed(FOUR))
     assert made._fleet.starts == [(4, None), (2, None)], "the first was decided for a trainer that leaves"
     assert [(told.replica_gpus, told.keeps_trainer) for told in made.told] == [(2, True)], "once"
     made._trainer_lease.close()
@@ -81,10 +80,10 @@ def test_replicas_without_a_gpu_of_their_own_share_those_of_the_trainer_for_good
 ) -> None:
     made = trainer(tmp_path, monkeypatch, budget=2, utilization=0.5)
     for _ in range(2):
-        made._plan_for_a_trainer_that_stays()
-        made._start_fleet(made._placed(FOUR))
+        made._limit_fleets()
+        made._start_fleet(made._places.placed(FOUR))
     assert made._fleet.starts == [(4, "its devices"), (2, "its devices")]
-    assert made._placed(FOUR).is_resident and made.told[0].replica_gpus == 2
+    assert made._places.placed(FOUR).is_resident and made.told[0].replica_gpus == 2
     made._trainer_lease.close()
 
 
