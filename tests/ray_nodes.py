@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import pytest
 import ray
 from ray._private.services import get_node_ip_address
 
@@ -21,17 +20,17 @@ from verl_rlhfless.ab.cluster import Cluster, Mark, marked
 OTHER_IP = "127.0.0.2"
 """Of the node that is not the head: an address of the same host."""
 
+_RAY = str(Path(sys.executable).with_name("ray"))
 _HEAD_ID = "f" * 51 + "00000"  # by which Ray's provider of pretended nodes knows the head
 _STORE_BYTES = 300_000_000
 _NUM_CPUS = 32
 _WAIT_S = 120.0
-_OPEN = {"RAY_AUTH_MODE": "disabled"}  # else Ray asks for a token on an address that is not loopback
 
 
 @contextlib.contextmanager
 def two_nodes(environment: Mapping[str, str], gpus: tuple[int, int], other_cpus: int = _NUM_CPUS) -> Iterator[Cluster]:
     """Start a head and one more node with so many declared GPUs each; without CPUs, the other is for leases only."""
-    with marked({**environment, **_OPEN}) as mark:
+    with marked({**environment, **_authentication()}) as mark:
         address = _start_head(mark, mark.environment, f"--num-gpus={gpus[0]}")
         other = (f"--address={address}", f"--node-ip-address={OTHER_IP}", f"--num-cpus={other_cpus}")
         _start(mark.environment, *other, f"--num-gpus={gpus[1]}")
@@ -44,7 +43,7 @@ def autoscaled(
     environment: Mapping[str, str], head_gpus: int, worker_gpus: int, max_workers: int, idle_s: float
 ) -> Iterator[Cluster]:
     """Start a head whose autoscaler adds nodes for what is pending, and removes those that are idle for ``idle_s``."""
-    with marked({**environment, **_OPEN}) as mark:
+    with marked({**environment, **_authentication()}) as mark:
         port = _free_port()
         config = Path(mark.temp_dir) / "autoscaler.json"
         config.write_text(json.dumps(_scaling(f"{get_node_ip_address()}:{port}", worker_gpus, max_workers, idle_s)))
@@ -108,8 +107,7 @@ def _start_head(mark: Mark, environment: Mapping[str, str], *options: str, port:
 
 
 def _start(environment: Mapping[str, str], *options: str) -> None:
-    command = [str(Path(sys.executable).with_name("ray")), "start", *options]
-    command += [f"--object-store-memory={_STORE_BYTES}", "--disable-usage-stats"]
+    command = [_RAY, "start", *options, f"--object-store-memory={_STORE_BYTES}", "--disable-usage-stats"]
     inherited = {**os.environ, **environment}
     done = subprocess.run(command, env=inherited, capture_output=True, text=True, timeout=_WAIT_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -117,14 +115,20 @@ def _start(environment: Mapping[str, str], *options: str) -> None:
 
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in _OPEN.items():
-            patch.setenv(name, value)
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-            yield
-        finally:
-            ray.shutdown()
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _authentication() -> dict[str, str]:
+    """Return what lets this process into a cluster of its own user, and nobody else: Ray's token, made if there is none.
+
+    Its local clusters use it too; a process can't change its mind from one cluster to the next.
+    """
+    subprocess.run([_RAY, "get-auth-token", "--generate"], check=True, capture_output=True, timeout=_WAIT_S)
+    return {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
 
 
 def _free_port() -> int:
