@@ -13,6 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ray
+from ray._private.authentication.authentication_token_setup import (
+    enable_token_auth_by_default,
+    ensure_token_if_auth_enabled,
+)
 from ray._private.services import get_node_ip_address
 
 from verl_rlhfless.ab.cluster import Cluster, Mark, marked
@@ -20,7 +24,6 @@ from verl_rlhfless.ab.cluster import Cluster, Mark, marked
 OTHER_IP = "127.0.0.2"
 """Of the node that is not the head: an address of the same host."""
 
-_RAY = str(Path(sys.executable).with_name("ray"))
 _HEAD_ID = "f" * 51 + "00000"  # by which Ray's provider of pretended nodes knows the head
 _STORE_BYTES = 300_000_000
 _NUM_CPUS = 32
@@ -107,7 +110,8 @@ def _start_head(mark: Mark, environment: Mapping[str, str], *options: str, port:
 
 
 def _start(environment: Mapping[str, str], *options: str) -> None:
-    command = [_RAY, "start", *options, f"--object-store-memory={_STORE_BYTES}", "--disable-usage-stats"]
+    ray_command = str(Path(sys.executable).with_name("ray"))
+    command = [ray_command, "start", *options, f"--object-store-memory={_STORE_BYTES}", "--disable-usage-stats"]
     inherited = {**os.environ, **environment}
     done = subprocess.run(command, env=inherited, capture_output=True, text=True, timeout=_WAIT_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -123,12 +127,13 @@ def _connected(address: str) -> Iterator[None]:
 
 
 def _authentication() -> dict[str, str]:
-    """Return what lets this process into a cluster of its own user, and nobody else: Ray's token, made if there is none.
+    """Return what lets this process into the cluster: Ray's token, as in the local ones that ``ray.init`` starts.
 
-    Its local clusters use it too; a process can't change its mind from one cluster to the next.
+    A process keeps its mode from one cluster to the next, and an explicit address leaves it as it is.
     """
-    subprocess.run([_RAY, "get-auth-token", "--generate"], check=True, capture_output=True, timeout=_WAIT_S)
-    return {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
+    enable_token_auth_by_default()
+    ensure_token_if_auth_enabled()
+    return {"RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"]}
 
 
 def _free_port() -> int:

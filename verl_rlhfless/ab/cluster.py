@@ -150,13 +150,19 @@ def running_cluster(address: str, num_gpus: int, environment: Mapping[str, str])
     try:
         context = ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise RlhflessError(f"RAY_ADDRESS={address}: {' '.join(str(error).split())}. Start the cluster.") from error
+        what = "Set RAY_AUTH_MODE=token: it asks for a token." if _asks_for_token(error) else "Start the cluster."
+        raise RlhflessError(f"RAY_ADDRESS={address}: {' '.join(str(error).split())}. {what}") from error
     try:
         _wait_until_idle(address, num_gpus)
         overrides = tuple(_inherited(name, value) for name, value in inherited.items())
         yield Cluster(context.address_info["gcs_address"], run_id, inherited, segments_before, overrides)
     finally:
         ray.shutdown()
+
+
+def _asks_for_token(error: BaseException) -> bool:
+    """Return whether a cluster refused us for want of a token; Ray reads it by itself only for clusters it finds."""
+    return "AuthenticationError" in f"{error} {error.__cause__}"
 
 
 def _wait_until_idle(address: str, num_gpus: int) -> None:
