@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,9 +30,9 @@ print("arrived")
 """
 
 
-def drive(address: str, num_gpus: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", _DRIVER, address, str(num_gpus)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
+def drive(address: str, num_gpus: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    command, inherited = [sys.executable, "-c", _DRIVER, address, str(num_gpus)], {**os.environ, **environment}
+    return subprocess.run(command, env=inherited, capture_output=True, text=True, timeout=WAIT_S, check=False)
 
 
 def test_what_an_arm_needs_reaches_the_workers_of_its_job(ray_cluster: Cluster) -> None:
@@ -45,3 +46,8 @@ def test_a_cluster_that_is_too_small_or_used_by_others_is_refused(
     assert "the recipe needs 5 GPUs and the cluster has 4" in drive(ray_cluster.address, 5).stderr
     foreign_job(1)
     assert "1 of 4 GPUs are used by others" in drive(ray_cluster.address, 2).stderr
+
+
+def test_a_cluster_that_asks_for_a_token_says_how_to_give_it(ray_cluster: Cluster) -> None:
+    told = drive(ray_cluster.address, 4, RAY_AUTH_MODE="disabled").stderr
+    assert f"RAY_ADDRESS={ray_cluster.address}: " in told and "Set RAY_AUTH_MODE=token: it asks for a token." in told
