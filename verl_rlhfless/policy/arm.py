@@ -14,12 +14,21 @@ from verl_rlhfless.policy.snapshot import Batch, IntArray, PoolSnapshot, Reactio
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A finished step: the lengths that came out, [B] int64, the seconds that the step took, and its plan."""
+    """A finished step.
+
+    Attributes:
+        batch: Its prompts.
+        lengths: [B] int64 tokens of each response.
+        step_s: Seconds that it took.
+        plan: Its plan.
+        hidden_s: Seconds of the trainer's inference that freed GPUs did meanwhile, and that would have come on top.
+    """
 
     batch: Batch
     lengths: IntArray
     step_s: float
     plan: RolloutPlan | None = None
+    hidden_s: float = 0.0
 
 
 class Policy(Protocol):

@@ -14,7 +14,7 @@ from verl_rlhfless.policy.fuse import fuse_gpus
 from verl_rlhfless.policy.fusion_cut import cut_for_inference
 from verl_rlhfless.policy.migrate import Change, consolidate
 from verl_rlhfless.policy.paper_rules import RULES, cut_by_rule
-from verl_rlhfless.policy.plan import Goal, plan_fleet, static_step_s
+from verl_rlhfless.policy.plan import Goal, plan_fleet, static_steps_s
 from verl_rlhfless.policy.predict import LengthModel, Prediction, exact, learn, predict, refine
 from verl_rlhfless.policy.snapshot import FINISHED, Batch, PoolSnapshot, Reaction, RolloutPlan, RolloutView
 from verl_rlhfless.policy.step_costs import static_gpus
@@ -111,17 +111,19 @@ class Ours:
         return OursPolicy(self, memory, self.predict(memory, batch))
 
     def learn(self, memory: Memory, outcome: Outcome) -> Memory:
-        """Return the memory with the step's lengths."""
-        static_s = static_step_s(memory.pool, outcome.batch, exact(outcome.lengths))
-        learnt = replace(
+        """Return the memory with the step's lengths and seconds."""
+        static_s = static_steps_s(memory.pool, outcome.batch, exact(outcome.lengths))
+        best_s, plan = min(static_s.values()), outcome.plan
+        factor = memory.static_factor
+        if plan is not None and plan.is_resident:
+            factor = _learn_static(factor, (outcome.step_s + outcome.hidden_s) / static_s[plan.fleet[0]])
+        return replace(
             memory,
             lengths=learn(memory.lengths, outcome.batch, outcome.lengths),
-            caution=_learn_caution(memory.caution, outcome, static_s),
+            caution=_learn_caution(memory.caution, outcome, best_s),
+            static_factor=factor,
+            saved_s=memory.saved_s + best_s * (factor or 1.0) - outcome.step_s,
         )
-        if outcome.plan is not None and outcome.plan.is_resident:
-            return replace(learnt, static_factor=_learn_static(memory.static_factor, outcome.step_s / static_s))
-        usual_s = static_s * (memory.static_factor or 1.0)
-        return replace(learnt, saved_s=memory.saved_s + usual_s - outcome.step_s)
 
 
 @dataclass(frozen=True)

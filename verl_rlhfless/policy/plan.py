@@ -23,7 +23,7 @@ from verl_rlhfless.policy.stages import Options, options_for
 from verl_rlhfless.policy.step_costs import Reference, StepCosts, static_fleets, static_gpus
 from verl_rlhfless.policy.units import Units
 
-__all__ = ["Goal", "plan_fleet", "static_step_s", "time_price"]
+__all__ = ["Goal", "plan_fleet", "static_steps_s", "time_price"]
 
 _HURRY = 3.0
 """Price of time during a rollout that must not be slower, as a multiple: a change must save much for what it slows."""
@@ -47,10 +47,10 @@ def time_price(pool: PoolSnapshot, goal: Goal) -> float:
     return (1 - weight) / weight * (static_gpus(pool) + held) + held
 
 
-def static_step_s(pool: PoolSnapshot, batch: Batch, prior: Prediction) -> float:
-    """Return the predicted seconds of a step of the best uniform static fleet."""
+def static_steps_s(pool: PoolSnapshot, batch: Batch, prior: Prediction) -> dict[int, float]:
+    """Return the predicted seconds of a step of each uniform static fleet: tensor-parallel size -> seconds."""
     costs = StepCosts.of(pool, Units.build(batch, prior), can_fuse=False)
-    return costs.static_reference(_options(pool, Goal())).step_s
+    return {fleet.tp: fleet.step_s for fleet in costs.static_fleets(_options(pool, Goal()))}
 
 
 def plan_fleet(

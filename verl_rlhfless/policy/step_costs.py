@@ -22,7 +22,7 @@ _EARLY = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The best uniform static fleet: its size, predicted step seconds and GPU-seconds."""
+    """A uniform static fleet: its size, predicted step seconds and GPU-seconds."""
 
     tp: int
     step_s: float
@@ -140,17 +140,18 @@ class StepCosts:
 
     def static_reference(self, options: Options) -> Reference:
         """Return the best uniform static fleet on the same budget."""
+        return min(self.static_fleets(options), key=lambda fleet: fleet.step_s)
+
+    def static_fleets(self, options: Options) -> list[Reference]:
+        """Return the uniform static fleets on the same budget, by size."""
         pool, trainer = self.pool, self.pool.trainer
         time_s, _ = stay(pool, options, self.units.lane(self.units.order))
         held = static_gpus(pool) + (trainer.num_gpus if pool.keeps_trainer else 0)
-        best: Reference | None = None
+        found = []
         for tp, count in static_fleets(pool).items():
-            rollout_s = float(time_s[options.index(tp, count)])
-            step_s = self._static_s(tp, rollout_s)
-            if best is None or step_s < best.step_s:
-                best = Reference(tp, step_s, step_s * held)
-        assert best is not None
-        return best
+            step_s = self._static_s(tp, float(time_s[options.index(tp, count)]))
+            found.append(Reference(tp, step_s, step_s * held))
+        return found
 
     def _static_s(self, tp: int, rollout_s: float) -> float:
         """Return a static step's seconds: weights loaded by replicas that never end, or stock's hybrid way.

@@ -83,7 +83,8 @@ class ArmRun:
         self._init_s = env.now
         for step in self.data:
             yield from self._step(step, memory)
-            memory = self.arm.learn(memory, Outcome(step.batch, step.lengths, self._took_s, self._plan))
+            outcome = Outcome(step.batch, step.lengths, self._took_s, self._plan, self._hidden_s)
+            memory = self.arm.learn(memory, outcome)
         self._book.release(self._trainer)
 
     def _start_engines(self, layout: Mapping[int, int]) -> Generator[simpy.Event, Any, None]:
@@ -184,7 +185,9 @@ class ArmRun:
         tokens = int(step.batch.prompt_tokens.sum() + step.lengths.sum())
         context = tokens / step.batch.num_samples
         began_s = env.now
-        yield env.timeout(trainer.inference_s(tokens - rollout.inference.done_tokens, context))
+        left_s = trainer.inference_s(tokens - rollout.inference.done_tokens, context)
+        self._hidden_s = trainer.inference_s(tokens, context) - left_s
+        yield env.timeout(left_s)
         self._trainer_was_busy(began_s)
         waited_s = 0.0
         if step.score_s is not None:
