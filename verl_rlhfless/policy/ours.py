@@ -53,8 +53,10 @@ class Memory:
         pool: What may be leased.
         first_sizes: Tensor-parallel sizes of the engines that were started first.
         caution: Factor by which elastic steps were longer than predicted, compared with static ones.
-        saved_s: Seconds by which the elastic steps so far were shorter than static ones would have been.
-        static_factor: Seconds of a resident step over what the model says of it; ``None`` = there was none yet.
+        saved_s: Seconds by which the steps so far were shorter than those of the best static fleet would have been.
+            Resident ones save what inference they hide, so that an elastic step's loss is paid back.
+        static_factor: Seconds of a resident step that hides none over what the model says of its fleet; ``None`` =
+            there was none yet.
     """
 
     lengths: LengthModel
@@ -208,5 +210,5 @@ def _learn_caution(caution: float, outcome: Outcome, static_s: float) -> float:
 
 
 def _learn_static(factor: float | None, seen: float) -> float:
-    """Return the static factor after a resident step that took ``seen`` times what the model says of it."""
+    """Return the static factor after a resident step with ``seen`` as its own."""
     return seen if factor is None else (1 - _CAUTION_RATE) * factor + _CAUTION_RATE * seen

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from tests.unit.sim.cases import cell, steps
 from verl_rlhfless.policy.arm import Outcome
 from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.ours import Memory, Ours, OursPolicy
-from verl_rlhfless.policy.plan import plan_fleet
-from verl_rlhfless.policy.predict import LengthModel, predict
+from verl_rlhfless.policy.plan import plan_fleet, static_steps_s
+from verl_rlhfless.policy.predict import LengthModel, exact, predict
 from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, ReplicaView, RolloutPlan, RolloutView
 
 DATA = steps(1, 64, 8, mean=2000.0, cap=16384)
@@ -86,6 +87,30 @@ def test_the_migration_rule_is_chosen_by_name() -> None:
 
 def test_a_resident_step_owes_no_time() -> None:
     assert after(1.3, is_resident=True).saved_s == 0.0
+
+
+def resident_outcome(tp: int, step_s: float, hidden_s: float = 0.0) -> Outcome:
+    """Return the outcome of a step on engines of ``tp`` GPUs that share the trainer's lease."""
+    plan = RolloutPlan((tp,) * (16 // tp), np.zeros(512, np.int64), np.arange(512), is_resident=True, is_static=True)
+    return Outcome(DATA[0].batch, DATA[0].lengths, step_s, plan, hidden_s)
+
+
+def test_resident_steps_pay_back_what_elastic_ones_lost() -> None:
+    """Else one unlucky step would keep a run that must not be slower resident for ever."""
+    static_s = static_steps_s(cell(DATA).pool, DATA[0].batch, exact(DATA[0].lengths))
+    best, memory = min(static_s, key=lambda tp: static_s[tp]), experienced(saved_s=-20.0)
+    for step in range(1, 4):
+        memory = ARM.learn(memory, resident_outcome(best, 100.0, hidden_s=5.0))
+        assert memory.saved_s == pytest.approx(-20.0 + 5.0 * step)
+
+
+def test_resident_steps_on_a_size_that_is_not_the_best_save_nothing_by_it() -> None:
+    """What the model is off by is seen on the size that ran; the seconds to beat are the best size's."""
+    static_s = static_steps_s(cell(DATA).pool, DATA[0].batch, exact(DATA[0].lengths))
+    slower = max(static_s, key=lambda tp: static_s[tp])
+    memory = ARM.learn(experienced(), resident_outcome(slower, 1.1 * static_s[slower]))
+    assert memory.saved_s == pytest.approx(1.1 * (min(static_s.values()) - static_s[slower]))
+    assert memory.saved_s < 0
 
 
 def test_few_known_lengths_must_promise_more_than_many() -> None:
