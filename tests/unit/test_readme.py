@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 from typer.testing import CliRunner
 
@@ -73,6 +74,35 @@ def test_simulated_means_over_long_cells_are_the_recorded_ones() -> None:
     ]
     table = README.split("| Against | wake 1 s | 2 s | 5 s | 30 s |")[1].split("\n\n")[0].splitlines()[2:]
     assert [[cell.strip() for cell in line.split("|")[2:-1]] for line in table] == rows
+
+
+def test_what_is_said_of_published_figures_is_what_was_recorded() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "published_figures.json").read_text())["results"]
+    sources = json.loads((ROOT / "benchmarks" / "published_figures.json").read_text())["sources"]
+    age, kinds = results["engine_by_age"], results["by_kind"]
+    recent, old = age["recent"], age["old"]
+    engine = [point for point in results["points"] if point["kind"] in ("decode", "batch", "prefill")]
+    decoding = [point for point in engine if point["kind"] != "prefill"]
+    batches = [point["batch"] for point in decoding if "is_old" not in sources[point["source"]]]
+    starts = [kinds[kind]["range"][end] for kind, end in (("cold start", 0), ("wake", 1))]
+    told = " ".join(README.split())
+    assert recent["n"] + old["n"] == len(engine) and f"at most {max(batches)} decoding at once" in told
+    answers = [point["ratio"] for point in engine if point["source"] in ("gpustack-14b-h100", "gpustack-32b-h100")]
+    assert "{:.2f} and {:.2f} for a thousand four-token answers".format(*answers) in told
+    assert f"{recent['n']} published figures of 16-bit engines from May 2025 on" in told
+    assert f"are {recent['median']:.2f} of the published ones at the median ({span(recent)}" in told
+    assert f"{results['engine_by_age_and_tp']['recent, TP 4']['median']:.2f} in the only one with several GPUs" in told
+    assert f"Of {old['n']} of older engines they are {old['median']:.2f} ({span(old)})" in told
+    decode, prefill = (
+        results["by_kind_and_gpu"][f"{kind}, RTX 6000 Ada as L40S"]["median"] for kind in ("decode", "prefill")
+    )
+    assert f"decoding is {decode:.2f} and prefill is {prefill:.2f}." in told
+    assert f"By the same ratio starts are {starts[0]:.1f}-{starts[1]:.1f}, FSDP steps {span(kinds['train'], 1)}" in told
+    assert f"load of weights at TP 8 {kinds['weight load']['median']:.2f}" in told
+
+
+def span(group: dict[str, Any], digits: int = 2) -> str:
+    return "-".join(f"{end:.{digits}f}" for end in group["range"])
 
 
 def test_every_command_is_one_that_the_command_line_has() -> None:
