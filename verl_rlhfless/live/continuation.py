@@ -19,10 +19,14 @@ class Continuation:
     Args:
         budget: Most tokens of the turn, all attempts together.
         has_log_probs: The request asks for the log-prob of each token.
+
+    Attributes:
+        is_resumable: What an attempt that ended early generated is kept; else the next one begins anew.
     """
 
     def __init__(self, budget: int, has_log_probs: bool) -> None:
         self.tokens: list[int] = []
+        self.is_resumable = True
         self._budget = budget
         self._log_probs: list[float] | None = [] if has_log_probs else None
         self._experts: Any = None
