@@ -12,6 +12,8 @@ from verl.workers.rollout.replica import TokenOutput
 
 from verl_rlhfless.errors import ReplicaError
 
+_COUNTS = ("spec_num_draft_tokens", "spec_num_accepted_tokens", "spec_num_verify_steps")  # verl's, of a drafter
+
 
 class Continuation:
     """Collects the outputs of a turn.
@@ -63,8 +65,12 @@ class Continuation:
         version = fields.pop("global_steps", None)
         if version is not None:
             self._versions.append(version)
-        # the first prefill is the prompt's; what follows describes the last attempt
-        self._fields = {**fields, **{key: self._fields[key] for key in ("num_cached_tokens",) if key in self._fields}}
+        # the first prefill is the prompt's, a drafter's counts add up; what follows describes the last attempt
+        first = {key: self._fields[key] for key in ("num_cached_tokens",) if key in self._fields}
+        counted = {
+            key: fields.get(key, 0) + self._fields.get(key, 0) for key in _COUNTS if key in fields | self._fields
+        }
+        self._fields = {**fields, **first, **counted}
 
     def result(self, stop_reason: str | None) -> TokenOutput:
         """Return the whole response."""
