@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from verl_rlhfless.live import server as server_module
+from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.parked_memory import ParkedMemory
 from verl_rlhfless.live.server import ElasticServer
 
@@ -24,8 +25,14 @@ class Engine:
     async def sleep(self, level: int) -> None:
         self.calls.append(f"sleep {level}")
 
-    async def collective_rpc(self, method: str) -> list[tuple[int, int]]:
-        self.calls.append(method)
+    async def wake_up(self, tags: list[str]) -> None:
+        self.calls.append(f"wake {', '.join(tags)}")
+
+    async def is_sleeping(self) -> bool:
+        return any(call.startswith("sleep") for call in self.calls)
+
+    async def collective_rpc(self, method: str, args: tuple[str, ...] = ()) -> list[tuple[int, int]]:
+        self.calls.append(" ".join([method, *args]))
         return [(5, 80), (7, 80)]
 
     def shutdown(self) -> None:
@@ -43,7 +50,16 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Any:
     async def abort_all_requests(reject_request: bool) -> None:
         made.engine.calls.append("requests end" + ", no more come" * reject_request)
 
+    def noted(what: str) -> Any:
+        async def note(*_: Any, **__: Any) -> None:
+            made.engine.calls.append(what)
+
+        return note
+
     made.abort_all_requests = abort_all_requests
+    made.resume_generation, made.clear_kv_cache = noted("requests may come"), noted("caches cleared")
+    monkeypatch.setattr(server_module, "pull_into_engine", noted("weights loaded"))
+    monkeypatch.setenv(LEASE_VARIABLE, "r0")
     monkeypatch.setattr(server_module, "descendants", lambda pid: ((1, 1.0),))
     monkeypatch.setattr(server_module, "end_engine", lambda *_: made.engine.calls.append("killed") or ())
     monkeypatch.setattr(server_module, "measure_parked", lambda devices, _: ParkedMemory(*devices[1], 0, 0))
@@ -67,6 +83,24 @@ def test_an_engine_sleeps_as_deep_as_the_next_pull_can_restore(
     memory = asyncio.run(server.park())
     assert server.engine.calls == ["requests end, no more come", f"sleep {level}", "device_memory"]
     assert (memory.device_bytes, memory.device_total_bytes) == (7, 80)
+
+
+def test_keys_and_values_sleep_until_the_weights_are_loaded(server: Any) -> None:
+    async def scenario() -> None:
+        await server.park()
+        server.engine.calls.remove("device_memory")
+        await server.wake("r1")
+        await server.pull_weights(7, "store", 60.0)
+
+    asyncio.run(scenario())
+    loaded = ["weights loaded", "wake kv_cache", "requests may come", "caches cleared"]
+    assert server.engine.calls[2:] == ["change_lease r1", "wake weights", *loaded]
+    assert server.global_steps == 7
+
+
+def test_an_engine_that_has_just_started_has_nothing_to_wake(server: Any) -> None:
+    asyncio.run(server.pull_weights(7, "store", 60.0))
+    assert server.engine.calls == ["weights loaded", "caches cleared"]
 
 
 def test_an_engine_ends_behind_its_http_server(server: Any) -> None:
