@@ -39,6 +39,8 @@ class ElasticServer(RequestServer):
             WeightStoreError: The version is not held, the pull timed out, or the loaded weights are not the
                 published ones.
         """
+        if self.config.enable_sleep_mode and self.engine.vllm_config.quant_config is not None:
+            await self._release_for_copies()
         report = await pull_into_engine(self.engine, version=version, store_name=store_name, timeout_s=timeout_s)
         if await self.engine.is_sleeping():
             await self.engine.wake_up(tags=["kv_cache"])
@@ -46,6 +48,15 @@ class ElasticServer(RequestServer):
         await self.clear_kv_cache()
         await self.set_global_steps(version)
         return report
+
+    async def _release_for_copies(self) -> None:
+        """Let keys and values of an engine that has just started sleep while it loads.
+
+        verl keeps a copy of quantised weights that their kernel has repacked until the last one is there.
+        """
+        if not await self.engine.is_sleeping():
+            await self.engine.sleep(level=self._resolve_sleep_level())
+            await self.engine.wake_up(tags=["weights"])
 
     @ends_with_engine
     async def park(self) -> ParkedMemory:

@@ -20,6 +20,7 @@ class Engine:
     def __init__(self) -> None:
         self.calls: list[Any] = []
         self.errored = False
+        self.vllm_config = SimpleNamespace(quant_config=None)
         self.output_handler = SimpleNamespace(cancel=lambda: self.calls.append("silenced"))
 
     async def sleep(self, level: int) -> None:
@@ -45,7 +46,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Any:
     made: Any = ElasticServer.__new__(ElasticServer)
     made.engine = Engine()
     made._streams = SimpleNamespace(abort_all=lambda: asyncio.sleep(0))
-    made.config, made.model_config = SimpleNamespace(mtp=None), SimpleNamespace(lora_rank=0, lora={})
+    made.config, made.model_config = (
+        SimpleNamespace(mtp=None, enable_sleep_mode=True),
+        SimpleNamespace(lora_rank=0, lora={}),
+    )
 
     async def abort_all_requests(reject_request: bool) -> None:
         made.engine.calls.append("requests end" + ", no more come" * reject_request)
@@ -101,6 +105,15 @@ def test_keys_and_values_sleep_until_the_weights_are_loaded(server: Any) -> None
 def test_an_engine_that_has_just_started_has_nothing_to_wake(server: Any) -> None:
     asyncio.run(server.pull_weights(7, "store", 60.0))
     assert server.engine.calls == ["weights loaded", "caches cleared"]
+
+
+@pytest.mark.parametrize("can_sleep", [True, False])
+def test_quantised_weights_are_loaded_while_keys_and_values_hold_no_memory(server: Any, can_sleep: bool) -> None:
+    server.engine.vllm_config.quant_config = object()
+    server.config.enable_sleep_mode = can_sleep
+    asyncio.run(server.pull_weights(7, "store", 60.0))
+    before, after = ["sleep 2", "wake weights"], ["wake kv_cache", "requests may come"]
+    assert server.engine.calls == [*before * can_sleep, "weights loaded", *after * can_sleep, "caches cleared"]
 
 
 def test_an_engine_ends_behind_its_http_server(server: Any) -> None:
