@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
+import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,13 +37,19 @@ class Trial:
     prompts: list[list[int]]
     lengths: list[int]
     calm: list[list[int]]
+    more: list[dict[str, Any]]
 
     async def ask(self, client: ElasticClient, index: int) -> Any:
         params = {"temperature": 0.0, "logprobs": True, "max_tokens": self.lengths[index], "ignore_eos": True}
+        params |= self.more[index]
         return await client.generate(f"r{index}", prompt_ids=self.prompts[index], sampling_params=params)
 
     def new_client(self) -> ElasticClient:
         return ElasticClient(self.engines.config, self.router)
+
+    async def undisturbed(self) -> list[list[int]]:
+        client = self.new_client()
+        return [(await self.ask(client, index)).token_ids for index in range(SAMPLES)]
 
     async def rollout(self, disturb: Callable[[Trial], Awaitable[None]]) -> list[Any]:
         """Generate all samples, placed on the first server, and disturb them; return the outputs."""
@@ -100,9 +108,8 @@ def trial(ray_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ite
         rng = random.Random(7)
         prompts = [[rng.randrange(3, 250) for _ in range(rng.randrange(20, 200))] for _ in range(SAMPLES)]
         lengths = [rng.randrange(1, 256) for _ in range(SAMPLES)]
-        made = Trial(engines, servers, router, prompts, lengths, [])
-        client = made.new_client()
-        made.calm = [(await made.ask(client, index)).token_ids for index in range(SAMPLES)]
+        made = Trial(engines, servers, router, prompts, lengths, [], [{}] * SAMPLES)
+        made.calm = await made.undisturbed()
         return made
 
     made = asyncio.run(start())
@@ -113,21 +120,58 @@ def trial(ray_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ite
             ray.kill(actor)
 
 
-def test_cuts_at_random_points_change_no_token(trial: Trial) -> None:
+def test_vllms_own_http_endpoints_answer_too(trial: Trial) -> None:
+    request = {
+        "model": trial.engines.config.actor_rollout_ref.model.path,
+        "prompt": trial.prompts[0],
+        "max_tokens": trial.lengths[0],
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    for address in trial.servers:
+        headers = {"Content-Type": "application/json"}
+        body = urllib.request.Request(f"http://{address}/v1/completions", json.dumps(request).encode(), headers)
+        with urllib.request.urlopen(body, timeout=WAIT_S) as answer:
+            assert json.load(answer)["choices"][0]["token_ids"] == trial.calm[0]
+
+
+async def cut_at_random_points(trial: Trial) -> list[Any]:
     async def disturb(trial: Trial) -> None:
         rng = random.Random(3)
         for cut in range(12):
             await asyncio.sleep(rng.uniform(0.0, 0.2))
             await trial.router.send_to.remote(rng.sample(range(SAMPLES), 8), cut % 2)
 
-    async def scenario() -> list[Any]:
-        before = (await trial.router.get_status.remote())["attempts"]
-        outputs = await trial.rollout(disturb)
-        attempts = (await trial.router.get_status.remote())["attempts"] - before
-        assert attempts >= 2 * SAMPLES, "hardly anything was cut"
-        return outputs
+    before = (await trial.router.get_status.remote())["attempts"]
+    outputs = await trial.rollout(disturb)
+    attempts = (await trial.router.get_status.remote())["attempts"] - before
+    assert attempts >= 2 * SAMPLES, "hardly anything was cut"
+    return outputs
 
-    assert trial.check(asyncio.run(scenario())) <= 1
+
+def test_cuts_at_random_points_change_no_token(trial: Trial) -> None:
+    assert trial.check(asyncio.run(cut_at_random_points(trial))) <= 1
+
+
+def test_a_stop_string_that_spans_a_cut_ends_the_response(trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(trial.engines.config.actor_rollout_ref.model.path)
+    letters = [token for token in range(len(tokenizer)) if tokenizer.decode([token]).isalnum()]
+    monkeypatch.setattr(trial, "lengths", [160] * SAMPLES)
+    monkeypatch.setattr(trial, "more", [{"allowed_token_ids": letters}] * SAMPLES)
+
+    async def scenario() -> tuple[list[list[int]], list[Any]]:
+        endless = await trial.undisturbed()
+        stops = [tokenizer.decode(tokens[5:120]) for tokens in endless]  # whatever is cut is cut within one
+        trial.more = [{"allowed_token_ids": letters, "stop": stop, "min_tokens": 100} for stop in stops]
+        return await trial.undisturbed(), await cut_at_random_points(trial)
+
+    calm, outputs = asyncio.run(scenario())
+    assert min(map(len, calm)) > 100 and max(map(len, calm)) <= 120
+    differing = [i for i, output in enumerate(outputs) if output.token_ids != calm[i]]
+    assert len(differing) <= 1, f"samples {differing} have {[len(outputs[i].token_ids) for i in differing]} tokens"
 
 
 def test_a_killed_engine_and_a_killed_server_cost_no_sample(trial: Trial) -> None:

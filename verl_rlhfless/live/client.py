@@ -21,9 +21,11 @@ from verl.utils import normalize_token_ids
 from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
+from verl_rlhfless.errors import UnsupportedError
 from verl_rlhfless.live.asking import asked
 from verl_rlhfless.live.continuation import Continuation
 from verl_rlhfless.live.mailbox import Mailbox
+from verl_rlhfless.live.sampling import lost_by_a_cut, params_of_attempt
 from verl_rlhfless.live.tickets import ENGINE_DEAD, Grant, Outcome, OutcomeKind, SampleKey, SessionEnd, Ticket
 
 _ABORTED = ("aborted", "abort")
@@ -44,6 +46,11 @@ class ElasticClient(LLMServerClient):
     """verl's client with continuation; one object is pickled into every agent-loop worker."""
 
     _box: Mailbox | None = None
+
+    def __init__(self, *args: Any, cuts: bool = True, **kwargs: Any) -> None:
+        """Take verl's arguments, and whether running samples of an announced rollout may be cut."""
+        super().__init__(*args, **kwargs)
+        self._cuts = cuts
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_box", "_granted")}
@@ -72,9 +79,11 @@ class ElasticClient(LLMServerClient):
 
         Raises:
             ReplicaError: Its replicas died too often, or none is left.
+            UnsupportedError: The sample may be cut, and would lose one of the parameters.
         """
         prompt = normalize_token_ids(prompt_ids)
         response = Continuation(self._budget(len(prompt), sampling_params), bool(sampling_params.get("logprobs")))
+        response.is_resumable = self._keeps(sampling_params)
         ticket = Ticket(
             super()._vllm_request_id(request_id), self._mailbox.worker, request_id, _sample.get(), len(prompt)
         )
@@ -84,8 +93,7 @@ class ElasticClient(LLMServerClient):
             while True:
                 grant, server = await self._mailbox.grant(message)
                 attempt = grant.attempt
-                params = {**sampling_params, "max_tokens": response.budget_left}
-                params.pop("max_new_tokens", None)
+                params = params_of_attempt(sampling_params, len(response.tokens), response.budget_left)
                 outcome, stop_reason = await self._attempt(
                     (grant, server), response, prompt_ids=prompt + response.tokens, sampling_params=params, **kwargs
                 )
@@ -118,7 +126,7 @@ class ElasticClient(LLMServerClient):
                 kind, detail = OutcomeKind.LOST, f"{grant.server}: its engine died"
             elif output.stop_reason not in _ABORTED:
                 kind, stop_reason = OutcomeKind.DONE, output.stop_reason
-        if kind is OutcomeKind.DONE or self._is_whole(output):
+        if kind is OutcomeKind.DONE or (response.is_resumable and self._is_whole(output)):
             response.add(output)
         if not response.budget_left:
             kind = OutcomeKind.DONE
@@ -136,6 +144,20 @@ class ElasticClient(LLMServerClient):
     def _is_whole(self, output: TokenOutput) -> bool:
         """Return whether a part can be continued: with routing replay, only if its experts came with it."""
         return output.routed_experts is not None or not self._rollout.enable_rollout_routing_replay
+
+    def _keeps(self, sampling_params: dict[str, Any]) -> bool:
+        """Return whether a response can be continued under these parameters; one that can't begins anew after a loss.
+
+        Raises:
+            UnsupportedError: It can't, and it may be cut: its sample would be drawn again because it is long.
+        """
+        lost = lost_by_a_cut(sampling_params)
+        if lost is not None and self._cuts and _sample.get() is not None:
+            raise UnsupportedError(
+                f"sampling parameter {lost}={sampling_params[lost]!r}: a sample that is cut would lose it, because "
+                "vLLM applies it to what one engine generates. Set rlhfless/migration=off, or leave it out."
+            )
+        return lost is None
 
     def _budget(self, prompt_tokens: int, sampling_params: dict[str, Any]) -> int:
         """Return how many tokens a turn may have: the rule of verl's server, applied once for all attempts."""

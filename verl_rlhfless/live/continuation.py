@@ -12,6 +12,8 @@ from verl.workers.rollout.replica import TokenOutput
 
 from verl_rlhfless.errors import ReplicaError
 
+_COUNTS = ("spec_num_draft_tokens", "spec_num_accepted_tokens", "spec_num_verify_steps")  # verl's, of a drafter
+
 
 class Continuation:
     """Collects the outputs of a turn.
@@ -19,10 +21,14 @@ class Continuation:
     Args:
         budget: Most tokens of the turn, all attempts together.
         has_log_probs: The request asks for the log-prob of each token.
+
+    Attributes:
+        is_resumable: What an attempt that ended early generated is kept; else the next one begins anew.
     """
 
     def __init__(self, budget: int, has_log_probs: bool) -> None:
         self.tokens: list[int] = []
+        self.is_resumable = True
         self._budget = budget
         self._log_probs: list[float] | None = [] if has_log_probs else None
         self._experts: Any = None
@@ -59,8 +65,12 @@ class Continuation:
         version = fields.pop("global_steps", None)
         if version is not None:
             self._versions.append(version)
-        # the first prefill is the prompt's; what follows describes the last attempt
-        self._fields = {**fields, **{key: self._fields[key] for key in ("num_cached_tokens",) if key in self._fields}}
+        # the first prefill is the prompt's, a drafter's counts add up; what follows describes the last attempt
+        first = {key: self._fields[key] for key in ("num_cached_tokens",) if key in self._fields}
+        counted = {
+            key: fields.get(key, 0) + self._fields.get(key, 0) for key in _COUNTS if key in fields | self._fields
+        }
+        self._fields = {**fields, **first, **counted}
 
     def result(self, stop_reason: str | None) -> TokenOutput:
         """Return the whole response."""

@@ -13,8 +13,7 @@ from verl_rlhfless.live.replay import plan_of, row_index
 class ReplayAgentLoop(SingleTurnAgentLoop):
     """Ends each response where the trace says; without a trace it is verl's own loop.
 
-    ``max_tokens`` with ``ignore_eos``, never ``min_tokens``: a request that resumes on another replica shrinks only
-    ``max_tokens``.
+    ``max_tokens`` with ``ignore_eos``: all that verl's own resuming clients lower is ``max_tokens``.
 
     Args:
         replay_trace: Path of the trace.

@@ -20,6 +20,7 @@ from verl_rlhfless.live.streams import EngineStreams
 from verl_rlhfless.live.tickets import ENGINE_DEAD, ServerLimits
 from verl_rlhfless.processes import descendants
 from verl_rlhfless.shared_memory import mapped_segments, unlink_segments
+from verl_rlhfless_patches import vllm_stop_strings
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class RequestServer(vLLMHttpServer):
 
         From then on only this actor's processes hold the engine's shared memory and sockets: nothing stays behind.
         """
+        vllm_stop_strings.apply()
         with sockets_without_names():
             await super().launch_server(*args, **kwargs)
         unlink_segments(mapped_segments([os.getpid(), *(pid for pid, _ in descendants(os.getpid()))]))

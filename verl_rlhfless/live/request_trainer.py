@@ -99,7 +99,8 @@ class RequestTrainer(PPOTrainerSync):
 
     def get_llm_client(self) -> ElasticClient:
         """Return the client that survives cuts and losses."""
-        client: ElasticClient = self.llm_server_manager.get_client(client_cls=ElasticClient)
+        cuts = self._settings.migration.name != "off"
+        client: ElasticClient = self.llm_server_manager.get_client(client_cls=ElasticClient, cuts=cuts)
         return client
 
     # ---- checkpoints

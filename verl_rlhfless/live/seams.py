@@ -55,7 +55,7 @@ SEAMS = (
     Seam("verl.workers.rollout.router", "GlobalRequestLoadBalancer.add_servers", ("servers",)),
     Seam("verl.workers.rollout.router", "GlobalRequestLoadBalancer.remove_servers", ("server_ids",)),
     Seam("verl.workers.rollout.router", "get_router_handle", ("servers", "router_config_path")),
-    Seam("verl.workers.rollout.llm_server", "LLMServerManager.get_client", ("client_cls",)),
+    Seam("verl.workers.rollout.llm_server", "LLMServerManager.get_client", ("client_cls", "kwargs")),
     Seam("verl.trainer.ppo.v1.agent_loop_tq", "AgentLoopManagerTQ.generate_sequences", ("prompts",)),
     Seam("verl.experimental.agent_loop.agent_loop", "AgentLoopWorker._run_agent_loop", ("trajectory", "agent_name")),
     Seam("verl.checkpoint_engine.base", "CheckpointEngineRegistry.register", ("backend",)),

@@ -39,10 +39,24 @@ class ElasticServer(RequestServer):
             WeightStoreError: The version is not held, the pull timed out, or the loaded weights are not the
                 published ones.
         """
+        if self.config.enable_sleep_mode and self.engine.vllm_config.quant_config is not None:
+            await self._release_for_copies()
         report = await pull_into_engine(self.engine, version=version, store_name=store_name, timeout_s=timeout_s)
+        if await self.engine.is_sleeping():
+            await self.engine.wake_up(tags=["kv_cache"])
+            await self.resume_generation()
         await self.clear_kv_cache()
         await self.set_global_steps(version)
         return report
+
+    async def _release_for_copies(self) -> None:
+        """Let keys and values of an engine that has just started sleep while it loads.
+
+        verl keeps a copy of quantised weights that their kernel has repacked until the last one is there.
+        """
+        if not await self.engine.is_sleeping():
+            await self.engine.sleep(level=self._resolve_sleep_level())
+            await self.engine.wake_up(tags=["weights"])
 
     @ends_with_engine
     async def park(self) -> ParkedMemory:
@@ -58,11 +72,13 @@ class ElasticServer(RequestServer):
 
     @ends_with_engine
     async def wake(self, lease: str) -> None:
-        """Wake the engine on the lease of this name, on the devices that it slept on; its weights are to be pulled."""
+        """Wake the engine's weights on the lease of this name, on the devices that it slept on; they are to be pulled.
+
+        Keys and values sleep on until they are, as in verl's weight sync: loading may need a copy of the weights.
+        """
         os.environ[LEASE_VARIABLE] = lease
         await self.engine.collective_rpc("change_lease", args=(lease,))
-        await self.engine.wake_up()
-        await self.resume_generation()
+        await self.engine.wake_up(tags=["weights"])
 
     async def host_available_bytes(self) -> int:
         """Return the memory that processes of this node can still get."""

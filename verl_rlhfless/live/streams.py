@@ -45,8 +45,13 @@ class EngineStreams:
         self._early_cuts: OrderedDict[str, None] = OrderedDict()
         engine.generate = self.generate
 
-    async def generate(self, *args: Any, request_id: str, **kwargs: Any) -> AsyncIterator[RequestOutput]:
-        """Yield the engine's outputs; after a cut or the engine's death the last one has finish reason ``abort``."""
+    async def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield the engine's outputs; after a cut or the engine's death the last one has finish reason ``abort``.
+
+        Callers: verl's server, and vLLM's HTTP endpoints, which name no argument of the first three.
+        """
         stream = _Stream()
         if request_id in self._early_cuts:
             del self._early_cuts[request_id]
@@ -54,7 +59,7 @@ class EngineStreams:
             return
         self._running[request_id] = stream
         try:
-            async for output in self._generate(*args, request_id=request_id, **kwargs):
+            async for output in self._generate(prompt, sampling_params, request_id, **kwargs):
                 if not output.finished:
                     stream.latest, stream.num_tokens = output, len(output.outputs[0].token_ids)
                 yield output

@@ -51,6 +51,15 @@ def test_figures_of_all_attempts_are_kept() -> None:
     }
 
 
+def test_a_drafters_counts_add_up_and_are_not_lost_with_a_server() -> None:
+    response = continuation()
+    response.add(output([1, 2], extra={"spec_num_draft_tokens": 4, "spec_num_verify_steps": 1}))
+    response.add(output([3], extra={"spec_num_draft_tokens": 2, "spec_num_verify_steps": 2}))
+    response.add(output([4]))  # what the router held of a server that died
+    fields = response.result("completed").extra_fields
+    assert (fields["spec_num_draft_tokens"], fields["spec_num_verify_steps"]) == (6, 3)
+
+
 def test_routed_experts_of_new_tokens_are_appended() -> None:
     response = continuation()
     response.add(output([1, 2], routed_experts=np.array([[0], [1], [2]])))  # a prompt of one token

@@ -181,3 +181,10 @@ def test_a_model_without_a_price_ends_the_set_up_before_anything_is_built(
     trainer._settings = parse_config({"pool": {"name": "resident"}, "dispatcher": {"name": "length_bucket"}})
     with pytest.raises(ConfigError, match=r"model\.path='a/b': its iterations have no price"):
         trainer._setup()
+
+
+@pytest.mark.parametrize(("migration", "cuts"), [("cut_and_migrate", True), ("rlhfuse", True), ("off", False)])
+def test_the_client_knows_whether_samples_may_be_cut(trainer: RequestTrainer, migration: str, cuts: bool) -> None:
+    trainer._settings = parse_config({"pool": {"name": "resident"}, "migration": {"name": migration}})
+    trainer.llm_server_manager.get_client = lambda client_cls, **kwargs: client_cls({}, None, **kwargs)
+    assert trainer.get_llm_client()._cuts is cuts

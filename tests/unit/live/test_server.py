@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from verl_rlhfless.live import server as server_module
+from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.parked_memory import ParkedMemory
 from verl_rlhfless.live.server import ElasticServer
 
@@ -19,13 +20,20 @@ class Engine:
     def __init__(self) -> None:
         self.calls: list[Any] = []
         self.errored = False
+        self.vllm_config = SimpleNamespace(quant_config=None)
         self.output_handler = SimpleNamespace(cancel=lambda: self.calls.append("silenced"))
 
     async def sleep(self, level: int) -> None:
         self.calls.append(f"sleep {level}")
 
-    async def collective_rpc(self, method: str) -> list[tuple[int, int]]:
-        self.calls.append(method)
+    async def wake_up(self, tags: list[str]) -> None:
+        self.calls.append(f"wake {', '.join(tags)}")
+
+    async def is_sleeping(self) -> bool:
+        return any(call.startswith("sleep") for call in self.calls)
+
+    async def collective_rpc(self, method: str, args: tuple[str, ...] = ()) -> list[tuple[int, int]]:
+        self.calls.append(" ".join([method, *args]))
         return [(5, 80), (7, 80)]
 
     def shutdown(self) -> None:
@@ -38,12 +46,24 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Any:
     made: Any = ElasticServer.__new__(ElasticServer)
     made.engine = Engine()
     made._streams = SimpleNamespace(abort_all=lambda: asyncio.sleep(0))
-    made.config, made.model_config = SimpleNamespace(mtp=None), SimpleNamespace(lora_rank=0, lora={})
+    made.config, made.model_config = (
+        SimpleNamespace(mtp=None, enable_sleep_mode=True),
+        SimpleNamespace(lora_rank=0, lora={}),
+    )
 
     async def abort_all_requests(reject_request: bool) -> None:
         made.engine.calls.append("requests end" + ", no more come" * reject_request)
 
+    def noted(what: str) -> Any:
+        async def note(*_: Any, **__: Any) -> None:
+            made.engine.calls.append(what)
+
+        return note
+
     made.abort_all_requests = abort_all_requests
+    made.resume_generation, made.clear_kv_cache = noted("requests may come"), noted("caches cleared")
+    monkeypatch.setattr(server_module, "pull_into_engine", noted("weights loaded"))
+    monkeypatch.setenv(LEASE_VARIABLE, "r0")
     monkeypatch.setattr(server_module, "descendants", lambda pid: ((1, 1.0),))
     monkeypatch.setattr(server_module, "end_engine", lambda *_: made.engine.calls.append("killed") or ())
     monkeypatch.setattr(server_module, "measure_parked", lambda devices, _: ParkedMemory(*devices[1], 0, 0))
@@ -67,6 +87,33 @@ def test_an_engine_sleeps_as_deep_as_the_next_pull_can_restore(
     memory = asyncio.run(server.park())
     assert server.engine.calls == ["requests end, no more come", f"sleep {level}", "device_memory"]
     assert (memory.device_bytes, memory.device_total_bytes) == (7, 80)
+
+
+def test_keys_and_values_sleep_until_the_weights_are_loaded(server: Any) -> None:
+    async def scenario() -> None:
+        await server.park()
+        server.engine.calls.remove("device_memory")
+        await server.wake("r1")
+        await server.pull_weights(7, "store", 60.0)
+
+    asyncio.run(scenario())
+    loaded = ["weights loaded", "wake kv_cache", "requests may come", "caches cleared"]
+    assert server.engine.calls[2:] == ["change_lease r1", "wake weights", *loaded]
+    assert server.global_steps == 7
+
+
+def test_an_engine_that_has_just_started_has_nothing_to_wake(server: Any) -> None:
+    asyncio.run(server.pull_weights(7, "store", 60.0))
+    assert server.engine.calls == ["weights loaded", "caches cleared"]
+
+
+@pytest.mark.parametrize("can_sleep", [True, False])
+def test_quantised_weights_are_loaded_while_keys_and_values_hold_no_memory(server: Any, can_sleep: bool) -> None:
+    server.engine.vllm_config.quant_config = object()
+    server.config.enable_sleep_mode = can_sleep
+    asyncio.run(server.pull_weights(7, "store", 60.0))
+    before, after = ["sleep 2", "wake weights"], ["wake kv_cache", "requests may come"]
+    assert server.engine.calls == [*before * can_sleep, "weights loaded", *after * can_sleep, "caches cleared"]
 
 
 def test_an_engine_ends_behind_its_http_server(server: Any) -> None:

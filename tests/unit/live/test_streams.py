@@ -27,7 +27,7 @@ class Engine:
         self.queues: dict[str, asyncio.Queue[Any]] = {}
         self.lists: dict[str, tuple[list[int], list[Any]]] = {}
 
-    async def generate(self, prompt: str, *, request_id: str) -> AsyncIterator[RequestOutput]:
+    async def generate(self, prompt: str, sampling_params: Any, request_id: str) -> AsyncIterator[RequestOutput]:
         queue = self.queues[request_id] = asyncio.Queue()
         self.lists[request_id] = ([], [])
         while True:
@@ -62,7 +62,7 @@ class Engine:
 
 async def start(engine: Engine, name: str = "a") -> asyncio.Task[list[RequestOutput]]:
     async def read() -> list[RequestOutput]:
-        return [output async for output in engine.generate("prompt", request_id=name)]
+        return [output async for output in engine.generate(prompt="prompt", sampling_params=None, request_id=name)]
 
     task = asyncio.create_task(read())
     await settle()
@@ -156,6 +156,19 @@ def test_a_cut_that_the_engine_did_not_know_yet_is_repeated_at_the_first_token()
         engine.queues["a"] = queue
         engine.step("a")
         assert end_of(await task) == ([10], 1, "abort")
+
+    asyncio.run(scenario())
+
+
+def test_vllms_own_http_endpoints_name_no_argument() -> None:
+    async def scenario() -> None:
+        engine = Engine()
+        EngineStreams(engine)
+        outputs = engine.generate("prompt", None, "a")
+        reading = asyncio.ensure_future(anext(aiter(outputs)))
+        await settle()
+        engine.step("a", "stop")
+        assert end_of([await reading]) == ([10], 1, "stop")
 
     asyncio.run(scenario())
 
