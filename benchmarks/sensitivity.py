@@ -1,4 +1,4 @@
-"""How our arm holds up when its assumptions change: prediction, wake, cold start, moves, weight, parked GPUs.
+"""How our arm holds up when its assumptions change: prediction, transitions, moves, all-reduces, prices.
 
 Usage: python -m benchmarks.sensitivity TRACE... --json OUT --plot OUT.png [--cells TRACE:CLUSTER:MODEL,...]
 All figures are simulated.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +22,7 @@ from verl_rlhfless.policy.baselines.oracle import Oracle
 from verl_rlhfless.policy.ours import Ours
 from verl_rlhfless.policy.plan import Goal
 from verl_rlhfless.policy.shapes import MODELS
-from verl_rlhfless.policy.snapshot import IntArray, PoolSnapshot
+from verl_rlhfless.policy.snapshot import IntArray
 from verl_rlhfless.policy.transitions import LeaseTimes
 from verl_rlhfless.sim.cell import Cell
 from verl_rlhfless.sim.cluster import CLUSTERS
@@ -43,35 +42,19 @@ TITLES = {
     "wake_s": "wake [s]",
     "cold_start_s": "cold start [s]",
     "migration_cost_factor": "time of every prefill, factor",
-    "parked_charge": "share of the price that a parked GPU costs",
+    "allreduce_s": "added latency of an all-reduce [µs]",
+    "parked_charge": "share of a GPU's price while parked",
     "cost_weight": "weight of cost",
 }
 _GRID = [
-    ["step prediction_error_factor", "step wake_s", "step cold_start_s"],
-    ["cost prediction_error_factor", "cost wake_s", "cost cold_start_s"],
-    ["step migration_cost_factor", "step parked_charge", "cost_weight"],
-    ["cost migration_cost_factor", "cost parked_charge", "cost_weight"],
+    ["step prediction_error_factor", "step wake_s", "step cold_start_s", "cost_weight"],
+    ["cost prediction_error_factor", "cost wake_s", "cost cold_start_s", "cost_weight"],
+    ["step migration_cost_factor", "step allreduce_s", "step parked_charge", "cost_weight"],
+    ["cost migration_cost_factor", "cost allreduce_s", "cost parked_charge", "cost_weight"],
 ]
 """Panels of the picture: below each other step and cost of a sweep, and the weight of cost as a tall one."""
 
 _LEGEND = "Simulated: mean step and cost of `ours` over those of the best static tensor-parallel size"
-
-
-@dataclass(frozen=True)
-class SlowMoves(Cell):
-    """A cell in which a continuation takes ``factor`` times the prefill (and every prefill with it)."""
-
-    factor: float = 1.0
-
-    @cached_property
-    def pool(self) -> PoolSnapshot:  # type: ignore[override]
-        """Engines whose prefill efficiency is divided by the factor."""
-        pool = super().pool
-        slow = {
-            tp: replace(perf, efficiencies=replace(perf.efficiencies, prefill=perf.efficiencies.prefill / self.factor))
-            for tp, perf in pool.perf.items()
-        }
-        return replace(pool, perf=slow)
 
 
 def row(cell: Cell, arm: Arm) -> dict[str, float]:
@@ -98,15 +81,24 @@ def sweeps(base: Cell) -> dict[str, list[dict[str, float]]]:
     def scaled(factor: float) -> Mapping[int, IntArray]:
         return {step.batch.step: np.maximum(1, (step.lengths * factor).astype(np.int64)) for step in base.data}
 
-    def slow(factor: float) -> SlowMoves:
-        return SlowMoves(base.data, base.cluster, base.shape, base.times, factor=factor)
+    def tuned(**changed: Any) -> Cell:
+        return replace(base, efficiencies=replace(base.efficiencies, **changed))
+
+    def slow_moves(factor: float) -> Cell:
+        """Return the cell in which a continuation takes ``factor`` times its prefill, and every prefill with it."""
+        return tuned(prefill=base.efficiencies.prefill / factor)
+
+    def slow_links(added_us: float) -> Cell:
+        nvlink, pcie = base.efficiencies.allreduce_s
+        return tuned(allreduce_s=(nvlink + added_us / 1e6, pcie + added_us / 1e6))
 
     factors = (0.5, 0.71, 1, 1.41, 2)
     return {
         "prediction_error_factor": sweep(factors, lambda v: (base, Oracle(lengths=scaled(v)))),
         "wake_s": sweep((1, 2, 5, 10, 30), lambda v: (replace(base, times=LeaseTimes(wake_s=v)), Ours())),
         "cold_start_s": sweep((5, 30, 60, 120), lambda v: (replace(base, times=LeaseTimes(cold_start_s=v)), Ours())),
-        "migration_cost_factor": sweep((0.5, 1, 2, 4), lambda v: (slow(v), Ours())),
+        "migration_cost_factor": sweep((0.5, 1, 2, 4), lambda v: (slow_moves(v), Ours())),
+        "allreduce_s": sweep((0, 10, 30, 60), lambda v: (slow_links(v), Ours())),
         "cost_weight": sweep((0.0, 0.25, 0.5, 0.75, 1.0), lambda v: (base, Ours(Goal(cost_weight=v)))),
         "parked_charge": sweep((0.0, 0.1, 1.0), lambda v: (replace(base, parked_charge=v), Ours())),
     }
@@ -144,7 +136,7 @@ def draw(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
 
-    figure = pyplot.figure(figsize=(11, 10), layout="constrained")
+    figure = pyplot.figure(figsize=(14, 10), layout="constrained")
     axes = figure.subplot_mosaic(_GRID)
     looks = [{"color": f"C{at}", "marker": "osD^v"[at % 5], "markersize": 5} for at in range(len(cells))]
     for name, title in TITLES.items():
@@ -164,7 +156,7 @@ def draw(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
         for cell, look in zip(cells, looks, strict=True)
     ]
     handles += [Line2D([], [], color="black", linestyle=":", label="cost with the engines' first start")]
-    figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, title=_LEGEND)
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, title=_LEGEND)
     figure.savefig(path, dpi=100, metadata={"Software": None})
     pyplot.close(figure)
 
