@@ -47,7 +47,9 @@ def layer_kinds(values: Mapping[str, Any], name: str) -> list[str]:
     layers = positive(values, "num_hidden_layers", name)
     if isinstance(attending := values.get("attn_layer_indices"), list):
         return ["attention" if layer in attending else "mamba" for layer in range(layers)]
-    kind, period = "sliding_attention", optional(values, "sliding_window_pattern", name)
+    every = values.get("sliding_window_pattern")  # a number, or letters as LLLG
+    kind = "sliding_attention"
+    period = len(every) if isinstance(every, str) else optional(values, "sliding_window_pattern", name)
     if "linear_num_value_heads" in values:
         kind, period = "linear_attention", optional(values, "full_attention_interval", name) or 4
     period = period or _FULL_EVERY.get(values.get("model_type", ""), layers + 1)
@@ -99,19 +101,19 @@ def parse_latent(values: Mapping[str, Any], name: str) -> Latent | None:
 
 def parse_recurrent(values: Mapping[str, Any], kinds: list[str], name: str) -> Recurrent | None:
     """Return the layers with a state: gated delta nets (Qwen3-Next) or Mamba-2; ``None`` without."""
-    if "linear_num_value_heads" in values:
-        layers, sizes = kinds.count("linear_attention"), _delta_sizes(values, name)
-    elif values.get("mamba_n_heads") or values.get("mamba_num_heads"):
-        layers = len(kinds) if "mamba_d_ssm" in values else kinds.count("mamba")  # Falcon-H1: beside attention
-        sizes = _mamba_sizes(values, name)
-    else:
+    is_delta = "linear_num_value_heads" in values
+    layers = kinds.count("linear_attention" if is_delta else "mamba")
+    if "mamba_d_ssm" in values:  # Falcon-H1: beside attention
+        layers = len(kinds)
+    if not layers or not (is_delta or {"mamba_n_heads", "ssm_state_size"} & set(values)):
         return None
+    sizes = _delta_sizes(values, name) if is_delta else _mamba_sizes(values, name)
     hidden, kernel = positive(values, "hidden_size", name), sizes["kernel"]
     params = hidden * sizes["projected"] + sizes["inner"] * hidden + kernel * sizes["convolved"]
     is_fp32 = "float32" in (values.get("mamba_ssm_dtype"), values.get("mamba_ssm_cache_dtype"))
     of_state = 4 if is_fp32 or values.get("model_type") == "nemotron_h" else BYTES_PER_PARAM
     state_bytes = (kernel - 1) * sizes["convolved"] * BYTES_PER_PARAM + sizes["state"] * of_state
-    return Recurrent(layers, params, state_bytes, sizes["heads"]) if layers else None
+    return Recurrent(layers, params, state_bytes, sizes["heads"])
 
 
 def _delta_sizes(values: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -129,7 +131,7 @@ def _delta_sizes(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _mamba_sizes(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    is_nemotron = "mamba_num_heads" in values
+    is_nemotron = "ssm_state_size" in values
     keys = ("mamba_num_heads", "n_groups", "ssm_state_size", "conv_kernel")
     keys = keys if is_nemotron else ("mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_conv")
     heads, groups, state, kernel = (positive(values, key, name) for key in keys)

@@ -169,6 +169,17 @@ def test_layers_with_a_window_are_those_of_the_model(name: str, window: Window |
     assert shape(name).window == window
 
 
+def test_a_pattern_of_windows_may_be_letters() -> None:
+    assert shape("Mistral-7B", sliding_window_pattern="LLLG").window == Window(4096, 24)
+
+
+def test_other_states_count_as_full_attention() -> None:
+    plamo = {"mamba_num_heads": 64, "mamba_d_state": 64, "mamba_d_conv": 4}  # Mamba-1
+    assert shape("Qwen3-8B", **plamo) == shape("Qwen3-8B")
+    zamba = {"n_mamba_heads": 2, "layers_block_type": ["mamba", "hybrid"] * 18}
+    assert shape("Qwen3-8B", **zamba) == shape("Qwen3-8B")
+
+
 def test_a_window_may_begin_at_a_layer() -> None:
     assert shape("Qwen2.5-VL-7B", use_sliding_window=True, max_window_layers=20).window == Window(32768, 8)
 
