@@ -184,7 +184,7 @@ def _front(axis: Any, sweeps: Sequence[Sequence[Mapping[str, float]]], looks: Se
     axis.set_xlabel("step / best static (log scale)")
     axis.set_ylabel("cost / best static")
     weights = ", ".join(f"{r['value']:g}" for r in sweeps[0])
-    axis.set_title(f"weight of cost from upper left to lower right:\n{weights}", fontsize=10)
+    axis.set_title(f"weight of cost, from above:\n{weights}", fontsize=10)
     axis.grid(linewidth=0.4, alpha=0.6)
     axis.margins(0.12)
 

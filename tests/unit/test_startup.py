@@ -257,7 +257,31 @@ def test_a_model_without_a_price_is_refused_with_the_switches_that_make_it_run(
     assert check_run(recipe(*latent, *switches), {}).startswith("active:")
 
 
-def _sized(tmp_path: Path, **more: int) -> list[str]:
+def test_a_file_that_leaves_out_what_its_model_type_has_by_default_is_left_to_the_set_up(
+    recipe: Compose, tmp_path: Path
+) -> None:
+    sizes = {"model_type": "gemma3n_text", "hidden_size": 2560, "num_hidden_layers": 34}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": sizes}))
+    assert check_run(recipe("+rlhfless=default", f"actor_rollout_ref.model.path={tmp_path}"), {}).startswith("active:")
+
+
+def test_latent_attention_has_a_price(recipe: Compose, tmp_path: Path) -> None:
+    widths = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    _sized(tmp_path, model_type="deepseek_v3", **widths)
+    assert check_run(recipe("+rlhfless=default", f"actor_rollout_ref.model.path={tmp_path}"), {}).startswith("active:")
+
+
+def test_sizes_must_divide_the_heads_of_states(recipe: Compose, tmp_path: Path) -> None:
+    _sized(
+        tmp_path, linear_num_key_heads=1, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+        linear_conv_kernel_dim=4, full_attention_interval=2,
+    )  # fmt: skip
+    sizes = ["rlhfless.pool.max_gpus=4", f"actor_rollout_ref.model.path={tmp_path}"]
+    with pytest.raises(RlhflessError, match=r"divide the model's 4 heads, 1 and 2 heads of its layers with states and"):
+        check_run(recipe("+rlhfless=default", "rlhfless.planner.tensor_parallel_sizes=[2]", *sizes), {})
+
+
+def _sized(tmp_path: Path, **more: int | str) -> list[str]:
     """Return the overrides of a run on four GPUs, two of them the trainer's, with a model of four heads."""
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "num_hidden_layers": 2}
     config = {**sizes, "intermediate_size": 128, "vocab_size": 99, **more}

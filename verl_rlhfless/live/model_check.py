@@ -24,6 +24,8 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 def check_model_at_hand(config: DictConfig, parsed: RlhflessConfig) -> None:
     """Check the recipe's model if this machine has its configuration, else leave it to the trainer's set-up.
 
+    So is a file that leaves out what its model type has by default: there transformers has completed it.
+
     Raises:
         ConfigError: Plans or prices need a shape that the model does not have, or it has not the sizes asked for.
         DataError: Its configuration is not JSON.
@@ -36,6 +38,8 @@ def check_model_at_hand(config: DictConfig, parsed: RlhflessConfig) -> None:
         model = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file}: not valid JSON ({error}). Correct the model's configuration.") from error
+    if _leaves_out(model):
+        return
     check_shape(config, parsed, model)
     if parsed.plans:
         stays = bool(why_lease_is_kept(config, parsed.pool.suspend_trainer))
@@ -53,7 +57,7 @@ def check_shape(config: DictConfig, parsed: RlhflessConfig, model: Mapping[str, 
         model: The model's ``config.json``.
 
     Raises:
-        ConfigError: It has none, such as one with multi-head latent attention.
+        ConfigError: It has none, such as some with multi-head latent attention.
     """
     has_declared_price = config.trainer.device == "cpu" or parsed.instrument.pace is not None
     if not parsed.plans and (has_declared_price or parsed.is_placement_fixed):
@@ -65,6 +69,17 @@ def check_shape(config: DictConfig, parsed: RlhflessConfig, model: Mapping[str, 
         rule = f"its iterations have no price, by which requests are placed{' and fleets planned' if planner else ''}"
         action = f"Set {planner}rlhfless/dispatcher=stock and rlhfless/migration=off for this model. ({error})"
         raise ConfigError(_KEY, OmegaConf.select(config, _KEY), rule, action) from error
+
+
+def _leaves_out(model: Mapping[str, Any]) -> bool:
+    """Return whether a key of the shape is missing."""
+    try:
+        parse_model_config(model, "the model's config.json")
+    except DataError:
+        return True
+    except ConfigError:
+        pass  # a shape that is refused where it is needed
+    return False
 
 
 def _config_file(path: str) -> Path | None:

@@ -25,11 +25,16 @@ def legal_sizes(planner: PlannerConfig, model: Mapping[str, Any], num_gpus: int)
     possible = shape.split_sizes(num_gpus)
     for tp in planner.tensor_parallel_sizes or ():
         if tp not in possible:
-            seeing = f", and {' and '.join(map(str, shape.vision))} of its vision encoder" if shape.vision else ""
+            states = f", {_listed(shape.state_heads)} heads of its layers with states" if shape.state_heads else ""
+            seeing = f", and {_listed(shape.seeing)} of its vision encoder" if shape.seeing else ""
             rule = (
-                f"{tp} must be at most {num_gpus} GPUs and divide the model's {shape.heads} heads and "
-                f"{' and '.join(map(str, shape.widths))} intermediate channels (KV heads: {shape.kv_heads}){seeing}"
+                f"{tp} must be at most {num_gpus} GPUs and divide the model's {shape.heads} heads{states} and "
+                f"{_listed(shape.widths)} intermediate channels (KV heads: {shape.kv_heads}){seeing}"
             )
             key = "rlhfless.planner.tensor_parallel_sizes"
             raise ConfigError(key, list(planner.tensor_parallel_sizes or ()), rule, f"Possible: {list(possible)}.")
     return planner.tensor_parallel_sizes or possible
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return " and ".join(map(str, numbers))

@@ -24,6 +24,7 @@ import numpy as np
 from verl_rlhfless.policy.affinity import PrefixBook
 from verl_rlhfless.policy.perf import EnginePerf
 from verl_rlhfless.policy.predict import Prediction
+from verl_rlhfless.policy.shapes import ModelShape
 from verl_rlhfless.policy.snapshot import FINISHED, Batch, FloatArray, IntArray, RolloutView
 from verl_rlhfless.policy.stages import middle_of
 
@@ -69,8 +70,18 @@ class Outlook:
     volume: FloatArray
 
     @classmethod
-    def build(cls, prediction: Prediction, batch: Batch, generated: IntArray, samples: IntArray) -> Outlook:
-        """Return the outlook on ``samples``, [N] ids of which none is complete; ``generated`` is [B] tokens so far."""
+    def build(
+        cls,
+        prediction: Prediction,
+        batch: Batch,
+        generated: IntArray,
+        samples: IntArray,
+        shape: ModelShape,
+    ) -> Outlook:
+        """Return the outlook on ``samples``, [N] ids of which none is complete; ``generated`` is [B] tokens so far.
+
+        Tokens of context that only some layers of ``shape`` read count as their part.
+        """
         reached = np.minimum(generated[samples], prediction.cap - 1).astype(np.float64)
         context = (batch.prompt_tokens + generated)[samples].astype(np.float64)
         looks = np.stack((prediction.mu[samples], prediction.sigma[samples], reached, context))
@@ -90,6 +101,9 @@ class Outlook:
             curves[_LOG_NONE, rows] = np.log1p(-np.minimum(alive, 1 - _LEAST_ALIVE))
         decodes = curves[_ALIVE] @ width
         reads = context * decodes + curves[_ALIVE] @ (middle * width)
+        if shape.window:
+            at = context[:, None] + middle
+            reads -= (curves[_ALIVE] * (at - shape.attended(at))) @ width
         return cls(samples, np.cumsum(is_new) - 1, width, curves, np.stack((decodes, reads)))
 
     def units(self, part: slice, first: IntArray, prefill: FloatArray) -> WorkUnits:
@@ -276,7 +290,7 @@ class Foresight:
         view = self.view
         held = np.flatnonzero((view.state != FINISHED) & (view.replica_of >= 0))
         order = np.lexsort((held, view.batch.group_of[held], view.state[held], view.replica_of[held]))
-        return Outlook.build(self.prediction, view.batch, view.generated, held[order])
+        return Outlook.build(self.prediction, view.batch, view.generated, held[order], view.pool.trainer.shape)
 
     @cached_property
     def _held(self) -> tuple[IntArray, WorkUnits]:

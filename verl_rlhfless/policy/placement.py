@@ -39,7 +39,8 @@ def place(batch: Batch, prediction: Prediction, perf: Sequence[EnginePerf], keep
         keeps_groups: Whether siblings find their prompt computed; without, every sample is placed for itself.
     """
     samples = np.argsort(batch.group_of, kind="stable")
-    outlook = Outlook.build(prediction, batch, np.zeros(batch.num_samples, dtype=np.int64), samples)
+    generated = np.zeros(batch.num_samples, dtype=np.int64)
+    outlook = Outlook.build(prediction, batch, generated, samples, perf[0].shape)
     best: tuple[float, IntArray] | None = None
     for pieces in _SPLITS if keeps_groups else _SPLITS[-1:]:
         first = pieces_of(batch.group_of[samples], pieces)

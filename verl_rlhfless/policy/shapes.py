@@ -10,33 +10,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from verl_rlhfless.errors import ConfigError, DataError
+import numpy as np
 
-BYTES_PER_PARAM = 2
-"""bfloat16 weights and KV cache."""
-
-
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """The mixture-of-experts layers of a model.
-
-    Attributes:
-        count: Routed experts of a layer.
-        per_token: How many of them compute a token.
-        intermediate: Width of each.
-        shared: Summed width of a layer's experts that compute every token; 0 = none.
-        layers: Layers that have experts; the others are dense.
-    """
-
-    count: int
-    per_token: int
-    intermediate: int
-    shared: int
-    layers: int
-
-    def touched(self, tokens: int) -> float:
-        """Return the expected experts of a layer that compute at least one of ``tokens``, if each is as likely."""
-        return self.count * (1 - (1 - self.per_token / self.count) ** tokens)
+from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.policy.layer_config import (
+    DEFAULTS,
+    layer_kinds,
+    parse_experts,
+    parse_latent,
+    parse_recurrent,
+    parse_vision,
+    parse_window,
+    positive,
+)
+from verl_rlhfless.policy.layers import BYTES_PER_PARAM, Experts, Latent, Recurrent, Vision, Window
 
 
 @dataclass(frozen=True)
@@ -44,8 +31,18 @@ class ModelShape:
     """The sizes of one decoder-only transformer.
 
     Attributes:
+        layers: Those that mix tokens, each of them with or without channels behind it.
+        kv_heads: 1 of latent attention, in whose cache all heads read the same.
+        head_dim: Of latent attention the width of what is cached.
+        dense: Layers whose channels are dense; ``None`` = all that have no experts.
+        matrices: Of an expert or of dense channels: gate, up and down, or the last two.
+        has_query_gate: Whether queries are projected together with a gate of the same width.
         experts: ``None`` where all of its layers are dense.
-        vision: Heads and width of the encoder beside it that sees; vLLM splits them among the same GPUs.
+        latent: ``None`` where keys and values are cached.
+        window: ``None`` where all attention is full.
+        recurrent: Layers with a state instead of attention, or beside it; ``None`` without.
+        attention: Layers with attention; ``None`` = all.
+        vision: ``None`` where it does not see.
     """
 
     name: str
@@ -58,7 +55,14 @@ class ModelShape:
     vocab: int
     is_tied: bool
     experts: Experts | None = None
-    vision: tuple[int, ...] = ()
+    vision: Vision | None = None
+    latent: Latent | None = None
+    window: Window | None = None
+    recurrent: Recurrent | None = None
+    attention: int | None = None
+    dense: int | None = None
+    matrices: int = 3
+    has_query_gate: bool = False
 
     @cached_property
     def matmul_params(self) -> int:
@@ -73,33 +77,83 @@ class ModelShape:
     def params(self) -> int:
         """All parameters that are stored."""
         stored = self._dense_params + (self._expert_params(self.experts.count) if self.experts else 0)
+        stored += self.vision.params if self.vision else 0
         return stored + (0 if self.is_tied else self.vocab * self.hidden)
 
     @cached_property
     def _dense_params(self) -> int:
-        """Parameters that every token multiplies with: attention, dense and shared layers, routers, output."""
-        attention = self.layers * self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        widths = (self.layers - (self.experts.layers if self.experts else 0)) * self.intermediate
-        routers = 0
+        """Parameters that every token multiplies with: attention, states, dense and shared layers, routers, output."""
+        widths, routers = self._dense_layers * self.intermediate, 0
         if self.experts:
             widths += self.experts.layers * self.experts.shared
             routers = self.experts.layers * self.experts.count * self.hidden
-        return attention + 3 * self.hidden * widths + routers + self.vocab * self.hidden
+        recurrent = self.recurrent.layers * self.recurrent.params if self.recurrent else 0
+        channels = self.matrices * self.hidden * widths
+        return self._attention_params + recurrent + channels + routers + self.vocab * self.hidden
+
+    @property
+    def _attention_params(self) -> int:
+        if self.latent:
+            return self._attention_layers * self.latent.params(self.hidden, self.heads)
+        queries = (2 + int(self.has_query_gate)) * self.heads
+        return self._attention_layers * self.hidden * self.head_dim * (queries + 2 * self.kv_heads)
+
+    @cached_property
+    def replicated_params(self) -> int:
+        """Parameters that every GPU of a replica has whole, of latent attention."""
+        return self._attention_layers * self.latent.replicated(self.hidden) if self.latent else 0
+
+    @property
+    def _attention_layers(self) -> int:
+        return self.layers if self.attention is None else self.attention
+
+    @property
+    def _dense_layers(self) -> int:
+        if self.dense is not None:
+            return self.dense
+        return self.layers - (self.experts.layers if self.experts else 0)
 
     def _expert_params(self, each: float) -> Any:
         """Return the parameters of ``each`` routed experts of every layer; an ``int`` of whole ones."""
         assert self.experts is not None
-        return self.experts.layers * each * 3 * self.hidden * self.experts.intermediate
+        return self.experts.layers * each * self.matrices * self.hidden * self.experts.intermediate
 
     @cached_property
     def weight_bytes(self) -> int:
         """Bytes of one bfloat16 copy of the weights."""
         return self.params * BYTES_PER_PARAM
 
-    @property
+    @cached_property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of key and value cache for one token over all layers, without replication."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * BYTES_PER_PARAM
+        """Bytes of cache for one token over all layers that have attention to it, without replication."""
+        vectors = 1 if self.latent else 2  # a latent, or a key and a value
+        return vectors * self._attention_layers * self.kv_heads * self.head_dim * BYTES_PER_PARAM
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """Bytes that one sequence has whatever its length, over all layers."""
+        return self.recurrent.layers * self.recurrent.state_bytes if self.recurrent else 0
+
+    @cached_property
+    def window_share(self) -> float:
+        """Share of ``kv_bytes_per_token`` that only the last tokens of a window have."""
+        return self.window.layers / self._attention_layers if self.window else 0.0
+
+    def attended(self, context: Any) -> Any:
+        """Return the tokens, of all layers, that are as many bytes of cache as ``context`` tokens of a sequence are.
+
+        Args:
+            context: A number, or an array of any shape.
+        """
+        if self.window is None:
+            return context
+        return context - self.window_share * np.maximum(context - self.window.tokens, 0.0)
+
+    @cached_property
+    def attention_flops(self) -> int:
+        """FLOPs of one token for each token that it attends to in prefill; in windows at most."""
+        each = self.latent.attended_flops if self.latent else 4 * self.head_dim
+        return self._attention_layers * self.heads * each
 
     def kv_shards(self, tp: int) -> int:
         """GPUs among which the KV heads are split; beyond their number vLLM replicates them."""
@@ -108,11 +162,21 @@ class ModelShape:
     @property
     def widths(self) -> tuple[int, ...]:
         """Widths, in channels, of the layers that are split among GPUs."""
+        dense = (self.intermediate,) if self._dense_layers else ()
         if self.experts is None:
-            return (self.intermediate,)
-        dense = (self.intermediate,) if self.experts.layers < self.layers else ()
+            return dense
         shared = (self.experts.shared,) if self.experts.shared else ()
         return (*dense, self.experts.intermediate, *shared)
+
+    @property
+    def state_heads(self) -> tuple[int, ...]:
+        """Heads of the layers with a state, which are split too."""
+        return self.recurrent.heads if self.recurrent else ()
+
+    @property
+    def seeing(self) -> tuple[int, ...]:
+        """Heads and width of the encoder that sees, which are split too."""
+        return self.vision.split if self.vision else ()
 
     def legal_tp(self, gpus_per_node: int) -> tuple[int, ...]:
         """Return the tensor-parallel sizes that vLLM accepts and that fill a node, smallest first."""
@@ -123,12 +187,10 @@ class ModelShape:
         return tuple(
             tp
             for tp in range(1, num_gpus + 1)
-            if all(each % tp == 0 for each in (self.heads, *self.widths, *self.vision))
+            if all(each % tp == 0 for each in (self.heads, *self.state_heads, *self.widths, *self.seeing))
             and (self.kv_heads % tp == 0 or tp % self.kv_heads == 0)
         )
 
-
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 MODELS = {
     shape.name: shape
@@ -156,68 +218,68 @@ def parse_model_config(values: Mapping[str, Any], name: str) -> ModelShape:
     """
     if not isinstance(values, Mapping):
         raise ConfigError(name, type(values).__name__, "must be a JSON object", "Give the model's config.json.")
-    vision = _vision(values, name)
-    if isinstance(text := values.get("text_config"), Mapping):  # of a model that sees too, the part that generates
-        tied = values.get("tie_word_embeddings", text.get("tie_word_embeddings"))
-        values = {**text, "tie_word_embeddings": bool(tied)}
-    if values.get("kv_lora_rank"):
-        rule = "multi-head latent attention is not modelled"
-        raise ConfigError(f"{name}: kv_lora_rank", values["kv_lora_rank"], rule, "Use a model with keys and values.")
-    hidden, heads, kv_heads, head_dim = _attention(values, name)
-    tied = values.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
+    text = values.get("text_config")  # of a model that sees too, the part that generates
+    decoder = text if isinstance(text, Mapping) else values
+    decoder = {**DEFAULTS.get(decoder.get("model_type", ""), {}), **decoder}
+    tied = values.get("tie_word_embeddings", decoder.get("tie_word_embeddings"))
+    if not isinstance(tied, bool | None):
         raise ConfigError(f"{name}: tie_word_embeddings", tied, "must be true or false", "Correct it.")
-    layers = _positive(values, "num_hidden_layers", name)
+    kinds = layer_kinds(decoder, name)
+    latent, experts = parse_latent(decoder, name), parse_experts(decoder, kinds, name)
+    recurrent = parse_recurrent(decoder, kinds, name)
+    hidden, heads, kv_heads, head_dim = _attention(decoder, latent, name)
+    attention = _attention_layers(decoder, kinds, recurrent, name)
+    dense = kinds.count("mlp") if {"mlp", "moe"} & set(kinds) else None  # layers of their own
     return ModelShape(
         name=name,
         hidden=hidden,
-        layers=layers,
+        layers=len(kinds) - kinds.count("mlp") - kinds.count("moe"),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        intermediate=_positive(values, "intermediate_size", name),
-        vocab=_positive(values, "vocab_size", name),
-        is_tied=tied,
-        experts=_experts(values, layers, name),
-        vision=vision,
+        intermediate=_intermediate(decoder, experts, name),
+        vocab=positive(decoder, "vocab_size", name),
+        is_tied=bool(tied),
+        experts=experts,
+        vision=parse_vision(values, name),
+        latent=latent,
+        window=parse_window(decoder, kinds, name),
+        recurrent=recurrent,
+        attention=attention,
+        dense=dense,
+        matrices=2 if "relu2" in (decoder.get("hidden_act"), decoder.get("mlp_hidden_act")) else 3,
+        has_query_gate=bool(decoder.get("attn_output_gate", "linear_num_value_heads" in decoder)),
     )
 
 
-def _vision(values: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    """Return heads and width of a vision encoder, those that its configuration names."""
-    vision = values.get("vision_config")
-    if not isinstance(vision, Mapping):
-        return ()
-    keys = ("num_heads", "num_attention_heads", "intermediate_size")
-    return tuple(_positive(vision, key, f"{name}: vision_config") for key in keys if vision.get(key))
-
-
-def _experts(values: Mapping[str, Any], layers: int, name: str) -> Experts | None:
-    """Return the experts by the keys of Qwen-MoE, Mixtral, GLM-4-MoE and their likes; ``None`` of a dense model."""
-    key = next((key for key in _EXPERT_KEYS if values.get(key)), None)
-    if key is None:
+def _attention_layers(
+    values: Mapping[str, Any], kinds: list[str], recurrent: Recurrent | None, name: str
+) -> int | None:
+    """Return how many layers have attention; ``None`` where none has a state instead."""
+    if recurrent is None or "mamba_d_ssm" in values:
         return None
-    count, per_token = _positive(values, key, name), _positive(values, "num_experts_per_tok", name)
-    if per_token > count:
-        raise ConfigError(f"{name}: num_experts_per_tok", per_token, f"must be at most {key}={count}", "Correct it.")
-    width = "moe_intermediate_size" if "moe_intermediate_size" in values else "intermediate_size"
-    intermediate = _positive(values, width, name)
-    shared = _optional(values, "shared_expert_intermediate_size", name)
-    shared = shared or _optional(values, "n_shared_experts", name) * intermediate
-    only = values.get("mlp_only_layers") or []
-    if not isinstance(only, list):
-        raise ConfigError(f"{name}: mlp_only_layers", only, "must be a list of layers", "Correct the model config.")
-    period = _optional(values, "decoder_sparse_step", name) or 1
-    begins = _optional(values, "first_k_dense_replace", name)
-    sparse = sum(layer not in only and (layer + 1) % period == 0 for layer in range(begins, layers))
-    return Experts(count, per_token, intermediate, shared, sparse) if sparse else None
+    layers = len(kinds) - recurrent.layers - kinds.count("mlp") - kinds.count("moe")
+    if layers < 1:
+        rule = "must have a layer with attention: a cache without keys and values is not modelled"
+        raise ConfigError(f"{name}: layer_types", sorted(set(kinds)), rule, "Use a model with attention.")
+    return layers
 
 
-def _attention(values: Mapping[str, Any], name: str) -> tuple[int, int, int, int]:
+def _intermediate(values: Mapping[str, Any], experts: Experts | None, name: str) -> int:
+    """Return the width of dense channels; of experts where the file says none."""
+    if experts and not values.get("intermediate_size"):
+        return experts.intermediate
+    keys = ["intermediate_size_mlp"] if experts else ["shared_intermediate_size"]
+    return positive(values, next((key for key in keys if values.get(key)), "intermediate_size"), name)
+
+
+def _attention(values: Mapping[str, Any], latent: Latent | None, name: str) -> tuple[int, int, int, int]:
     """Return hidden size, heads, KV heads (as many as heads if not given) and the size of a head."""
-    heads = _positive(values, "num_attention_heads", name)
-    hidden = _positive(values, "hidden_size", name)
-    kv_heads = _positive(values, "num_key_value_heads", name) if "num_key_value_heads" in values else heads
+    heads = positive(values, "num_attention_heads", name)
+    hidden = positive(values, "hidden_size", name)
+    if latent:
+        return hidden, heads, 1, latent.cached
+    kv_heads = positive(values, "num_key_value_heads", name) if "num_key_value_heads" in values else heads
     if heads % kv_heads:
         raise ConfigError(
             f"{name}: num_key_value_heads", kv_heads, f"must divide num_attention_heads={heads}", "Correct it."
@@ -226,18 +288,5 @@ def _attention(values: Mapping[str, Any], name: str) -> tuple[int, int, int, int
         raise ConfigError(
             f"{name}: hidden_size", hidden, f"must be a multiple of num_attention_heads={heads}", "Or give head_dim."
         )
-    head_dim = _positive(values, "head_dim", name) if values.get("head_dim") is not None else hidden // heads
+    head_dim = positive(values, "head_dim", name) if values.get("head_dim") is not None else hidden // heads
     return hidden, heads, kv_heads, head_dim
-
-
-def _optional(values: Mapping[str, Any], key: str, name: str) -> int:
-    return _positive(values, key, name) if values.get(key) else 0
-
-
-def _positive(values: Mapping[str, Any], key: str, name: str) -> int:
-    if key not in values:
-        raise DataError(f"{name}: {key}: is missing. Give a Hugging Face config.json of a decoder.")
-    value = values[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}: {key}", value, "must be an integer >= 1", "Correct the model config.")
-    return value

@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from verl_rlhfless.policy.gpus import GpuType
+from verl_rlhfless.policy.layers import BYTES_PER_PARAM
 from verl_rlhfless.policy.perf import Efficiencies
-from verl_rlhfless.policy.shapes import BYTES_PER_PARAM, ModelShape
+from verl_rlhfless.policy.shapes import ModelShape
 
 FSDP_STATE_BYTES_PER_PARAM = 16
 """fp32 master weights and gradients, two fp32 Adam moments."""
@@ -102,7 +103,7 @@ class TrainerPerf:
 
     def _forward_flops(self, tokens: float, mean_context: float) -> float:
         """Return the FLOPs of one forward pass; a token attends to half of the mean context, in the mean."""
-        attention = 4 * self.shape.layers * self.shape.heads * self.shape.head_dim * mean_context / 2
+        attention = self.shape.attention_flops * mean_context / 2
         return tokens * (2 * self.shape.matmul_params + attention)
 
     @property

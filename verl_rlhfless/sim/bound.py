@@ -16,7 +16,8 @@ import numpy as np
 
 from verl_rlhfless.policy.dedup import batch_prefixes
 from verl_rlhfless.policy.perf import BLOCK_TOKENS
-from verl_rlhfless.policy.snapshot import Batch, FloatArray, PoolSnapshot
+from verl_rlhfless.policy.shapes import ModelShape
+from verl_rlhfless.policy.snapshot import Batch, FloatArray, IntArray, PoolSnapshot
 from verl_rlhfless.sim.workload import StepData
 
 _NUM_DEPTHS = 8
@@ -78,6 +79,15 @@ def _held_prompt(batch: Batch) -> FloatArray:
     return np.array([part[chain].sum() for chain in chains])[batch.group_of]
 
 
+def _reads(shape: ModelShape, prompts: IntArray, lengths: FloatArray) -> FloatArray:
+    """Return the tokens of context, at least, that each sample reads over all of its iterations, [B]."""
+    reads: FloatArray = lengths * prompts + lengths * lengths / 2
+    if shape.window:  # a sum of convex terms is at most their integral from half before to half behind
+        behind = [np.maximum(prompts + end + 0.5 - shape.window.tokens, 0.0) for end in (0.0, lengths)]
+        reads -= shape.window_share * (behind[1] ** 2 - behind[0] ** 2) / 2
+    return reads
+
+
 def _rollout_gpu_s(pool: PoolSnapshot, step: StepData, limit_s: float) -> float:
     """Return the least GPU-seconds of decoding when every sample must end within ``limit_s``.
 
@@ -88,10 +98,10 @@ def _rollout_gpu_s(pool: PoolSnapshot, step: StepData, limit_s: float) -> float:
     sum over tokens of ``min over (tp, x) of cost + y * (w + x)``, less ``y * limit_s``, is a lower bound (weak
     duality), whatever replicas the sample visits.
     """
-    lengths = _decoded(step)
+    lengths, shape = _decoded(step), pool.trainer.shape
     parts = lengths[:, None] * np.arange(_NUM_DEPTHS) / _NUM_DEPTHS
-    held = _held_prompt(step.batch)[:, None] + 1 + parts  # at least, in each part of the response
-    reads = lengths * step.batch.prompt_tokens + lengths * lengths / 2
+    held = shape.attended(_held_prompt(step.batch)[:, None] + 1 + parts)  # at least, in each part of the response
+    reads = _reads(shape, step.batch.prompt_tokens, lengths)
     least_read = min(tp * perf.kv_s_per_token for tp, perf in pool.perf.items())
     best: FloatArray = np.zeros(len(lengths))
     scale = pool.num_gpus if math.isfinite(limit_s) else 0
@@ -112,6 +122,6 @@ def _full_gpu_s(pool: PoolSnapshot, step: StepData, tp: int) -> float:
     """Return the GPU-seconds of decoding on replicas of one size whose every iteration is as full as vLLM allows."""
     perf = pool.perf[tp]
     lengths = _decoded(step)
-    reads = (lengths * step.batch.prompt_tokens + lengths * lengths / 2).sum()
+    reads = _reads(perf.shape, step.batch.prompt_tokens, lengths).sum()
     full = perf.limits.max_num_seqs
     return float(tp * (lengths.sum() * perf.iteration_s(full, 0) / full + reads * perf.kv_s_per_token))

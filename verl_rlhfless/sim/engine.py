@@ -71,7 +71,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.prefixes = PrefixCache()
-        self.blocks = KvBlocks(self.perf.kv_blocks, self.prefixes)
+        self.blocks = KvBlocks(self.perf.blocks_of, self.prefixes)
         self._iteration = 0  # iterations that have ended
         self._offset: dict[int, int] = {}  # generated tokens of a decoding sample minus the iteration
         self._due: list[tuple[int, int]] = []  # heap of (iteration that ends a turn, sample); entries may be stale
@@ -251,7 +251,7 @@ class Engine:
         if not self.blocks.reserve(context, in_use):
             if self.decoding or self.prefilling:
                 return False
-            raise ValueError(f"a request of {context} tokens does not fit into {self.perf.kv_blocks} KV blocks")
+            raise ValueError(f"a request of {context} tokens does not fit into {self.perf.blocks_of(1)} KV blocks")
         request.to_compute = 1 if request.has_kv else max(1, context - found)
         request.has_kv = False
         request.start_context = context - request.to_compute

@@ -9,14 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.policy.test_shapes import shape
 from verl_rlhfless.policy.gpus import GPUS
 from verl_rlhfless.policy.perf import EngineLimits, EnginePerf
 from verl_rlhfless.policy.shapes import MODELS
 from verl_rlhfless.policy.transitions import RECIPES, TrainerPerf
 
+KINDS = ("Gemma-2-9B", "Mistral-7B", "DeepSeek-V2-Lite", "Nemotron-H-8B")  # windows, nothing else, latents, states
 ENGINES = st.builds(
     EnginePerf,
-    st.sampled_from([MODELS["qwen2.5-3b"], MODELS["qwen2.5-7b"]]),
+    st.sampled_from([MODELS["qwen2.5-3b"], MODELS["qwen2.5-7b"], *map(shape, KINDS)]),
     st.sampled_from([GPUS["L40S"], GPUS["H100"]]),
     st.sampled_from([1, 2, 4]),
     limits=st.just(EngineLimits(max_num_seqs=64)),
@@ -112,3 +114,15 @@ def test_no_recipe_takes_less_than_grpo_and_more_gpus_hold_less_each(
     assert least.fuse_tokens_per_s(1000) >= other.fuse_tokens_per_s(1000) > 0
     twice = replace(other, num_gpus=2 * other.num_gpus)
     assert twice.state_copy_s * 2 == pytest.approx(other.state_copy_s)
+
+
+@given(ENGINES, st.lists(st.integers(1, 20_000), min_size=1, max_size=20))
+def test_reads_of_a_mean_context_are_at_least_those_of_its_requests(perf: EnginePerf, contexts: list[int]) -> None:
+    alone_s = sum(perf.iteration_s(1, context) - perf.iteration_s(1, 0) for context in contexts)
+    together_s = perf.iteration_s(len(contexts), sum(contexts)) - perf.iteration_s(len(contexts), 0)
+    assert together_s >= alone_s - 1e-12
+
+
+@given(ENGINES, st.integers(1, 500), st.integers(0, 500))
+def test_more_requests_have_no_more_blocks_together(perf: EnginePerf, requests: int, more: int) -> None:
+    assert 0 <= perf.blocks_of(requests + more) <= perf.blocks_of(requests)

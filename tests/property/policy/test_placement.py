@@ -42,7 +42,7 @@ def works(draw: st.DrawFn) -> tuple[Outlook, Workload, list[WorkUnits]]:
 
 
 def outlook_on(batch: Batch, lengths: IntArray, samples: IntArray) -> Outlook:
-    return Outlook.build(exact(lengths), batch, np.zeros_like(lengths), samples)
+    return Outlook.build(exact(lengths), batch, np.zeros_like(lengths), samples, POOL.trainer.shape)
 
 
 @settings(max_examples=60)

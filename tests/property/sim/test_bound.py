@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from verl_rlhfless.policy.gpus import GPUS
-from verl_rlhfless.policy.shapes import MODELS
+from verl_rlhfless.policy.layers import Recurrent, Window
+from verl_rlhfless.policy.shapes import MODELS, ModelShape
 from verl_rlhfless.policy.snapshot import Batch, SharedPrefix
 from verl_rlhfless.policy.transitions import LeaseTimes, Recipe
 from verl_rlhfless.sim.bound import step_bound
@@ -23,6 +24,13 @@ LINK = 1e15
 GPU = replace(GPUS["L40S"], memory_bytes=16e9, peer_bytes_per_s=LINK, network_bytes_per_s=LINK, host_bytes_per_s=LINK)
 SMALL = Cluster("small", GPU, num_nodes=1, gpus_per_node=4, usd_per_gpu_h=3.77)
 DECODING = Recipe(has_reference=False, mfu_train=400.0, mfu_infer=450.0, phase_s=0.0)
+PLAIN = MODELS["qwen2.5-3b"]
+SHAPES = (
+    PLAIN,
+    replace(PLAIN, window=Window(300, 36)),
+    replace(PLAIN, window=Window(500, 30)),
+    replace(PLAIN, attention=9, recurrent=Recurrent(27, 0, 400_000, ())),
+)
 QUICK = LeaseTimes(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, LINK)
 
 
@@ -47,11 +55,16 @@ def make_step(seed: int, groups: int, n: int, prompt: int, mean: float) -> StepD
     st.sampled_from([0, 100, 3000]),
     st.sampled_from([1.0, 100.0, 1000.0]),
     st.sampled_from([*ARMS]),
+    st.sampled_from(SHAPES),
 )
-@example(seed=0, groups=2, n=8, prompt=0, mean=100.0, arm="stock_sync")
-def test_no_arm_beats_the_bounds(seed: int, groups: int, n: int, prompt: int, mean: float, arm: str) -> None:
+@example(seed=0, groups=2, n=8, prompt=0, mean=100.0, arm="stock_sync", shape=PLAIN)
+@example(seed=0, groups=2, n=160, prompt=3000, mean=1000.0, arm="stock_sync", shape=SHAPES[2])
+@example(seed=0, groups=2, n=160, prompt=3000, mean=1000.0, arm="stock_sync", shape=SHAPES[3])
+def test_no_arm_beats_the_bounds(
+    seed: int, groups: int, n: int, prompt: int, mean: float, arm: str, shape: ModelShape
+) -> None:
     step = make_step(seed, groups, n, prompt, mean)
-    one = Cell((step,), SMALL, MODELS["qwen2.5-3b"], QUICK, recipe=DECODING)
+    one = Cell((step,), SMALL, shape, QUICK, recipe=DECODING)
     done = one.run(one.arm(arm)).steps[0]
     for bound in (step_bound(one.pool, step), step_bound(one.pool, step, done.step_s)):
         assert 0 < bound.step_s <= done.step_s

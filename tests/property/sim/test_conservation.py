@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from tests.unit.sim.cases import request
 from verl_rlhfless.policy.gpus import GPUS
+from verl_rlhfless.policy.layers import Recurrent, Window
 from verl_rlhfless.policy.perf import BLOCK_TOKENS, EngineLimits, EnginePerf
-from verl_rlhfless.policy.shapes import MODELS
+from verl_rlhfless.policy.shapes import MODELS, ModelShape
 from verl_rlhfless.policy.snapshot import Batch, SharedPrefix
 from verl_rlhfless.policy.transitions import LeaseTimes
 from verl_rlhfless.sim.cell import Cell
@@ -23,6 +24,12 @@ from verl_rlhfless.sim.request import Request
 from verl_rlhfless.sim.workload import StepData
 
 SHAPE, GPU = MODELS["qwen2.5-7b"], GPUS["L40S"]
+SHAPES = (
+    SHAPE,
+    replace(SHAPE, window=Window(256, 28)),
+    replace(SHAPE, window=Window(500, 21)),
+    replace(SHAPE, attention=14, recurrent=Recurrent(14, 0, 400_000, ())),
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -31,11 +38,12 @@ SHAPE, GPU = MODELS["qwen2.5-7b"], GPUS["L40S"]
     st.integers(1, 8),
     st.sampled_from([64, 512, 8192]),
     st.lists(st.tuples(st.floats(0, 20), st.integers(0, 23)), max_size=8),
+    st.sampled_from(SHAPES),
 )
 def test_every_request_finishes_once_with_its_length_whatever_is_cut(
-    requests: list[tuple[int, int, int]], seats: int, budget: int, cuts: list[tuple[float, int]]
+    requests: list[tuple[int, int, int]], seats: int, budget: int, cuts: list[tuple[float, int]], shape: ModelShape
 ) -> None:
-    perf = EnginePerf(SHAPE, GPU, 1, limits=EngineLimits(max_num_seqs=seats, max_batched_tokens=budget + seats))
+    perf = EnginePerf(shape, GPU, 1, limits=EngineLimits(max_num_seqs=seats, max_batched_tokens=budget + seats))
     env = simpy.Environment()
     done: dict[int, int] = {}
     engines: list[Engine] = []
@@ -71,20 +79,25 @@ def test_every_request_finishes_once_with_its_length_whatever_is_cut(
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.lists(st.integers(1, 3000), min_size=2, max_size=30), st.floats(0.36, 0.5))
-def test_blocks_in_use_never_exceed_the_capacity(lengths: list[int], share: float) -> None:
-    perf = EnginePerf(SHAPE, GPU, 1, limits=replace(EngineLimits(), memory_utilization=share + 0.03))
+@given(st.lists(st.integers(1, 3000), min_size=2, max_size=30), st.floats(0.36, 0.5), st.sampled_from(SHAPES))
+def test_blocks_in_use_never_exceed_the_capacity(lengths: list[int], share: float, shape: ModelShape) -> None:
+    perf = EnginePerf(shape, GPU, 1, limits=replace(EngineLimits(), memory_utilization=share + 0.03))
     env = simpy.Environment()
     left: list[int] = []
     engine = Engine(env, perf, lambda one, is_cut: left.append(one.generated))
     for sample, length in enumerate(lengths):
-        engine.submit(request(sample, sample, 64, min(length, perf.kv_blocks * 16 - 96)))
+        engine.submit(request(sample, sample, 64, min(length, perf.blocks_of(1) * 16 - 96)))
     engine.start()
     while env.peek() < float("inf"):
         env.step()
-        assert engine.blocks.in_use() <= perf.kv_blocks
+        running, context = len(engine.decoding) + len(engine.prefilling), engine.blocks.context_tokens
+        assert engine.blocks.in_use() <= perf.blocks_of(running)
+        if engine.decoding:  # what is kept of the mean context is at least the mean of what is kept
+            kept = len(engine.decoding) * float(shape.attended(context / len(engine.decoding)))
+            states = running * 2 * shape.state_bytes / shape.kv_bytes_per_token
+            assert kept + states <= perf.kv_blocks * BLOCK_TOKENS
     assert len(left) == len(lengths)
-    assert np.array(sorted(left)).sum() == sum(min(n, perf.kv_blocks * 16 - 96) for n in lengths)
+    assert np.array(sorted(left)).sum() == sum(min(n, perf.blocks_of(1) * 16 - 96) for n in lengths)
 
 
 @settings(max_examples=25)

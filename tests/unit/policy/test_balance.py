@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from tests.unit.policy.paced import POOL
 from verl_rlhfless.policy.balance import Foresight, Outlook, Workload, WorkUnits, assign, best_move
+from verl_rlhfless.policy.layers import Window
 from verl_rlhfless.policy.predict import Prediction, exact
+from verl_rlhfless.policy.shapes import MODELS
 from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, Batch, FloatArray, ReplicaView, RolloutView
 
 
@@ -21,7 +25,7 @@ def outlook(*left: int, generated: int = 0, prompt: int = 0) -> Outlook:
 def outlook_on(prediction: Prediction, generated: int = 0, prompt: int = 0) -> Outlook:
     ids = np.arange(len(prediction.mu))
     batch = Batch(1, tuple(map(str, ids)), ids, np.full(len(ids), prompt), prediction.cap)
-    return Outlook.build(prediction, batch, np.full(len(ids), generated), ids)
+    return Outlook.build(prediction, batch, np.full(len(ids), generated), ids, POOL.trainer.shape)
 
 
 def singles(view: Outlook, samples: list[int], prefill: float = 0.0) -> WorkUnits:
@@ -52,6 +56,16 @@ def test_a_batch_takes_the_iterations_of_its_longest_and_a_part_for_each() -> No
 def test_more_requests_than_slots_take_turns() -> None:
     view = outlook(*[50] * 32)
     assert workload(view, list(range(32))).end_s()[0] == pytest.approx(200 * 0.060 + 1600 * 0.002, rel=0.05)
+
+
+def test_reads_behind_a_window_are_no_work() -> None:
+    shape = replace(MODELS["qwen2.5-7b"], window=Window(1000, 21))  # three quarters of the layers
+    batch = Batch(1, ("a", "b"), np.arange(2), np.array([200, 5000]), 9000)
+    views = [Outlook.build(exact(np.array([500, 500])), batch, np.zeros(2, np.int64), np.arange(2), of)
+             for of in (MODELS["qwen2.5-7b"], shape)]  # fmt: skip
+    full, kept = (view.volume[1][view.row_of] for view in views)
+    assert kept[0] == full[0]
+    assert kept[1] == pytest.approx(full[1] / 4 + 500 * 1000 * 3 / 4, rel=0.02)
 
 
 def test_an_empty_replica_is_done() -> None:

@@ -11,8 +11,10 @@ import pytest
 
 from tests.unit.sim.cases import cell, steps
 from verl_rlhfless.policy.baselines.stock import StockSync
+from verl_rlhfless.policy.layers import Window
+from verl_rlhfless.policy.shapes import MODELS
 from verl_rlhfless.policy.transitions import RECIPES
-from verl_rlhfless.sim.bound import step_bound
+from verl_rlhfless.sim.bound import _reads, step_bound
 
 LONG = steps(1, 64, 8, mean=2000.0, cap=16384)
 
@@ -54,6 +56,15 @@ def test_prompts_without_tokens_have_a_bound() -> None:
     for limit_s in (math.inf, 100.0):
         bound = step_bound(one.pool, step, limit_s)
         assert 0 < bound.gpu_s < step_bound(one.pool, LONG[0], limit_s).gpu_s
+
+
+@pytest.mark.parametrize(("prompt", "length"), [(10, 5), (10, 400), (90, 200), (99, 1), (100, 1), (500, 300)])
+def test_reads_behind_a_window_are_left_out(prompt: int, length: int) -> None:
+    shape = replace(MODELS["qwen2.5-7b"], window=Window(100, 21))
+    contexts = prompt + np.arange(1, length + 1)
+    exact = float(shape.attended(contexts).sum())
+    found = float(_reads(shape, np.array([prompt]), np.array([float(length)]))[0])
+    assert found <= exact and found == pytest.approx(exact, rel=0.02, abs=1.0 * length)
 
 
 def test_every_phase_of_the_recipe_is_paid_at_the_lowest_price() -> None:

@@ -9,6 +9,7 @@ import simpy
 
 from tests.unit.sim.cases import request
 from verl_rlhfless.policy.gpus import GPUS
+from verl_rlhfless.policy.layers import Recurrent, Window
 from verl_rlhfless.policy.perf import EngineLimits, EnginePerf
 from verl_rlhfless.policy.shapes import MODELS
 from verl_rlhfless.sim.engine import Engine
@@ -124,6 +125,25 @@ def test_running_out_of_blocks_preempts_the_youngest_and_recomputes_it() -> None
     assert len(ends) == 3
     assert max(ends, key=lambda s: ends[s]) == 2
     assert engine.prefill_tokens > 3 * (tokens // 8)
+
+
+def test_states_bound_how_many_run_at_once() -> None:
+    plain = replace(PERF, shape=replace(PERF.shape, attention=14))
+    held = plain.kv_blocks * 16 * plain.shape.kv_bytes_per_token
+    shape = replace(plain.shape, recurrent=Recurrent(14, 0, int(held / 3.5 / 2 / 14), ()))  # three and a half pairs
+    perf = replace(plain, shape=shape)
+    engine, ends, _ = run([request(i, i, 100, 50) for i in range(6)], perf)
+    assert min(ends[i] for i in (3, 4, 5)) > max(ends[i] for i in (0, 1, 2))
+    assert engine.prefill_tokens == 6 * 100 and engine.num_preemptions == 0
+
+
+def test_windows_leave_room_for_contexts_that_would_preempt_others() -> None:
+    small = replace(PERF, limits=replace(PERF.limits, memory_utilization=0.40))
+    tokens = small.kv_blocks * 16
+    perf = replace(small, shape=replace(small.shape, window=Window(1024, 14)))
+    requests = [(tokens // 8, tokens // 3)] * 3
+    assert run([request(i, i, *sizes) for i, sizes in enumerate(requests)], small)[0].num_preemptions
+    assert not run([request(i, i, *sizes) for i, sizes in enumerate(requests)], perf)[0].num_preemptions
 
 
 def test_a_request_that_can_never_fit_is_an_error_not_a_hang() -> None:
