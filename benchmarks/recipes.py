@@ -24,10 +24,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.expert_model import build_expert_model
 from benchmarks.record import parts_of, write_result
 from benchmarks.reward_model import build_reward_model
 from benchmarks.scheduled import scheduled
+from benchmarks.tiny_models import build_model
 from verl_rlhfless.ab.arms import Arm
 from verl_rlhfless.demo import recipe
 from verl_rlhfless.demo.assets import Assets, arithmetic_problems, build_assets
@@ -104,7 +104,7 @@ class Recipe:
         probs_diff: Most difference of a probability between engine and trainer.
         arm: What the recipe runs on.
         has_reward_model: Whether a tiny reward model is built and scores the samples.
-        has_experts: Whether the model that is trained is a mixture of experts.
+        family: Of the model that is trained (``tiny_models``); ``None`` = the demo's.
     """
 
     overrides: tuple[str, ...] = ()
@@ -114,8 +114,10 @@ class Recipe:
     probs_diff: float = 1e-6
     arm: Arm = _ELASTIC
     has_reward_model: bool = False
-    has_experts: bool = False
+    family: str | None = None
 
+
+_PLANNED = Recipe(("trainer.n_gpus_per_node=2",), {"rlhfless/predicted_step_s": 1e-9}, arm=recipe.ELASTIC)
 
 RECIPES: Mapping[str, Recipe] = {
     "grpo": Recipe(),
@@ -134,9 +136,7 @@ RECIPES: Mapping[str, Recipe] = {
         ),
         probs_diff=1e-3,  # verl sends merged adapters as bfloat16, in stock too
     ),
-    "experts": Recipe(
-        ("trainer.n_gpus_per_node=2",), {"rlhfless/predicted_step_s": 1e-9}, arm=recipe.ELASTIC, has_experts=True
-    ),
+    **{family: replace(_PLANNED, family=family) for family in ("experts", "windows", "latent")},
     "validation": Recipe(("trainer.test_freq=1", "trainer.val_before_train=True"), {"val-core": 0.0}),
     "reward-model": Recipe(
         (
@@ -187,8 +187,9 @@ def run_recipe(name: str, assets: Assets, out: Path, steps: int = 2, overrides: 
     chosen = RECIPES[name]
     if chosen.has_reward_model:
         overrides = (f"reward.reward_model.model_path={build_reward_model(assets, out / 'reward-model')}", *overrides)
-    if chosen.has_experts:
-        overrides = (f"actor_rollout_ref.model.path={build_expert_model(assets, out / 'experts')}", *overrides)
+    if chosen.family:
+        model = build_model(chosen.family, assets, out / chosen.family)
+        overrides = (f"actor_rollout_ref.model.path={model}", *overrides)
     arm = replace(chosen.arm, name=f"{chosen.arm.name}-{name}").with_overrides(*chosen.overrides, *overrides)
     with _loaded(chosen.modules):
         ended = run_arm(arm, assets, DemoOptions(out=out, steps=steps, arms=("elastic",)), print)
