@@ -30,7 +30,7 @@ from verl_rlhfless.live.router import ACTOR_OPTIONS, WAITING, Router
 from verl_rlhfless.live.routing import RoutingSettings
 from verl_rlhfless.live.samples import Rollout
 from verl_rlhfless.live.step_report import RolloutReport, StepReport
-from verl_rlhfless.live.tickets import Delta, GrantBatch, Message, RouterSettings, SessionEnd
+from verl_rlhfless.live.tickets import Delta, Message, RouterSettings, SessionEnd
 from verl_rlhfless.policy.arm import Policy
 from verl_rlhfless.policy.balance import Foresight
 from verl_rlhfless.policy.baselines.stock import NoReaction
@@ -189,12 +189,6 @@ class RolloutRouter(Router):
         """
         self._lengths = LengthModel.from_json(text)
 
-    async def send(self, worker: str, messages: Sequence[Message]) -> GrantBatch:
-        """Take a worker's messages; the last sample of a step may be one that joined without a plan."""
-        if self._live is None and any(isinstance(one, SessionEnd) for one in messages):
-            self._step.sample_ended()
-        return await super().send(worker, messages)
-
     async def progress(self, server: str, delta: Delta) -> None:
         """Take a server's report, and how fast its engine is."""
         await super().progress(server, delta)
@@ -252,6 +246,11 @@ class RolloutRouter(Router):
         super().lose_server(server, reason)
         self._replace_last(self.desk.tp_of(server))
         self._look_now()
+
+    def _read(self, messages: Sequence[Message]) -> None:
+        if self._live is None and any(isinstance(one, SessionEnd) for one in messages):
+            self._step.sample_ended()  # the last sample of a step may be one that joined without a plan
+        super()._read(messages)
 
     def _replace_last(self, tp: int) -> None:
         """Ask for a replica in place of the last one while a validation runs, which no control loop watches."""
