@@ -32,6 +32,7 @@ from verl_rlhfless.live import weight_engine
 from verl_rlhfless.live.announcement import announcement_of
 from verl_rlhfless.live.asking import ask, once
 from verl_rlhfless.live.budget import check_cluster, gpu_budget
+from verl_rlhfless.live.devices import warn_of_several_types
 from verl_rlhfless.live.fleet import Fleet
 from verl_rlhfless.live.fusion_trainer import FusionTrainer
 from verl_rlhfless.live.host_memory import (
@@ -110,6 +111,7 @@ class ElasticTrainerSync(FusionTrainer):
         nodes = measure_nodes()
         num_gpus = sum(node.num_gpus for node in nodes)
         check_cluster(self.config, self._settings, num_gpus)
+        warn_of_several_types(ray.cluster_resources())
         model: HFModelConfig = omega_conf_to_dataclass(self.config.actor_rollout_ref.model)
         kept = why_lease_is_kept(self.config, self._settings.pool.suspend_trainer)
         params, is_tied = count_parameters(model), has_tied_embeddings(model.hf_config)
