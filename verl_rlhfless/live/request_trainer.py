@@ -25,6 +25,7 @@ from verl_rlhfless.live.client import ElasticClient
 from verl_rlhfless.live.completeness import RolloutLedger
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.model_check import check_shape
+from verl_rlhfless.live.own_queue import refuse_foreign_queue
 from verl_rlhfless.live.request_server import RequestReplica
 from verl_rlhfless.live.residency import device_bytes
 from verl_rlhfless.live.routing import Nodes, RoutingSettings
@@ -55,6 +56,11 @@ class RequestTrainer(PPOTrainerSync):
         self._rollout_metrics: dict[str, float] = {}
 
     # ---- set-up
+
+    def init(self) -> None:
+        """Set up as verl does, if the cluster's samples are this run's alone."""
+        refuse_foreign_queue()
+        super().init()
 
     def _setup(self) -> None:
         model: HFModelConfig = omega_conf_to_dataclass(self.config.actor_rollout_ref.model)
