@@ -144,6 +144,25 @@ def test_an_announced_rollout_is_served_and_reported() -> None:
     on_router(check)
 
 
+def test_calls_that_the_trainer_makes_again_take_effect_once() -> None:
+    async def check(world: World) -> None:
+        router, announced = world.router, announcement()
+        await router.expect([1, 1, 1])
+        for _ in range(2):
+            await router.once("first is up", "add_servers", {"host:0": Server()}, 1)
+            await router.once("second failed", "give_up_expected", 1)
+        assert router.desk.expected == [1], "the third is still to come"
+        free = router.desk.free_gpus
+        for _ in range(2):
+            await router.once("its GPUs are back", "lease_returned", 1)
+        assert router.desk.free_gpus == free + 1
+        order = await router.once("step 1", "announce", announced)
+        assert await router.once("step 1", "announce", announced) == order
+        assert router._step.num_joined == 0, "the same prompts are no further ones"
+
+    on_router(check, servers=0, pool="elastic")
+
+
 def test_the_rest_of_a_rollout_is_predicted_while_it_runs_and_nothing_is_left_without_one() -> None:
     async def check(world: World) -> None:
         assert await world.router.remaining_s() == 0.0
