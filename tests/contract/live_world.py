@@ -19,7 +19,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.contract.pool_worlds import PROMPT_TOKENS, STEP, Watch, batch_of
-from tests.unit.live.routed import settings
+from tests.unit.live.routed import Letters, settings
 from tests.unit.live.test_fleet import FakeWarmPool
 from verl_rlhfless.control import RolloutRecord, run_rollout
 from verl_rlhfless.errors import LeaseTimeoutError
@@ -38,7 +38,6 @@ from verl_rlhfless.ports import RolloutPolicy, RolloutPorts
 from verl_rlhfless.types import FleetDecision, LeaseSpan, ReplicaSpec
 
 _PER_TICK = 5
-_WORKER = "worker"
 
 
 @dataclass
@@ -169,7 +168,7 @@ class LiveWorld:
         self._gpus = Gpus(budget)
         patch.setattr(router_module, "import_in_background", lambda module: None)
         patch.setattr(fleet_module, "ElasticReplica", type("Ours", (Replica,), {"gpus": self._gpus}))
-        patch.setattr(fleet_module.ray, "get", lambda call: call.answer.result(10))
+        patch.setattr(fleet_module.ray, "get", lambda call, **_: call.answer.result(10))
         self._targets, self._budget = targets, budget
         self._watch = Watch(targets, budget)
         self._messages: list[Message] = []
@@ -179,6 +178,7 @@ class LiveWorld:
     async def open(self) -> None:
         """Announce the rollout and submit its prompts; replicas come later."""
         self._router = router = RolloutRouter({})
+        self._letters = Letters(router)
         routing = replace(settings("elastic"), replica_gpus=self._budget)
         await router.configure_rollouts(RouterSettings(), routing)
         run = OmegaConf.create({"actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 1}, "model": {}}})
@@ -191,7 +191,7 @@ class LiveWorld:
         predicted = np.full(count, 100.0)
         router.begin(Rollout(batch_of(count), announced.samples(), np.arange(count), predicted, pool))
         for sample, key in enumerate(announced.samples()):
-            ticket = Ticket(f"t{sample}", _WORKER, f"s{sample}", key, PROMPT_TOKENS)
+            ticket = Ticket(f"t{sample}", "w", f"s{sample}", key, PROMPT_TOKENS)
             self._sessions[ticket.id] = Session(ticket, self._targets[sample])
             self._messages.append(ticket)
 
@@ -221,7 +221,7 @@ class LiveWorld:
             if not server.is_dead:
                 await self._generate(name, server)
         messages, self._messages = self._messages, []
-        batch = await self._router.send(_WORKER, messages)
+        batch = await self._letters.send(messages)
         self._servers |= batch.servers
         for grant in batch.grants:
             assert not self._servers[grant.server].is_dead, "sent to a dead replica"

@@ -126,3 +126,24 @@ class Server:
     async def seen(self) -> tuple[int, int]:
         """Return the number of requests, and how many ran at once."""
         return self.num_requests, self.largest_batch
+
+
+@ray.remote(num_cpus=0)
+class RemoteClient:
+    """An agent-loop worker in a process of its own."""
+
+    async def ask_all(self, router: Any, requests: list[tuple[Any, list[int]]], params: dict[str, Any]) -> list[Any]:
+        from verl_rlhfless.live.client import ElasticClient, serving
+
+        client: Any = ElasticClient(client_config(), router)
+
+        async def ask(sample: Any, prompt: list[int]) -> Any:
+            with serving(sample):
+                output = await client.generate(f"r{prompt}", prompt_ids=prompt, sampling_params=params)
+            client.end_session(sample)
+            return output
+
+        outputs = await asyncio.gather(*[ask(*request) for request in requests])
+        while client._mailbox._is_sending:
+            await asyncio.sleep(0.01)
+        return outputs

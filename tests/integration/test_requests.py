@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import pickle
 import random
 import time
@@ -16,7 +17,7 @@ import ray
 
 from benchmarks.controlled_router import new_router
 from tests.integration.conftest import Cluster
-from tests.integration.request_actors import INTERVAL_S, MODEL_LEN, Server, client_config, response_to
+from tests.integration.request_actors import INTERVAL_S, MODEL_LEN, RemoteClient, Server, client_config, response_to
 from verl_rlhfless.errors import ReplicaError, UnsupportedError
 from verl_rlhfless.live.client import ElasticClient, serving
 from verl_rlhfless.live.tickets import RouterSettings, SampleKey
@@ -362,3 +363,23 @@ def test_full_determinism_is_refused_where_placement_depends_on_time(new_world: 
     ray.get(world.router.configure.remote(RouterSettings(is_deterministic=True)))
     with pytest.raises(UnsupportedError, match=r"rollout.full_determinism=True: our dispatcher"):
         ray.get(world.router.announce.remote(keys(2), ["s0"], TOKENS))
+
+
+def test_a_worker_behind_a_disturbed_network_gets_every_response(new_world: NewWorld) -> None:
+    """Ray itself breaks calls off: before they arrive, when their answer has left, and while they run."""
+    world, count = new_world(2, max_retries=1000, max_num_seqs=4), 12
+    kinds = ("req", "resp", "in_flight")
+    chance = {f"num_lower_bound_{kind}_failures": 1 for kind in kinds} | {f"{kind}_failure_prob": 10 for kind in kinds}
+    broken = {"CoreWorkerService.grpc_client.PushTask": {**chance, "num_failures": 10}}
+    environment = {"env_vars": {"RAY_testing_rpc_failure": json.dumps(broken)}}
+    client = RemoteClient.options(runtime_env=environment).remote()
+    ray.get(world.router.announce.remote(keys(count), list(world.servers), TOKENS))
+    ray.get(world.router.send_to.remote(list(range(count)), 0))
+    outputs = ray.get(
+        client.ask_all.remote(world.router, list(zip(keys(count), prompts(count), strict=True)), PARAMS), timeout=WAIT_S
+    )
+    for output, prompt in zip(outputs, prompts(count), strict=True):
+        check(output, prompt)
+    states, is_done, _ = ray.get(world.router.states.remote())
+    assert is_done and set(states) == {3}
+    ray.kill(client)

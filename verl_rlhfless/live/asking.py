@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, TypeVar
+from uuid import uuid4
 
 import ray
+from ray.exceptions import ActorUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +24,35 @@ async def asked(call: Callable[[], Awaitable[_T]]) -> _T:
     Raises:
         ray.exceptions.RayActorError: The actor is dead, or was out of reach at every try.
     """
-    for wait_s in _WAITS_S:
+    waits_s = iter(_WAITS_S)
+    while True:
         try:
             return await call()
-        except ray.exceptions.ActorUnavailableError as error:
-            logger.warning("rlhfless: an actor is out of reach, and is asked again in %g s: %s", wait_s, error)
+        except ActorUnavailableError as error:
+            wait_s = _next_wait_s(waits_s, error)
         await asyncio.sleep(wait_s)
-    return await call()
+
+
+def ask(call: Callable[[], Any], timeout_s: float | None = None) -> Any:
+    """As ``asked``, for code without an event loop; ``timeout_s`` is of each try."""
+    waits_s = iter(_WAITS_S)
+    while True:
+        try:
+            return ray.get(call(), timeout=timeout_s)
+        except ActorUnavailableError as error:
+            wait_s = _next_wait_s(waits_s, error)
+        time.sleep(wait_s)
+
+
+def once(router: Any, method: str, *args: Any) -> Callable[[], Any]:
+    """Return a call of a router's method that takes effect once, however often it is made."""
+    call = uuid4().hex
+    return lambda: router.once.remote(call, method, *args)
+
+
+def _next_wait_s(waits_s: Iterator[float], error: ActorUnavailableError) -> float:
+    wait_s = next(waits_s, None)
+    if wait_s is None:
+        raise error
+    logger.warning("rlhfless: an actor is out of reach, and is asked again in %g s: %s", wait_s, error)
+    return wait_s

@@ -62,6 +62,24 @@ def gpu_pool(fleet: Fleet, shape: ModelShape, gpu: GpuType) -> PoolSnapshot:
     return PoolSnapshot(fleet.num_gpus, fleet.gpus_per_node, perf, trainer)
 
 
+def gpu_types(resources: Iterable[str]) -> list[str]:
+    """Return the types of GPU that Ray's cluster resources name."""
+    found = {name.removeprefix(_ACCELERATOR_RESOURCE) for name in resources if name.startswith(_ACCELERATOR_RESOURCE)}
+    return sorted(found)
+
+
+def warn_of_several_types(resources: Iterable[str]) -> None:
+    """Tell the user that a lease may be of a type that the recipe was not made for: Ray grants GPUs of any."""
+    types = gpu_types(resources)
+    if len(types) > 1:
+        logger.warning(
+            "rlhfless: the cluster has GPUs of several types (%s). Replicas and trainer may be granted any, and "
+            "plans count with %s. Give the run a cluster whose nodes have one type of GPU.",
+            ", ".join(types),
+            types[0],
+        )
+
+
 def find_gpu(resources: Iterable[str], device_bytes: int = 0) -> GpuType | None:
     """Return the type of GPU that Ray's cluster resources name; ``None`` when they name none.
 
@@ -72,7 +90,7 @@ def find_gpu(resources: Iterable[str], device_bytes: int = 0) -> GpuType | None:
         device_bytes: Measured memory of a device, which counts instead of the data sheet's; in a cluster of several
             types the smaller of the two does. 0 = none was measured.
     """
-    names = sorted(name.removeprefix(_ACCELERATOR_RESOURCE) for name in resources if name.startswith("accelerator_"))
+    names = gpu_types(resources)
     if not names:
         return None
     kinds = [name.split("-")[0] for name in names]

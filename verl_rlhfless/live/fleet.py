@@ -18,7 +18,7 @@ from omegaconf import OmegaConf, open_dict
 
 from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import ReplicaError, RlhflessError
-from verl_rlhfless.live.asking import asked
+from verl_rlhfless.live.asking import ask, asked, once
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.orders import ReclaimReplica, StartReplica
 from verl_rlhfless.live.parking import ParkingLot
@@ -78,7 +78,8 @@ class Fleet:
     def expect(self, decision: FleetDecision) -> None:
         """Tell the router which replicas will come: from then on a step can be announced; ``start`` follows."""
         assert not self.replicas and self._starting is None, "a fleet is released before the next one starts"
-        ray.get(self._router.expect.remote([spec.tp for spec in decision.replicas]))
+        tps = [spec.tp for spec in decision.replicas]
+        ask(lambda: self._router.expect.remote(tps))
 
     def start(
         self,
@@ -182,9 +183,9 @@ class Fleet:
         await self._tell_returned(replica)
 
     async def _tell_returned(self, replica: ElasticReplica) -> None:
-        """Tell the router that GPUs are free; while it is out of reach, they count as leased to the rollout's end."""
+        """Tell the router that GPUs are free; if it stays out of reach, they count as leased to the rollout's end."""
         with contextlib.suppress(ray.exceptions.ActorUnavailableError):
-            await self._router.lease_returned.remote(replica.world_size)
+            await asked(once(self._router, "lease_returned", replica.world_size))
 
     async def _start_all(self, candidates: list[ElasticReplica], weights: WeightSource) -> list[str]:
         """Return why replicas did not come up."""
@@ -199,7 +200,7 @@ class Fleet:
             logger.error("rlhfless: %s: %s", replica.name, error)
             if not replica.holds_lease:
                 await self._tell_returned(replica)
-            await asked(lambda: self._router.give_up_expected.remote(replica.world_size))
+            await asked(once(self._router, "give_up_expected", replica.world_size))
             return f"{replica.name}: {error}"
         return ""
 
@@ -217,7 +218,7 @@ class Fleet:
         )
         self.num_started += 1
         server = {replica.server_address: replica.server_handle}
-        await asked(lambda: self._router.add_servers.remote(server, replica.world_size))
+        await asked(once(self._router, "add_servers", server, replica.world_size))
         self._events.write("replica_ready", lease=replica.lease.name)
 
     def _started(self) -> Way:
@@ -277,8 +278,8 @@ class Fleet:
 
     async def _release_all(self, leaving: list[ElasticReplica]) -> list[BaseException | None]:
         addresses = [replica.server_address for replica in leaving]
-        leave = asked(lambda: self._router.remove_servers.remote(addresses))
-        left = await asyncio.gather(leave, return_exceptions=True) if leaving else []
+        leave = [asked(lambda: self._router.remove_servers.remote(addresses))] if leaving else []
+        left = await asyncio.gather(*leave, return_exceptions=True)
         released = await asyncio.gather(*[self._release_one(replica) for replica in leaving], return_exceptions=True)
         return [*left, *released, *await self.parking.end_stuck()]
 

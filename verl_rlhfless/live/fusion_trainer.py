@@ -11,11 +11,11 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import ray
 from omegaconf import DictConfig, OmegaConf
 from transfer_queue import KVBatchMeta
 
 from verl_rlhfless.config import RlhflessConfig
+from verl_rlhfless.live.asking import ask
 from verl_rlhfless.live.fusion_loop import FusedWork, FusionLoop, FusionPorts
 from verl_rlhfless.live.fusion_recall import InferenceMemory, Phase, RecallingGroup
 from verl_rlhfless.live.request_trainer import RequestTrainer
@@ -106,7 +106,7 @@ class FusionTrainer(RequestTrainer):
         return self._memory.cost(list(self._phases.values()))
 
     def _remaining_s(self) -> float:
-        return float(ray.get(self._router.remaining_s.remote(), timeout=_FORECAST_TIMEOUT_S))
+        return float(ask(self._router.remaining_s.remote, _FORECAST_TIMEOUT_S))
 
     # ---- verl's phases, which find what is known already
 

@@ -1,7 +1,10 @@
 """One process' correspondence with the router: what is posted in one turn of the event loop travels in one call.
 
-Invariants: messages arrive in the order in which they were posted; a grant that nobody waits for any more is handed
-back; if the router is gone, whoever waits is told.
+A call whose answer is lost is made again, and takes effect once: the router knows a worker's sends by their number, and
+keeps what it has for the worker until a call says that it came.
+
+Invariants: messages arrive once, in the order in which they were posted, unless the router is dead; a grant that nobody
+waits for any more is handed back, once; if the router is gone, whoever waits is told.
 """
 
 from __future__ import annotations
@@ -10,8 +13,11 @@ import asyncio
 from typing import Any
 from uuid import uuid4
 
+from ray.exceptions import ActorUnavailableError
+
 from verl_rlhfless.errors import ReplicaError
-from verl_rlhfless.live.tickets import Grant, GrantBatch, Message, Outcome, OutcomeKind, Progress, Ticket
+from verl_rlhfless.live.asking import asked
+from verl_rlhfless.live.tickets import Delivery, Grant, Message, Outcome, OutcomeKind, Progress, Refusal, Ticket
 
 _POLL_S = 30.0
 
@@ -30,6 +36,7 @@ class Mailbox:
         self._waiting: dict[str, asyncio.Future[tuple[Grant, Any]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_sending = self._is_polling = False
+        self._num_sent = self._num_received = 0
 
     def post(self, message: Message) -> None:
         """Send a message with all others of this turn of the loop, or with those that gather while a call is out."""
@@ -43,7 +50,7 @@ class Mailbox:
 
         Raises:
             ReplicaError: The router gave the ticket up; the message says why.
-            ray.exceptions.RayActorError: The router is gone.
+            ray.exceptions.RayActorError: The router is gone, or was out of reach for half a minute.
         """
         ticket = message.id if isinstance(message, Ticket) else message.ticket
         future: asyncio.Future[tuple[Grant, Any]] = asyncio.get_running_loop().create_future()
@@ -56,7 +63,7 @@ class Mailbox:
 
     async def recover(self, attempt: str) -> Progress:
         """Return what the router's journal holds of an attempt."""
-        progress: Progress = await self._router.recover.remote(attempt)
+        progress: Progress = await asked(lambda: self._router.recover.remote(attempt))
         return progress
 
     async def _send(self) -> None:
@@ -64,7 +71,9 @@ class Mailbox:
         try:
             while self._posted:
                 posted, self._posted = self._posted, []
-                await self._deliver(self._router.send.remote(self.worker, posted))
+                self._num_sent += 1
+                while not await self._deliver(self._router.send, self._num_sent, posted):
+                    pass  # who waits was told; a router that comes back still needs the ends of the samples
         finally:
             self._is_sending = False
         if self._waiting and not self._is_polling:
@@ -74,31 +83,34 @@ class Mailbox:
     async def _poll(self) -> None:
         try:
             while self._waiting:
-                await self._deliver(self._router.grants.remote(self.worker, _POLL_S))
+                await self._deliver(self._router.grants, _POLL_S)
         finally:
             self._is_polling = False
 
-    async def _deliver(self, call: Any) -> None:
+    async def _deliver(self, method: Any, *args: Any) -> bool:
+        """Hand out what a call brings, or tell all who wait why it failed; return whether it is over with the call."""
         try:
-            batch: GrantBatch = await call
+            delivery: Delivery = await asked(lambda: method.remote(self.worker, self._num_received, *args))
         except Exception as error:  # noqa: BLE001  whatever it is, those who wait have to know
             for future in self._waiting.values():
                 if not future.done():
                     future.set_exception(error)
             self._waiting.clear()
-            return
-        for refusal in batch.refusals:
-            if (waiting := self._pop(refusal.ticket)) is not None:
-                waiting.set_exception(ReplicaError(refusal.reason))
-        for grant in batch.grants:
-            if (waiting := self._pop(grant.ticket)) is not None:
-                waiting.set_result((grant, batch.servers[grant.server]))
-            else:
-                self.post(Outcome(grant.ticket, grant.attempt, OutcomeKind.FAILED, 0, "nobody waits for it"))
+            return not isinstance(error, ActorUnavailableError)
+        for item, server in delivery.items[self._num_received - delivery.first :]:
+            self._num_received += 1
+            self._hand_out(item, server)
+        return True
 
-    def _pop(self, ticket: str) -> asyncio.Future[tuple[Grant, Any]] | None:
-        future = self._waiting.pop(ticket, None)
-        return future if future is not None and not future.done() else None
+    def _hand_out(self, item: Grant | Refusal, server: Any) -> None:
+        waiting = self._waiting.pop(item.ticket, None)
+        if waiting is None or waiting.done():
+            if isinstance(item, Grant):
+                self.post(Outcome(item.ticket, item.attempt, OutcomeKind.FAILED, 0, "nobody waits for it"))
+        elif isinstance(item, Grant):
+            waiting.set_result((item, server))
+        else:
+            waiting.set_exception(ReplicaError(item.reason))
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -5,9 +5,10 @@ Invariant: GPUs count as leased from the request for them until the fleet has co
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from verl_rlhfless.live.outbox import Outbox
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class FleetDesk:
 
     Attributes:
         expected: Tensor-parallel size of each replica that is on its way.
-        orders: All of this rollout for the fleet; ``None`` = it is over.
+        orders: Those of this rollout for the fleet; ``None`` = it is over.
         num_started: Replicas that were ordered since the last fleet was announced.
     """
 
@@ -49,8 +50,7 @@ class FleetDesk:
         self._tp_of: dict[str, int] = {}
         self._num_leased = 0
         self.expected: list[int] = []
-        self.orders: list[Order | None] = []
-        self._news = asyncio.Event()  # of the next order
+        self.orders: Outbox[Order | None] = Outbox()
         self.num_started = 0
 
     @property
@@ -65,7 +65,7 @@ class FleetDesk:
     def expect(self, tps: Sequence[int]) -> None:
         """Note the fleet that begins to start. What was asked of the one before and came too late is void."""
         self.expected = list(tps)
-        self.orders.clear()
+        self.orders = Outbox()
         self._num_leased, self.num_started = sum(tps), 0
 
     def start(self, tp: int) -> None:
@@ -73,30 +73,24 @@ class FleetDesk:
         self.num_started += 1
         self.expected.append(tp)
         self._num_leased += tp
-        self._put(StartReplica(tp))
+        self.orders.put(StartReplica(tp))
 
     def end(self, server: str) -> None:
         """Ask for the end of a replica."""
-        self._put(EndReplica(server))
+        self.orders.put(EndReplica(server))
 
     def reclaim(self, server: str) -> None:
         """Ask for the lease of a dead replica."""
-        self._put(ReclaimReplica(server))
+        self.orders.put(ReclaimReplica(server))
 
     def stop(self) -> None:
         """Tell the fleet that nothing more is asked of it."""
-        self._put(None)
+        self.orders.put(None)
 
     async def order(self, number: int) -> Order | None:
         """Return an order of this rollout when it is there; an answer that is lost can be asked for again."""
-        while len(self.orders) <= number:
-            await self._news.wait()
-        return self.orders[number]
-
-    def _put(self, order: Order | None) -> None:
-        self.orders.append(order)
-        self._news.set()
-        self._news = asyncio.Event()
+        await self.orders.wait(number)
+        return self.orders.since(number)[1][0]
 
     def arrived(self, tp: int | None, server: str | None = None) -> int:
         """Note that an expected replica is up at ``server`` or will never be, and return its size."""

@@ -1,38 +1,48 @@
-"""What the router has for each worker and the worker has not fetched yet."""
+"""What one process has for another one, which may be out of reach when it asks: numbered, in order, and kept.
+
+Invariant: an item keeps its number, and can be asked for again until the reader confirms that it has it.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
-from verl_rlhfless.live.tickets import Grant, Refusal
+_T = TypeVar("_T")
 
 
-@dataclass(slots=True)
-class Outbox:
-    """The grants and refusals of one worker, in order."""
+class Outbox(Generic[_T]):
+    """The items for one reader.
 
-    grants: list[Grant] = field(default_factory=list)
-    refusals: list[Refusal] = field(default_factory=list)
-    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    Attributes:
+        items: Those that the reader has not confirmed yet.
+        num_answered: How many were in answers to other calls, which ask again by themselves: no wait is for these.
+    """
 
-    def put(self, item: Grant | Refusal) -> None:
+    def __init__(self) -> None:
+        self.items: list[_T] = []
+        self.num_answered = self._num_confirmed = 0
+        self._news = asyncio.Event()  # of the next item
+
+    @property
+    def count(self) -> int:
+        """How many there were so far; the number of the next one."""
+        return self._num_confirmed + len(self.items)
+
+    def put(self, item: _T) -> None:
         """Add an item, and wake whoever waits for one."""
-        if isinstance(item, Grant):
-            self.grants.append(item)
-        else:
-            self.refusals.append(item)
+        self.items.append(item)
         self._news.set()
+        self._news = asyncio.Event()
 
-    def take(self) -> tuple[tuple[Grant, ...], tuple[Refusal, ...]]:
-        """Return everything, and be empty."""
-        taken = tuple(self.grants), tuple(self.refusals)
-        self.grants.clear()
-        self.refusals.clear()
-        self._news.clear()
-        return taken
+    def since(self, num_received: int) -> tuple[int, tuple[_T, ...]]:
+        """Return all that a reader lacks who has so many, and the number of its first; forget what it has."""
+        if num_received > self._num_confirmed:
+            del self.items[: num_received - self._num_confirmed]
+            self._num_confirmed = num_received
+        return self._num_confirmed, tuple(self.items)
 
-    async def wait(self) -> None:
-        """Return when there is anything."""
-        while not self.grants and not self.refusals:  # another call of the same worker may have been faster
+    async def wait(self, num_received: int) -> None:
+        """Return when there is more than a reader has who has so many."""
+        while self.count <= max(num_received, self.num_answered):
             await self._news.wait()

@@ -22,72 +22,37 @@ from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.control import RolloutRecord, run_rollout
 from verl_rlhfless.errors import ReplicaError
 from verl_rlhfless.live.announcement import Announcement
-from verl_rlhfless.live.orders import FleetDesk, Order
-from verl_rlhfless.live.planner import LivePlanner
+from verl_rlhfless.live.orders import Order
+from verl_rlhfless.live.planning_router import PlanningRouter
 from verl_rlhfless.live.preload import SERVER_MODULE, import_in_background
 from verl_rlhfless.live.rollout import LiveRollout
-from verl_rlhfless.live.router import ACTOR_OPTIONS, WAITING, Router
-from verl_rlhfless.live.routing import RoutingSettings
+from verl_rlhfless.live.router import ACTOR_OPTIONS, WAITING
 from verl_rlhfless.live.samples import Rollout
 from verl_rlhfless.live.step_report import RolloutReport, StepReport
-from verl_rlhfless.live.tickets import Delta, GrantBatch, Message, RouterSettings, SessionEnd
+from verl_rlhfless.live.tickets import Message, SessionEnd
 from verl_rlhfless.policy.arm import Policy
 from verl_rlhfless.policy.balance import Foresight
 from verl_rlhfless.policy.baselines.stock import NoReaction
-from verl_rlhfless.policy.learnt import CostModel, Standby, StepTimes
-from verl_rlhfless.policy.predict import LengthModel, Prediction, learn
-from verl_rlhfless.policy.snapshot import FINISHED, STARTING, Batch, IntArray, RolloutPlan, RolloutView
+from verl_rlhfless.policy.predict import Prediction
+from verl_rlhfless.policy.snapshot import STARTING, Batch, RolloutPlan, RolloutView
 from verl_rlhfless.ports import RolloutPorts
-from verl_rlhfless.types import FleetDecision
 
 logger = logging.getLogger(__name__)
 
 _NEVER_S = 1e9  # beyond the end of any rollout
 
 
-class RolloutRouter(Router):
-    """The router of a run of ours: it also plans and controls every rollout that is announced."""
+class RolloutRouter(PlanningRouter):
+    """The router of a run of ours: it also controls every rollout that is announced."""
 
     def __init__(self, servers: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> None:
         super().__init__(servers, options)
         import_in_background(SERVER_MODULE)
-        self._routing: RoutingSettings | None = None
-        self._lengths = LengthModel()
-        self.desk = FleetDesk(1, 0)
-        self._planner: LivePlanner | None = None
-        self._restored_costs = CostModel()  # a checkpoint is loaded before the run's settings come
-        self._last: tuple[Batch, IntArray] | None = None  # the last step as first announced: it trains on as many
         self._live: LiveRollout | None = None
         self._refine: Callable[[RolloutView], Prediction] | None = None
         self._control: asyncio.Task[None] | None = None
         self._step = StepReport()
         self.listeners.append(self._on_change)
-
-    async def configure_rollouts(self, settings: RouterSettings, routing: RoutingSettings) -> None:
-        """Take the settings of a run, before its first rollout."""
-        self._routing = routing
-        self.desk = FleetDesk(routing.tp, routing.replica_gpus)
-        self._planner = LivePlanner(routing, self._restored_costs)
-        await self.configure(settings)
-
-    async def reroute(self, routing: RoutingSettings) -> None:
-        """Take other settings in mid-run, between two rollouts."""
-        assert self._planner is not None, "a router is configured before its first rollout"
-        self._routing = self._planner.routing = routing
-        self.desk = FleetDesk(routing.tp, routing.replica_gpus)
-
-    async def plan(self, announced: Announcement, standby: Standby) -> FleetDecision:
-        """Return the fleet for a step, before any of it is leased; ``announce`` follows when it begins to start.
-
-        Args:
-            announced: The step.
-            standby: What waits for a replica.
-
-        Raises:
-            ConfigError: No fleet meets the deadline or the budget.
-        """
-        assert self._planner is not None, "a router is configured before its first rollout"
-        return self._planner.plan(announced, self._lengths, standby)
 
     async def expect(self, tps: Sequence[int]) -> None:
         """Note the size of each replica that is on its way to the next rollout."""
@@ -177,49 +142,6 @@ class RolloutRouter(Router):
             return 0.0
         return Foresight(self._live.observe(), self._refine).remaining_s()
 
-    async def lengths(self) -> str:
-        """Return the length history as JSON text, for the checkpoint."""
-        return self._lengths.to_json()
-
-    async def restore_lengths(self, text: str) -> None:
-        """Take a length history from a checkpoint.
-
-        Raises:
-            DataError: The text is no such history.
-        """
-        self._lengths = LengthModel.from_json(text)
-
-    async def send(self, worker: str, messages: Sequence[Message]) -> GrantBatch:
-        """Take a worker's messages; the last sample of a step may be one that joined without a plan."""
-        if self._live is None and any(isinstance(one, SessionEnd) for one in messages):
-            self._step.sample_ended()
-        return await super().send(worker, messages)
-
-    async def progress(self, server: str, delta: Delta) -> None:
-        """Take a server's report, and how fast its engine is."""
-        await super().progress(server, delta)
-        load = self.book.servers.loads.get(server)
-        if load is not None and self._planner is not None:
-            self._planner.speed.note(server, self.desk.tp_of(server), delta, load.context_tokens)
-
-    async def learn_costs(self, times: StepTimes) -> None:
-        """Take what a planned step took; the next plan counts with it."""
-        if self._planner is not None and self._last is not None:
-            await self._planner.learn(self._last, times)
-
-    async def costs(self) -> str:
-        """Return what was measured as JSON text, for the checkpoint."""
-        assert self._planner is not None
-        return self._planner.costs.to_json()
-
-    async def restore_costs(self, text: str) -> None:
-        """Take measured costs from a checkpoint, before ``configure_rollouts``.
-
-        Raises:
-            DataError: The text holds none.
-        """
-        self._restored_costs = CostModel.from_json(text)
-
     async def add_servers(self, servers: dict[str, Any], tp: int | None = None) -> None:
         """Take servers in; each is one of the replicas that the rollout expects, of ``tp`` GPUs or the recipe's.
 
@@ -252,6 +174,11 @@ class RolloutRouter(Router):
         super().lose_server(server, reason)
         self._replace_last(self.desk.tp_of(server))
         self._look_now()
+
+    def _read(self, messages: Sequence[Message]) -> None:
+        if self._live is None and any(isinstance(one, SessionEnd) for one in messages):
+            self._step.sample_ended()  # the last sample of a step may be one that joined without a plan
+        super()._read(messages)
 
     def _replace_last(self, tp: int) -> None:
         """Ask for a replica in place of the last one while a validation runs, which no control loop watches."""
@@ -295,7 +222,7 @@ class RolloutRouter(Router):
         policy, plan, ports = loop
         try:
             record = await run_rollout(policy, plan, ports)
-            self._learn(batch)
+            self._learn(batch, is_refill=self._step.has_part_of(batch.step))
         except Exception as error:  # the trainer is told, when every sample is complete
             logger.exception("rlhfless: step %d: the control loop failed", batch.step)
             failure = f"the control loop of step {batch.step} failed: {error!r}"
@@ -329,15 +256,6 @@ class RolloutRouter(Router):
             while not ports.engine.is_done():
                 await ports.clock.wait(_NEVER_S)
             return RolloutRecord(ports.weights.version()), f", and then {error!r}"
-
-    def _learn(self, batch: Batch) -> None:
-        assert self._routing is not None
-        view = self.book.view(0.0)
-        if (view.generated > 0).all() and (view.state == FINISHED).all():
-            if self._routing.remembers:
-                self._lengths = learn(self._lengths, batch, view.generated)
-            if not self._step.has_part_of(batch.step):  # refills replace what is not trained on: they add to no phase
-                self._last = batch, view.generated
 
 
 def start_limit_s(config: RlhflessConfig) -> float:

@@ -10,22 +10,23 @@ Invariants: every wait has a deadline and ends in an event, never in a poll; an 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ray
 
 from verl_rlhfless.errors import UnsupportedError
+from verl_rlhfless.live.asking import asked
 from verl_rlhfless.live.journal import Journal
-from verl_rlhfless.live.outbox import Outbox
+from verl_rlhfless.live.once import Once
+from verl_rlhfless.live.post_office import PostOffice
 from verl_rlhfless.live.requests import RequestBook
 from verl_rlhfless.live.samples import Rollout
 from verl_rlhfless.live.tickets import (
+    Delivery,
     Delta,
-    GrantBatch,
     Message,
     Outcome,
     OutcomeKind,
@@ -63,7 +64,8 @@ class Router:
         self.settings = RouterSettings()
         self._loop = asyncio.get_running_loop()
         self._handles: dict[str, Any] = {}
-        self._outboxes: defaultdict[str, Outbox] = defaultdict(Outbox)
+        self._post = PostOffice()
+        self._once = Once()
         self._has_server = asyncio.Event()
         self._ended: deque[str] = deque(maxlen=8)
         self._give_up_timer: asyncio.TimerHandle | None = None
@@ -92,7 +94,6 @@ class Router:
                 "measured. Set rlhfless/dispatcher=stock with rlhfless/migration=off, or full_determinism=False."
             )
         self.book.begin(rollout)
-        # not earlier: a grant that is not fetched yet may name a server that has just died
         self._handles = {name: self._handles[name] for name in self.book.servers.loads}
         self._loop.call_later(_SETTLE_S, self._settle)
 
@@ -118,9 +119,9 @@ class Router:
         """Hand out what may start now; to be called after every change of the book."""
         for grant in self.book.grants():
             self.journal.open(grant.attempt)
-            self._outboxes[grant.worker].put(grant)
+            self._post.put(grant, self._handles[grant.server])
         for refusal in self.book.take_refusals():
-            self._outboxes[refusal.worker].put(refusal)
+            self._post.put(refusal)
         (self._has_server.set if self.book.servers.has_open else self._has_server.clear)()
         self._watch_stranded()
         for listener in self.listeners:
@@ -128,22 +129,28 @@ class Router:
 
     # ---- workers and servers
 
-    async def send(self, worker: str, messages: Sequence[Message]) -> GrantBatch:
-        """Take a worker's messages in their order, and return what it may start at once."""
-        for message in messages:
-            if isinstance(message, Ticket):
-                self.book.submit(message)
-            elif isinstance(message, Outcome):
-                self._finish(message)
-            else:
-                self.book.end(message.sample)
-        self.pump()
-        return self._take(worker)
+    async def send(self, worker: str, num_received: int, number: int, messages: Sequence[Message]) -> Delivery:
+        """Take a worker's messages in their order, unless it sends them again; return what it may start at once.
+
+        Args:
+            worker: Who sends.
+            num_received: How many grants and refusals have come to it.
+            number: Of its sends, which follow each other; counted from 1.
+            messages: What it tells.
+        """
+        if is_new := self._post.is_new(worker, number):
+            self._read(messages)
+            self.pump()
+        return self._post.answer(worker, num_received, is_first=is_new)
 
     @ray.method(concurrency_group=WAITING)
-    async def grants(self, worker: str, timeout_s: float) -> GrantBatch:
-        """Return what the worker may start or must give up, as soon as there is anything; empty at the deadline."""
-        return await self._on_own_loop(self._wait_for_grants(worker, timeout_s))
+    async def grants(self, worker: str, num_received: int, timeout_s: float) -> Delivery:
+        """Return what the worker may start or must give up, as soon as there is anything; nothing at the deadline."""
+        return await self._on_own_loop(self._post.wait(worker, num_received, timeout_s))
+
+    async def once(self, call: str, method: str, *args: Any) -> Any:
+        """Return what ``method`` returns; a ``call`` that is made again takes effect once, and gets the same answer."""
+        return await self._once.answer(call, lambda: getattr(self, method)(*args))
 
     async def recover(self, attempt: str) -> Progress:
         """Return what the journal holds of an attempt whose server cannot answer any more."""
@@ -243,8 +250,9 @@ class Router:
         if not hasattr(handle, "report_to"):
             return ServerLimits()  # a server that is not ours
         router, limit_s = ray.get_runtime_context().current_actor, self.settings.stranded_timeout_s
-        answer = handle.report_to.remote(router, server, self.settings.progress_interval_s)
+        interval_s = self.settings.progress_interval_s
         try:
+            answer = asked(lambda: handle.report_to.remote(router, server, interval_s))
             fits: ServerLimits = await asyncio.wait_for(answer, limit_s)
         except ray.exceptions.RayError as error:
             return str(error)
@@ -264,14 +272,14 @@ class Router:
             raise RuntimeError(f"No available servers in load balancer: {self._missing()}") from None
         return server, self._handles[server]
 
-    async def _wait_for_grants(self, worker: str, timeout_s: float) -> GrantBatch:
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._outboxes[worker].wait(), timeout_s)
-        return self._take(worker)
-
-    def _take(self, worker: str) -> GrantBatch:
-        grants, refusals = self._outboxes[worker].take()
-        return GrantBatch(grants, refusals, {grant.server: self._handles[grant.server] for grant in grants})
+    def _read(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            if isinstance(message, Ticket):
+                self.book.submit(message)
+            elif isinstance(message, Outcome):
+                self._finish(message)
+            else:
+                self.book.end(message.sample)
 
     def _finish(self, outcome: Outcome) -> None:
         server = self.book.server_of(outcome.attempt)

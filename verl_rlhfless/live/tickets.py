@@ -7,7 +7,7 @@ own, so that a late word about an old attempt is never taken for news. Light to 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 ENGINE_DEAD = "engine_dead"
@@ -103,12 +103,16 @@ Message = Ticket | Outcome | SessionEnd
 
 
 @dataclass(frozen=True, slots=True)
-class GrantBatch:
-    """What a worker may start now, with the handles of the servers concerned, and what it may give up."""
+class Delivery:
+    """What a worker may start and must give up, since its last call that says it has come.
 
-    grants: tuple[Grant, ...] = ()
-    refusals: tuple[Refusal, ...] = ()
-    servers: dict[str, Any] = field(default_factory=dict)
+    Attributes:
+        first: Number of the first item.
+        items: In order; a grant comes with the handle of its server.
+    """
+
+    first: int
+    items: tuple[tuple[Grant | Refusal, Any], ...]
 
 
 @dataclass(frozen=True, slots=True)

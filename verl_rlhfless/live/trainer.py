@@ -30,7 +30,9 @@ from verl_rlhfless.errors import (
 )
 from verl_rlhfless.live import weight_engine
 from verl_rlhfless.live.announcement import announcement_of
+from verl_rlhfless.live.asking import ask, once
 from verl_rlhfless.live.budget import check_cluster, gpu_budget
+from verl_rlhfless.live.devices import warn_of_several_types
 from verl_rlhfless.live.fleet import Fleet
 from verl_rlhfless.live.fusion_trainer import FusionTrainer
 from verl_rlhfless.live.host_memory import (
@@ -109,6 +111,7 @@ class ElasticTrainerSync(FusionTrainer):
         nodes = measure_nodes()
         num_gpus = sum(node.num_gpus for node in nodes)
         check_cluster(self.config, self._settings, num_gpus)
+        warn_of_several_types(ray.cluster_resources())
         model: HFModelConfig = omega_conf_to_dataclass(self.config.actor_rollout_ref.model)
         kept = why_lease_is_kept(self.config, self._settings.pool.suspend_trainer)
         params, is_tied = count_parameters(model), has_tied_embeddings(model.hf_config)
@@ -156,7 +159,7 @@ class ElasticTrainerSync(FusionTrainer):
     def _save_checkpoint(self) -> None:
         folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / COSTS_FILE).write_text(ray.get(self._router.costs.remote()), encoding="utf-8")
+        (folder / COSTS_FILE).write_text(ask(self._router.costs.remote), encoding="utf-8")
         super()._save_checkpoint()
 
     def _load_checkpoint(self) -> None:
@@ -209,7 +212,7 @@ class ElasticTrainerSync(FusionTrainer):
         """Lower what later fleets may lease, once the trainer could not leave; call it between rollouts."""
         if (room := self._places.limit()) is not None:
             self._routing = dataclasses.replace(self._routing, replica_gpus=room, keeps_trainer=True)
-            ray.get(self._router.reroute.remote(self._routing))
+            ask(lambda: self._router.reroute.remote(self._routing))
 
     def prepare_step(self) -> dict[str, Any]:
         """Submit the step's prompts, and begin to start its replicas."""
@@ -237,9 +240,9 @@ class ElasticTrainerSync(FusionTrainer):
     def _decide_fleet(self, batch: Any) -> FleetDecision:
         if not self._settings.plans:
             return scheduled_fleet(self.global_steps, self._settings.planner.schedule, self._tp())
-        announced = announcement_of(batch, self.config.actor_rollout_ref.rollout)
+        announced, standby = announcement_of(batch, self.config.actor_rollout_ref.rollout), self._standby()
         try:
-            decision: FleetDecision = ray.get(self._router.plan.remote(announced, self._standby()))
+            decision: FleetDecision = ask(lambda: self._router.plan.remote(announced, standby))
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         self._events.write("planned", **dataclasses.asdict(decision))
@@ -274,7 +277,7 @@ class ElasticTrainerSync(FusionTrainer):
             publish_s=self._publish_s,
             moves_s=self._trainer_lease.moves_s,
         )
-        ray.get(self._router.learn_costs.remote(times))
+        ask(once(self._router, "learn_costs", times))
 
     def on_sample_end(self) -> None:
         with marked_timer("rlhfless_release", self.timing_raw):

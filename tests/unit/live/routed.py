@@ -1,12 +1,16 @@
-"""The settings of a run's router, for tests without a recipe."""
+"""The settings of a run's router, for tests without a recipe, and a worker's calls of a router, without Ray."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from verl_rlhfless.config import parse_config
 from verl_rlhfless.live.pacing import PaceModel
+from verl_rlhfless.live.router import Router
 from verl_rlhfless.live.routing import RoutingSettings
+from verl_rlhfless.live.tickets import Delivery, Grant, Message, Refusal
 from verl_rlhfless.policy.perf import EngineLimits
 
 PARTS = {"predictor": "history", "dispatcher": "length_bucket", "prefix_dedup": "on", "migration": "cut_and_migrate"}
@@ -28,3 +32,38 @@ def settings(pool: str, planner: dict[str, Any] | None = None, **parts: str) -> 
     chosen = {section: {"name": name} for section, name in {**PARTS, **parts}.items()}
     config = parse_config({**_POOLS[pool], **({"planner": planner} if planner else {}), **chosen})
     return RoutingSettings(config, 1, 4, EngineLimits(8, 8192), 100, _MODEL, _PACE, (), 2, 4)
+
+
+@dataclass
+class News:
+    """What one call brought."""
+
+    grants: list[Grant] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    servers: dict[str, Any] = field(default_factory=dict)
+
+
+class Letters:
+    """The correspondence of the worker "w" with a router that is always in reach."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+        self._num_sent = self._num_received = 0
+
+    async def send(self, messages: Sequence[Message]) -> News:
+        self._num_sent += 1
+        return self._read(await self._router.send("w", self._num_received, self._num_sent, messages))
+
+    async def more(self, timeout_s: float = 5.0) -> News:
+        return self._read(await self._router.grants("w", self._num_received, timeout_s))
+
+    def _read(self, delivery: Delivery) -> News:
+        news = News()
+        for item, server in delivery.items[self._num_received - delivery.first :]:
+            self._num_received += 1
+            if isinstance(item, Refusal):
+                news.refusals.append(item)
+            else:
+                news.grants.append(item)
+                news.servers[item.server] = server
+        return news

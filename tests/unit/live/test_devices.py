@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from verl_rlhfless.live.devices import Fleet, declared_pool, find_gpu, gpu_pool
+from verl_rlhfless.live.devices import Fleet, declared_pool, find_gpu, gpu_pool, warn_of_several_types
 from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.policy.gpus import GPUS
 from verl_rlhfless.policy.perf import EngineLimits
@@ -83,3 +83,13 @@ def test_a_cluster_without_gpus_has_none() -> None:
 def test_a_gpu_pool_has_the_engines_limits() -> None:
     perf = gpu_pool(FLEET, MODELS["qwen2.5-3b"], GPUS["H100"]).perf[2]
     assert (perf.tp, perf.limits.max_num_seqs) == (2, 32)
+
+
+@pytest.mark.parametrize(
+    ("types", "is_told"), [(["T4", "A100-80G"], True), (["A100-80G"], False), ([], False), (["H100", "H100"], False)]
+)
+def test_a_cluster_of_several_gpu_types_is_told_at_start(
+    types: list[str], is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_several_types(["CPU", "GPU", "node:10.0.0.1", *(f"accelerator_type:{name}" for name in types)])
+    assert ("several types (A100-80G, T4)" in caplog.text) == is_told

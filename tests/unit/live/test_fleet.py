@@ -107,6 +107,7 @@ class FakeRouter:
         self.give_up_expected = SimpleNamespace(remote=self._give_up)
         self.add_servers = SimpleNamespace(remote=self._add)
         self.remove_servers = SimpleNamespace(remote=self._remove)
+        self.once = SimpleNamespace(remote=self._once)
         self.wanted = SimpleNamespace(remote=self._wanted)
         self.stop_wanting = SimpleNamespace(remote=self._stop_wanting)
         self.wishes: queue.Queue[Order | None] = queue.Queue()
@@ -117,6 +118,9 @@ class FakeRouter:
         if self.num_out_of_reach:
             self.num_out_of_reach -= 1
             raise ActorUnavailableError("a disturbed network", b"0" * 16)
+
+    async def _once(self, call: str, method: str, *args: Any) -> None:
+        await getattr(self, method).remote(*args)
 
     async def _wanted(self, number: int) -> Order | None:
         if number == len(self.orders):
@@ -181,7 +185,7 @@ def router() -> FakeRouter:
 @pytest.fixture
 def fleet(router: FakeRouter, warm_servers: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
     """A fleet that ends with its test: its thread waits for wishes, and would keep the whole test run alive."""
-    monkeypatch.setattr(fleet_module.ray, "get", lambda value: value)
+    monkeypatch.setattr(fleet_module.ray, "get", lambda value, **_: value)
     monkeypatch.setattr(asking_module, "_WAITS_S", (0.0, 0.0))
     monkeypatch.setattr(fleet_module, "ElasticReplica", type("Replica", (FakeReplica,), {}))
     run = OmegaConf.create({"actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 1}, "model": {}}})

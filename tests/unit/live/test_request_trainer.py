@@ -50,7 +50,7 @@ class Router:
 
 @pytest.fixture
 def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RequestTrainer:
-    monkeypatch.setattr(module.ray, "get", lambda value: value)
+    monkeypatch.setattr(module.ray, "get", lambda value, **_: value)
     monkeypatch.setattr(PPOTrainerSync, "_save_checkpoint", lambda self: None)
     monkeypatch.setattr(PPOTrainerSync, "_load_checkpoint", lambda self: None)
     made = RequestTrainer.__new__(RequestTrainer)

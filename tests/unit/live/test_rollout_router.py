@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from ray.exceptions import RayActorError
 
-from tests.unit.live.routed import settings
+from tests.unit.live.routed import Letters, settings
 from verl_rlhfless.errors import ConfigError, ReplicaError
 from verl_rlhfless.live import planner as planner_module
 from verl_rlhfless.live import rollout_router as rollout_module
@@ -37,8 +37,6 @@ from verl_rlhfless.policy import routing as routing_module
 from verl_rlhfless.policy.learnt import CostModel, ReplicaTimes, Standby, StepTimes
 from verl_rlhfless.policy.predict import LengthModel, learn
 from verl_rlhfless.policy.routing import RoutingPolicy
-
-WORKER = "w"
 
 SERVERS = Standby(num_servers=4)
 FAST = {"name": "cost_aware", "cost_weight": 0}
@@ -70,6 +68,7 @@ class World:
 
     def __init__(self, router: RolloutRouter) -> None:
         self.router = router
+        self.letters = Letters(router)
         self.where: dict[SampleKey, list[str]] = {}
         self._tickets: dict[str, SampleKey] = {}
         self._num_orders = 0
@@ -83,10 +82,10 @@ class World:
     async def submit(self, announced: Announcement) -> list[Grant]:
         tickets = []
         for number, key in enumerate(announced.samples()):
-            ticket = Ticket(f"{key.uid}-{key.session}", WORKER, f"s{number}", key, 50)
+            ticket = Ticket(f"{key.uid}-{key.session}", "w", f"s{number}", key, 50)
             self._tickets[ticket.id] = key
             tickets.append(ticket)
-        return await self._grants(await self.router.send(WORKER, tickets))
+        return await self._grants(await self.letters.send(tickets))
 
     async def finish(self, grants: list[Grant], kind: OutcomeKind = OutcomeKind.DONE, tokens: int = 10) -> list[Grant]:
         messages: list[Any] = []
@@ -94,15 +93,15 @@ class World:
             messages.append(Outcome(grant.ticket, grant.attempt, kind, tokens))
             if kind is OutcomeKind.DONE:
                 messages.append(SessionEnd(self._tickets[grant.ticket]))
-        return await self._grants(await self.router.send(WORKER, messages))
+        return await self._grants(await self.letters.send(messages))
 
     async def more(self) -> list[Grant]:
-        return await self._grants(await self.router.grants(WORKER, 5.0))
+        return await self._grants(await self.letters.more())
 
     async def _grants(self, batch: Any) -> list[Grant]:
         for grant in batch.grants:
             self.where.setdefault(self._tickets[grant.ticket], []).append(grant.server)
-        return list(batch.grants)
+        return batch.grants
 
 
 async def settled() -> None:
@@ -143,6 +142,25 @@ def test_an_announced_rollout_is_served_and_reported() -> None:
         assert (report.step, report.num_samples, report.num_migrations, report.failure) == (1, 8, 0, "")
 
     on_router(check)
+
+
+def test_calls_that_the_trainer_makes_again_take_effect_once() -> None:
+    async def check(world: World) -> None:
+        router, announced = world.router, announcement()
+        await router.expect([1, 1, 1])
+        for _ in range(2):
+            await router.once("first is up", "add_servers", {"host:0": Server()}, 1)
+            await router.once("second failed", "give_up_expected", 1)
+        assert router.desk.expected == [1], "the third is still to come"
+        free = router.desk.free_gpus
+        for _ in range(2):
+            await router.once("its GPUs are back", "lease_returned", 1)
+        assert router.desk.free_gpus == free + 1
+        order = await router.once("step 1", "announce", announced)
+        assert await router.once("step 1", "announce", announced) == order
+        assert router._step.num_joined == 0, "the same prompts are no further ones"
+
+    on_router(check, servers=0, pool="elastic")
 
 
 def test_the_rest_of_a_rollout_is_predicted_while_it_runs_and_nothing_is_left_without_one() -> None:
@@ -198,7 +216,7 @@ def test_a_rollout_with_a_sample_that_has_no_tokens_is_not_learnt_from() -> None
         await world.router.announce(announced)
         grants = await world.submit(announced)
         await world.finish(grants[1:], tokens=40)
-        await world.router.send(WORKER, [SessionEnd(world._tickets[grants[0].ticket])])  # its agent gave up
+        await world.letters.send([SessionEnd(world._tickets[grants[0].ticket])])  # its agent gave up
         report = await world.router.report()
         assert report is not None and not report.failure
         assert await world.router.lengths() == before
@@ -328,7 +346,7 @@ def test_requests_of_a_resident_fleet_that_is_gone_fail_within_a_bounded_wait() 
         await world.finish(grants, OutcomeKind.LOST)
         refusals = []
         while len(refusals) < len(grants):
-            refusals += (await world.router.grants(WORKER, 5.0)).refusals
+            refusals += (await world.letters.more()).refusals
         assert all("host:0 lost: killed" in refusal.reason for refusal in refusals)
 
     on_router(check, servers=1)
@@ -372,26 +390,26 @@ class Timers:
 def test_each_wait_for_a_replica_has_its_whole_time() -> None:
     async def check(world: World) -> None:
         router, world.router._loop = world.router, (timers := Timers())  # type: ignore[assignment]
-        assert not (await router.send(WORKER, [Ticket("validation", WORKER, "s", None, 50)])).grants
+        assert not (await world.letters.send([Ticket("validation", "w", "s", None, 50)])).grants
         await router.add_servers({"host:1": Server()})
         assert timers.waits.pop().is_over, "what has begun before a replica came does not end the next wait"
-        (grant,) = (await router.send(WORKER, [])).grants
+        (grant,) = (await world.letters.send([])).grants
         await router.lose_servers(["host:1"], "killed")
-        await router.send(WORKER, [Outcome("validation", grant.attempt, OutcomeKind.LOST, 0)])
+        await world.letters.send([Outcome("validation", grant.attempt, OutcomeKind.LOST, 0)])
         timers.fire()
-        assert len((await router.send(WORKER, [])).refusals) == 1
+        assert len((await world.letters.send([])).refusals) == 1
 
     on_router(check, servers=0)
 
 
 async def lose_all_in_validation(world: World) -> None:
     """Start a validation of one request on ``host:0`` and ``host:1``, and lose these after each other."""
-    (grant,) = (await world.router.send(WORKER, [Ticket("validation", WORKER, "s", None, 50)])).grants
+    (grant,) = (await world.letters.send([Ticket("validation", "w", "s", None, 50)])).grants
     await world.router.lose_servers(["host:1"], "killed")
-    assert world.router.desk.orders == [ReclaimReplica("host:1")], "another one is left"
+    assert world.router.desk.orders.items == [ReclaimReplica("host:1")], "another one is left"
     await world.router.lose_servers(["host:0"], "killed")
-    await world.router.send(WORKER, [Outcome("validation", grant.attempt, OutcomeKind.LOST, 3)])
-    assert world.router.desk.orders[1:] == [ReclaimReplica("host:0"), StartReplica(1)]
+    await world.letters.send([Outcome("validation", grant.attempt, OutcomeKind.LOST, 3)])
+    assert world.router.desk.orders.items[1:] == [ReclaimReplica("host:0"), StartReplica(1)]
 
 
 def test_the_last_replica_of_a_validation_is_replaced_and_waited_for() -> None:
@@ -401,7 +419,7 @@ def test_the_last_replica_of_a_validation_is_replaced_and_waited_for() -> None:
         (limit,) = [wait for wait in timers.waits if not wait.is_over]
         assert limit.delay_s > 60, "as long as a start may take"
         await router.add_servers({"host:2": Server()}, 1)
-        (again,) = (await router.send(WORKER, [])).grants
+        (again,) = (await world.letters.send([])).grants
         assert again.server == "host:2" and limit.is_over
 
     on_router(check, pool="elastic")
@@ -413,11 +431,11 @@ def test_a_validation_gives_up_when_nothing_comes_in_place_of_its_last_replica()
         await lose_all_in_validation(world)
         for _ in range(router.settings.max_retries):
             await router.give_up_expected(1)
-        assert router.desk.orders.count(StartReplica(1)) == router.settings.max_retries
+        assert router.desk.orders.items.count(StartReplica(1)) == router.settings.max_retries
         (limit,) = [wait for wait in timers.waits if not wait.is_over]
         assert limit.delay_s == router.settings.stranded_timeout_s
         timers.fire()
-        (refusal,) = (await router.send(WORKER, [])).refusals
+        (refusal,) = (await world.letters.send([])).refusals
         assert "host:0 lost: killed" in refusal.reason
 
     on_router(check, pool="elastic")
@@ -433,11 +451,11 @@ def test_nothing_is_given_up_while_a_replica_starts() -> None:
         assert await world.finish(grants, OutcomeKind.LOST) == []
         router.book.add_replica(1)
         timers.fire()
-        assert not (await router.send(WORKER, [])).refusals
+        assert not (await world.letters.send([])).refusals
         await router.give_up_expected(1)
         timers.fire()
-        assert len((await router.send(WORKER, [])).refusals) == 8
-        await router.send(WORKER, [SessionEnd(key) for key in announced.samples()])
+        assert len((await world.letters.send([])).refusals) == 8
+        await world.letters.send([SessionEnd(key) for key in announced.samples()])
         await router.report()
 
     on_router(check, servers=1)
@@ -474,7 +492,7 @@ def test_after_a_failed_policy_nothing_more_is_leased(monkeypatch: pytest.Monkey
         await world.finish(grants)
         report = await world.router.report()
         assert report is not None and "ZeroDivisionError" in report.failure
-        assert not world.router.desk.orders and report.num_started == 0
+        assert not world.router.desk.orders.items and report.num_started == 0
 
     on_router(check, pool="elastic")
 
@@ -495,7 +513,7 @@ def test_a_fleet_that_is_lost_after_its_policy_failed_is_reported_with_both_fail
         await router.lose_servers(["host:0", "host:1"], "killed")
         await settled()
         await world.finish(grants, OutcomeKind.LOST)
-        await router.send(WORKER, [SessionEnd(key) for key in announced.samples()])
+        await world.letters.send([SessionEnd(key) for key in announced.samples()])
         report = await router.report()
         assert (
             report is not None and report.step == 1 and "ZeroDivisionError('policy'), and then Repl" in report.failure
@@ -853,7 +871,7 @@ def test_a_replica_of_which_nothing_is_heard_is_not_waited_for_for_ever() -> Non
         assert 0 < len(grants) < 8, "the others wait for the second replica"
         timers.fire()
         await settled()
-        grants += await world._grants(await router.send(WORKER, []))
+        grants += await world._grants(await world.letters.send([]))
         assert len(grants) == 8 and {grant.server for grant in grants} == {"host:a"}
         await world.finish(grants)
         assert router.desk.expected == []
@@ -880,7 +898,7 @@ def test_an_order_that_came_too_late_for_its_rollout_is_not_carried_out_in_the_n
         world.router.desk.start(1)
         await world.router.progress("host:0", Delta((), None, is_dead=True))
         await world.router.expect([1])
-        assert not world.router.desk.orders and world.router.desk.free_gpus == 3
+        assert not world.router.desk.orders.items and world.router.desk.free_gpus == 3
 
     on_router(check, servers=1, pool="elastic")
 

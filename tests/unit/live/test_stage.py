@@ -76,7 +76,11 @@ def test_a_long_prompt_counts_no_more_than_verl_lets_through() -> None:
 class Router:
     def __init__(self) -> None:
         self.announced: list[Any] = []
-        self.announce = SimpleNamespace(remote=self.announced.append)
+        self.once = SimpleNamespace(remote=self._once)
+
+    def _once(self, call: str, method: str, announced: Any) -> None:
+        assert method == "announce"
+        self.announced.append(announced)
 
 
 @pytest.mark.parametrize(("validate", "expected"), [(False, 1), (True, 0)])
@@ -87,7 +91,7 @@ def test_training_is_announced_before_it_is_submitted_and_validation_is_not(
     manager = StageManager.__new__(StageManager)
     manager.llm_client, manager.rollout_config = SimpleNamespace(_load_balancer=router), ROLLOUT
     manager.agent_loop_workers = [object()]
-    monkeypatch.setattr(stage.ray, "get", lambda value: order.append("announced") or (0,))
+    monkeypatch.setattr(stage.ray, "get", lambda value, **_: order.append("announced") or (0,))
     monkeypatch.setattr(AgentLoopManagerTQ, "generate_sequences", lambda self, batch: order.append("submitted"))
     batch = prompts("a")
     if validate:
@@ -102,7 +106,7 @@ def test_a_worker_gets_the_prompts_of_its_share_in_the_order_of_the_plan(monkeyp
     manager = StageManager.__new__(StageManager)
     manager.llm_client, manager.rollout_config = SimpleNamespace(_load_balancer=router), ROLLOUT
     manager.agent_loop_workers = [object(), object()]
-    monkeypatch.setattr(stage.ray, "get", lambda value: (4, 2, 0, 1, 3))
+    monkeypatch.setattr(stage.ray, "get", lambda value, **_: (4, 2, 0, 1, 3))
     monkeypatch.setattr(AgentLoopManagerTQ, "generate_sequences", lambda self, batch: submitted.append(batch))
     manager.generate_sequences(prompts("a", "b", "c", "d", "e"))
     shares = [list(chunk["uid"]) for chunk in submitted[0].chunk(2)]

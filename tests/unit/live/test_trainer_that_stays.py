@@ -49,7 +49,7 @@ class Fleet:
 
 def trainer(folder: Path, monkeypatch: pytest.MonkeyPatch, budget: int, utilization: float, **pool: str) -> Any:
     """Return an elastic trainer of two GPUs, as far as it starts fleets; ``told`` is what its router was told."""
-    monkeypatch.setattr(trainer_module, "ray", SimpleNamespace(get=lambda done: done))
+    monkeypatch.setattr(trainer_module.ray, "get", lambda done, **_: done)
     made: Any = ElasticTrainerSync.__new__(ElasticTrainerSync)
     config = PoolConfig(name="elastic", **pool)
     made.actor_rollout_wg, made._fleet, made.told = Stays(), Fleet(), []
