@@ -136,7 +136,7 @@ RECIPES: Mapping[str, Recipe] = {
         ),
         probs_diff=1e-3,  # verl sends merged adapters as bfloat16, in stock too
     ),
-    **{family: replace(_PLANNED, family=family) for family in ("experts", "windows", "latent")},
+    **{family: replace(_PLANNED, family=family) for family in ("experts", "windows")},
     "validation": Recipe(("trainer.test_freq=1", "trainer.val_before_train=True"), {"val-core": 0.0}),
     "reward-model": Recipe(
         (

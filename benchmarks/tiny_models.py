@@ -7,32 +7,21 @@ from typing import Any
 
 from verl_rlhfless.demo.assets import Assets
 
-_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
-_HEADS = {"num_key_value_heads": 2, "head_dim": 32}
 _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "experts": ("qwen3_moe", {"num_experts": 4} | _EXPERTS | _HEADS),
-    "windows": (
-        "gemma3_text",
-        {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"], **_HEADS},
-    ),
-    "latent": (
-        "deepseek_v3",
-        {"q_lora_rank": 64, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
-        | {"num_key_value_heads": 4}
-        | _EXPERTS,
-    ),
+    "experts": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}),
+    "windows": ("gemma3_text", {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}),
 }
-"""Model type and what differs: experts in every layer; a window in one of two layers; latent attention."""
+"""Model type and what is its own: experts in every layer, two of which compute a token; a window in one of two."""
 
 _SHARED = [
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("max_position_embeddings", "tie_word_embeddings", "eos_token_id", "bos_token_id", "pad_token_id"),
-    "initializer_range",
+    *("num_key_value_heads", "head_dim", "initializer_range"),
 ]
 
 
 def build_model(family: str, assets: Assets, folder: Path, seed: int = 1) -> Path:
-    """Write a model of a family, ``experts``, ``windows`` or ``latent``, and return its folder."""
+    """Write a model of a family, ``experts`` or ``windows``, and return its folder."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
