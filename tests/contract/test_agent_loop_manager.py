@@ -13,7 +13,6 @@ from tensordict import NonTensorData, NonTensorStack, TensorDict
 from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
 
-from verl_rlhfless.live import stage
 from verl_rlhfless.live.stage import StageManager
 
 
@@ -29,13 +28,12 @@ class Worker:
 def test_prompts_are_dealt_to_the_workers_unchanged(
     monkeypatch: pytest.MonkeyPatch, manager_class: type, validate: bool, num_prompts: int, pieces: list[int]
 ) -> None:
-    for module in (agent_loop_tq, stage):
-        monkeypatch.setattr(module.ray, "get", lambda answers: answers)
+    monkeypatch.setattr(agent_loop_tq.ray, "get", lambda answers, **_: answers)
     manager: Any = manager_class.__new__(manager_class)
     manager.agent_loop_workers = workers = [Worker(), Worker()]
     manager.rollout_config = SimpleNamespace(n=4, prompt_length=64, response_length=32)
-    announce = SimpleNamespace(remote=lambda announced: tuple(range(num_prompts)))
-    manager.llm_client = SimpleNamespace(_load_balancer=SimpleNamespace(announce=announce))
+    once = SimpleNamespace(remote=lambda _call, _method, _announced: tuple(range(num_prompts)))
+    manager.llm_client = SimpleNamespace(_load_balancer=SimpleNamespace(once=once))
     batch = TensorDict(
         {
             "uid": NonTensorStack(*[f"u{i}" for i in range(num_prompts)]),
