@@ -32,6 +32,7 @@ class Router:
     def __init__(self, *errors: Exception) -> None:
         self.errors = list(errors)
         self.taken: list[Message] = []
+        self.delivery = Delivery(0, ())
         self.num_calls = 0
         self.send = SimpleNamespace(remote=self._send)
         self.grants = SimpleNamespace(remote=self._grants)
@@ -45,7 +46,7 @@ class Router:
     async def _send(self, worker: str, num_received: int, number: int, messages: Sequence[Message]) -> Delivery:
         self._reached()
         self.taken += messages
-        return Delivery(0, ())
+        return self.delivery
 
     async def _grants(self, worker: str, num_received: int, timeout_s: float) -> Delivery:
         await asyncio.Event().wait()
@@ -90,6 +91,18 @@ def test_the_end_of_a_sample_arrives_however_long_the_router_was_out_of_reach() 
         while len(router.taken) < 2:
             await asyncio.sleep(0)
         assert router.taken == [first, second]
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_a_grant_that_comes_again_is_neither_taken_nor_handed_back() -> None:
+    async def run() -> None:
+        box, grant, end = Mailbox(router := Router()), Grant("a", "w", "a.1", "s0"), SessionEnd(SampleKey("u", 0))
+        router.delivery = Delivery(0, ((grant, "handle"),))
+        assert await box.grant(ticket("a")) == (grant, "handle")
+        box.post(end)
+        await asyncio.sleep(0.01)
+        assert router.taken == [ticket("a"), end]
 
     asyncio.run(asyncio.wait_for(run(), 10))
 
