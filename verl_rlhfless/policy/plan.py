@@ -28,7 +28,7 @@ __all__ = ["Goal", "plan_fleet", "static_steps_s", "time_price"]
 _HURRY = 3.0
 """Price of time during a rollout that must not be slower, as a multiple: a change must save much for what it slows."""
 
-_TIE = 0.007
+_TIE = 0.002
 """Objectives this close are equal as far as a prediction can tell: the faster fleet is taken."""
 
 _LEAST_WEIGHT = 1e-6
