@@ -16,9 +16,7 @@ from typing import Any
 import ray
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
-from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
-from verl.workers.config import HFModelConfig
 
 from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
 from verl_rlhfless.errors import (
@@ -31,17 +29,10 @@ from verl_rlhfless.errors import (
 from verl_rlhfless.live import weight_engine
 from verl_rlhfless.live.announcement import announcement_of
 from verl_rlhfless.live.asking import ask, once
-from verl_rlhfless.live.budget import check_cluster, gpu_budget
-from verl_rlhfless.live.devices import warn_of_several_types
+from verl_rlhfless.live.budget import gpu_budget
+from verl_rlhfless.live.cluster_check import check_run
 from verl_rlhfless.live.fleet import Fleet
 from verl_rlhfless.live.fusion_trainer import FusionTrainer
-from verl_rlhfless.live.host_memory import (
-    check_nodes,
-    count_parameters,
-    has_tied_embeddings,
-    measure_nodes,
-    memory_of_run,
-)
 from verl_rlhfless.live.pool import TRAINER_POOL, ElasticResourcePoolManager
 from verl_rlhfless.live.replica import WeightSource
 from verl_rlhfless.live.replica_places import ReplicaPlaces
@@ -91,7 +82,9 @@ class ElasticTrainerSync(FusionTrainer):
         )
 
     def _setup(self) -> None:
-        self._check_nodes()
+        for account in check_run(self.config, self._settings):
+            parts = {need.what: need.num_bytes for need in account.needs}
+            self._events.write("host_memory", node=account.node.node_id, num_bytes=account.num_bytes, parts=parts)
         self._store = create_store(self._store_name, self._settings.weights)
         with verl_worker_group.use(ElasticWorkerGroup):
             super()._setup()
@@ -100,27 +93,6 @@ class ElasticTrainerSync(FusionTrainer):
         self._trainer_lease = self._make_trainer_lease()
         share = float(self.config.actor_rollout_ref.rollout.gpu_memory_utilization)
         self._places = ReplicaPlaces(self._trainer_lease, self.actor_rollout_wg, self._settings.pool, share)
-
-    def _check_nodes(self) -> None:
-        """Refuse nodes that lack GPUs or host memory, before anything is started on them.
-
-        Raises:
-            ConfigError: The run needs more GPUs than they have.
-            HostMemoryError: The message names node, holders and shortage.
-        """
-        nodes = measure_nodes()
-        num_gpus = sum(node.num_gpus for node in nodes)
-        check_cluster(self.config, self._settings, num_gpus)
-        warn_of_several_types(ray.cluster_resources())
-        model: HFModelConfig = omega_conf_to_dataclass(self.config.actor_rollout_ref.model)
-        kept = why_lease_is_kept(self.config, self._settings.pool.suspend_trainer)
-        params, is_tied = count_parameters(model), has_tied_embeddings(model.hf_config)
-        memory = memory_of_run(
-            self.config, self._settings, params, is_tied=is_tied, can_suspend=not kept, num_gpus=num_gpus
-        )
-        for account in check_nodes(memory, nodes):
-            parts = {need.what: need.num_bytes for need in account.needs}
-            self._events.write("host_memory", node=account.node.node_id, num_bytes=account.num_bytes, parts=parts)
 
     def _make_trainer_lease(self) -> TrainerLease:
         pool, max_gpus = self.resource_pool_manager.resource_pool_dict[TRAINER_POOL], self._settings.pool.max_gpus

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_rlhfless.config import parse_config
 from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.live import cluster_check
 from verl_rlhfless.live import trainer as trainer_module
 from verl_rlhfless.live.budget import check_cluster, gpu_budget, other_pools
 from verl_rlhfless.live.events import EventLog
@@ -112,6 +113,6 @@ def test_the_nodes_are_looked_at_before_the_trainer_is_built(monkeypatch: pytest
     trainer.config = recipe(STAYS)
     trainer._settings = parse_config(OmegaConf.to_container(trainer.config.rlhfless, resolve=True))
     nodes = [HostMemory(name, 10**13, 10**13, num_gpus=4) for name in ("node-0", "node-1")]
-    monkeypatch.setattr(trainer_module, "measure_nodes", lambda: nodes)
+    monkeypatch.setattr(cluster_check, "measure_nodes", lambda: nodes)
     with pytest.raises(ConfigError, match="the cluster has 8 GPUs"):
         trainer._setup()
