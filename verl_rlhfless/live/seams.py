@@ -19,7 +19,7 @@ from verl_rlhfless.versions import installed_version
 
 @dataclass(frozen=True, slots=True)
 class Seam:
-    """A callable of verl: ``module`` + attribute ``path``, and the parameters that we rely on."""
+    """A name of verl or its transfer queue: ``module`` + attribute ``path``, and a callable's parameters we rely on."""
 
     module: str
     path: str
@@ -28,6 +28,7 @@ class Seam:
 
 _TRAINER = "verl.trainer.ppo.v1.trainer_base"
 _TRAINER_HOOKS = (
+    "init",
     "_setup",
     "_init_resource_pool_mgr",
     "_get_n_gpus_for_throughput",
@@ -59,6 +60,7 @@ SEAMS = (
     Seam("verl.trainer.ppo.v1.agent_loop_tq", "AgentLoopManagerTQ.generate_sequences", ("prompts",)),
     Seam("verl.experimental.agent_loop.agent_loop", "AgentLoopWorker._run_agent_loop", ("trajectory", "agent_name")),
     Seam("verl.checkpoint_engine.base", "CheckpointEngineRegistry.register", ("backend",)),
+    Seam("transfer_queue.interface", "_TQ_CONTROLLER"),
 )
 
 
@@ -126,6 +128,6 @@ def _problem_of(seam: Seam) -> str | None:
         target: Any = reduce(getattr, seam.path.split("."), importlib.import_module(seam.module))
     except (ImportError, AttributeError) as error:
         return f"{name} ({error})"
-    found = inspect.signature(target).parameters
+    found = inspect.signature(target).parameters if seam.parameters else {}
     missing = [parameter for parameter in seam.parameters if parameter not in found]
     return f"{name} has no parameter {', '.join(missing)}" if missing else None
