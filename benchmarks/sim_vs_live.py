@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,11 +25,15 @@ from benchmarks.live_run import ARMS, LiveRun, LiveStep
 from benchmarks.record import write_result
 from verl_rlhfless.demo.columns import PACE, WARM_UP
 from verl_rlhfless.live.pacing import PaceModel
+from verl_rlhfless.policy.arm import Arm
 from verl_rlhfless.policy.baselines.stock import StockSync
+from verl_rlhfless.policy.learnt import CostModel
+from verl_rlhfless.policy.snapshot import PoolSnapshot
 from verl_rlhfless.report.environment import code
 from verl_rlhfless.sim.cluster import Cluster
 from verl_rlhfless.sim.records import StepRecord
 from verl_rlhfless.sim.run import ArmRun
+from verl_rlhfless.sim.workload import StepData
 
 FIGURES = {"step_s": "seconds of a step", "gpu_s": "leased GPU-seconds of a step"}
 MAX_ERROR = 0.15
@@ -51,19 +55,44 @@ NOT_MODELLED = (
 
 def predict(run: LiveRun, costs: Costs) -> dict[str, dict[int, dict[str, Any]]]:
     """Return the simulated steps of both arms of a run, by arm and step."""
-    declared = run.settings.planning_pool()
-    pool = calibrated(declared, run.pace, costs)
-    cluster = Cluster("declared", pool.trainer.gpu, pool.num_gpus // pool.gpus_per_node, pool.gpus_per_node, 0.0)
-    elastic = LiveArm(run.settings, known_costs(declared, pool, run.data[0]))
-    found = {}
-    for name, arm in (("stock", StockSync(run.settings.tp)), ("elastic", elastic)):
-        record = ArmRun(arm, cluster, pool, run.data).run()
-        found[name] = {step.step: _predicted(step, pool.trainer.num_gpus, name) for step in record.steps}
-    return found
+    stage = Stage.of(run, costs, run.data)
+    return {
+        "stock": stage.steps(StockSync(run.settings.tp)),
+        "elastic": stage.steps(LiveArm(run.settings, stage.known)),
+    }
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What arms are simulated on: leases, engines and phases that take what a run took, and lengths.
+
+    Attributes:
+        pool: What may be leased.
+        data: Prompts and lengths by step.
+        known: What a live planner has learnt of the pool after some steps.
+    """
+
+    pool: PoolSnapshot
+    data: Sequence[StepData]
+    known: CostModel
+
+    @classmethod
+    def of(cls, run: LiveRun, costs: Costs, data: Sequence[StepData]) -> Stage:
+        """Return a run's device with what some run took, ``costs``."""
+        declared = run.settings.planning_pool()
+        pool = calibrated(declared, run.pace, costs)
+        return cls(pool, data, known_costs(declared, pool, data[0]))
+
+    def steps(self, arm: Arm) -> dict[int, dict[str, Any]]:
+        """Return what each step of an arm takes, by its number."""
+        pool = self.pool
+        cluster = Cluster("declared", pool.trainer.gpu, pool.num_gpus // pool.gpus_per_node, pool.gpus_per_node, 0.0)
+        record = ArmRun(arm, cluster, pool, self.data).run()
+        return {step.step: _predicted(step, pool.trainer.num_gpus, arm.name) for step in record.steps}
 
 
 def _predicted(step: StepRecord, num_gpus: int, arm: str) -> dict[str, Any]:
-    polled_s = -step.gen_s % POLL_S if arm == "stock" else 0.0
+    polled_s = -step.gen_s % POLL_S if arm == StockSync.name else 0.0
     gpu_s = step.gpu_s_allocated + polled_s * num_gpus
     return {"step_s": step.step_s + polled_s, "gpu_s": gpu_s, "fleet": step.fleet}
 

@@ -53,8 +53,10 @@ class Model(torch.nn.Module):
 def engine_config(tp: int, dtype: torch.dtype) -> Any:
     """Return what the worker extension reads of vLLM's configuration."""
     text_config = types.SimpleNamespace(tie_word_embeddings=True)
+    model = types.SimpleNamespace(dtype=dtype, hf_text_config=text_config, quantization=None)
+    model.word_embeddings_untied_by_checkpoint = False  # vLLM 0.29 and later ask for it
     return types.SimpleNamespace(
-        model_config=types.SimpleNamespace(dtype=dtype, hf_text_config=text_config, quantization=None),
+        model_config=model,
         parallel_config=types.SimpleNamespace(world_size=tp, tensor_parallel_size=tp),
         quant_config=None,
         lora_config=None,

@@ -53,10 +53,21 @@ class PromptOracle(Oracle):
     name: str = "oracle_prompts"
 
     def predict(self, memory: Memory, batch: Batch) -> Prediction:
-        """Return each group's true mean log length, and the distribution of all samples around it."""
-        lengths, group_of = self.lengths[batch.step], batch.group_of
-        log_length = np.log(lengths + 0.5)
-        mean = group_means(batch, log_length)[group_of]
-        sigma = max(float((log_length - mean).std()), KNOWN_SIGMA)
-        curve = learn_residuals(NORMAL, (log_length - mean) / sigma, lengths >= batch.max_response_tokens, rate=1.0)
-        return Prediction(mean, np.full(len(mean), sigma), int(lengths.max()) + 1, residuals_of(curve))
+        """Return what each prompt's true lengths tell of its samples."""
+        return exact_prompts(batch, self.lengths[batch.step])
+
+
+def exact_prompts(batch: Batch, lengths: IntArray) -> Prediction:
+    """Return the prediction of samples whose prompts' lengths are known: which of them is whose is not.
+
+    Each group has its true mean log length, and all have the distribution of all samples around it.
+
+    Args:
+        batch: The prompts.
+        lengths: [B] true tokens.
+    """
+    group_of, log_length = batch.group_of, np.log(lengths + 0.5)
+    mean = group_means(batch, log_length)[group_of]
+    sigma = max(float((log_length - mean).std()), KNOWN_SIGMA)
+    curve = learn_residuals(NORMAL, (log_length - mean) / sigma, lengths >= batch.max_response_tokens, rate=1.0)
+    return Prediction(mean, np.full(len(mean), sigma), int(lengths.max()) + 1, residuals_of(curve))
