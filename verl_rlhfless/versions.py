@@ -25,7 +25,8 @@ class Requirement:
 
 REQUIREMENTS = (
     Requirement("verl", ">=0.9.1,<0.10", "0.9.1"),
-    Requirement("vllm", ">=0.24,<0.29", "0.28.0 on CPU"),  # 0.24.0 is what verl[vllm] 0.9.1 selects on a GPU machine
+    # 0.24.0 is what verl[vllm] 0.9.1 selects; 0.32 asks for a transformers that verl 0.9.1 excludes
+    Requirement("vllm", ">=0.24,<0.32", "0.24.0, 0.28.0 and 0.31.0 on CPU"),
     Requirement("ray", ">=2.52,<3", "2.60.0"),  # 2.52 brought token authentication
     Requirement("hydra-core", ">=1.3.6,<1.4", "1.3.8"),  # 1.3.6 restricts what a configuration may instantiate
 )

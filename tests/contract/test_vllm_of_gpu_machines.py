@@ -20,13 +20,14 @@ pytestmark = pytest.mark.slow
 PATCHES = """
 import importlib, vllm
 assert vllm.__version__ == {version!r} and vllm.__file__.startswith({folder!r}), vllm.__file__
-from verl_rlhfless_patches import vllm_file_store, vllm_fork_server, vllm_shm_spin, vllm_worker_hook
-for patch in (vllm_file_store, vllm_fork_server, vllm_shm_spin, vllm_worker_hook):
+from verl_rlhfless_patches import vllm_file_store, vllm_fork_server, vllm_shm_spin, vllm_stop_strings, vllm_worker_hook
+for patch in (vllm_file_store, vllm_fork_server, vllm_shm_spin, vllm_stop_strings, vllm_worker_hook):
     patch.apply()
 for module in (
     "vllm.v1.executor.multiproc_executor",
     "vllm.v1.engine.utils",
     "vllm.distributed.device_communicators.shm_broadcast",
+    "vllm.v1.engine.detokenizer",
     "vllm.v1.worker.gpu_worker",
 ):
     importlib.import_module(module)
