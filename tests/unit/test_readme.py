@@ -105,14 +105,14 @@ def test_simulated_means_over_long_cells_are_the_recorded_ones() -> None:
     ours, last = wake_2["ours"], wake_30["ours"]
     told = flat(README)
     assert (
-        f"a step costs {ours['cost_stock']:.2f} of stock's with the smallest engines that fit, and "
-        f"{ours['cost_best']:.2f} (at {ours['t_best']:.2f} of the time) with engines of the best size"
+        f"a step costs {ours['cost_stock']:.2f} of stock's if stock has the smallest tensor-parallel size that fits, "
+        f"and {ours['cost_best']:.2f} (at {ours['t_best']:.2f} of the time) if it has the best one"
     ) in told
     assert (
-        f"{ours['x_stock']:.2f}x the speed of stock with the smallest engines that fit, at {ours['cost_stock']:.2f} of "
-        f"its cost; {ours['t_best']:.2f} of the step with engines of the best size, at {ours['cost_best']:.2f}. With "
-        f"wakes of 30 s the latter are {last['t_best']:.2f} and {last['cost_best']:.2f}. A step no slower than the "
-        f"best size costs {wake_2['ours_notslower']['cost_best']:.2f} of it"
+        f"{ours['x_stock']:.2f}x the speed of stock at {ours['cost_stock']:.2f} of its cost, if it has the smallest "
+        f"tensor-parallel size that fits; {ours['t_best']:.2f} of its step at {ours['cost_best']:.2f}, if it has the "
+        f"best one. With wakes of 30 s the latter are {last['t_best']:.2f} and {last['cost_best']:.2f}. A step no "
+        f"slower than the best size's costs {wake_2['ours_notslower']['cost_best']:.2f} of it"
     ) in told
     assert (
         f"costs {wake_2['ours_notslower']['cost_best']:.2f} of it (wake 2 s); with true lengths "
