@@ -23,8 +23,8 @@ def register(app: typer.Typer, trace_app: typer.Typer) -> None:
 
 def ab(
     command: Annotated[str, typer.Argument(help='`python -m verl.trainer.main_ppo ...`, or a script ending in "$@".')],
-    out: Annotated[Path, typer.Option(help="Folder of records, logs and report; run again to take it up.")],
-    steps: Annotated[int, typer.Option(help="Training steps of each arm.")],
+    out: Annotated[Path, typer.Option(help="Folder of report, records and logs; the same command goes on there.")],
+    steps: Annotated[int, typer.Option(help="Training steps of each arm; the first is a warm-up.")],
     arms: Annotated[
         str,
         typer.Option(
@@ -40,9 +40,7 @@ def ab(
             "about the same. Fewer make updates slower and optimizer shards larger."
         ),
     ] = None,
-    trace: Annotated[
-        Path | None, typer.Option(help="Replay these lengths in every arm, so that all do the same.")
-    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="Replay these response lengths in every arm: equal work.")] = None,
     plugin_override: Annotated[
         list[str] | None, typer.Option(help="Hydra override for the plugin's arms only; may be repeated.")
     ] = None,
@@ -60,7 +58,9 @@ def ab(
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="The --out of `rlhfless ab` or `rlhfless demo`, or one arm's folder.")],
+    folder: Annotated[
+        Path, typer.Argument(help="The --out of `rlhfless ab`, a column of `rlhfless demo` (OUT/unpaced), or an arm.")
+    ],
 ) -> None:
     """Write report.md and timeline.png into a folder of records: tables, every lease, predicted and measured."""
     from verl_rlhfless.report.folder import write_report

@@ -51,7 +51,8 @@ def _one_line() -> Iterator[None]:
             raise
         usage: Any = error
         command = usage.ctx.command_path if usage.ctx else "rlhfless"
-        _end(f"{usage.format_message().rstrip('.')}. See `{command} --help`.")
+        told = usage.format_message().rstrip(".")
+        _end(f"{told}{'' if told.endswith('?') else '.'} See `{command} --help`.")
     except OSError as error:
         _end(f"{error.filename}: {why(error)}. Correct it, or name another file." if error.filename else why(error))
     except MemoryError:
@@ -65,7 +66,8 @@ def _end(message: str) -> NoReturn:
     raise typer.Exit(BAD_INPUT) from None
 
 
-app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, help="Elastic, serverless RLHF on verl.")
+_HELP = "Elastic, serverless RLHF on verl. Begin with `rlhfless doctor`; README.md has the rest."
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, help=_HELP)
 
 
 def _print_version(wanted: bool) -> None:
@@ -93,13 +95,19 @@ def doctor() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for ab.json, logs and records.")],
-    data: Annotated[Path | None, typer.Option(help="GSM8K-style JSON Lines (default: arithmetic of its own).")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for tables, pictures, logs and records.")],
+    data: Annotated[Path | None, typer.Option(help="JSON Lines as of GSM8K (default: arithmetic of its own).")] = None,
     steps: Annotated[int, typer.Option(help="Training steps of each arm.")] = 7,
     seed: Annotated[int, typer.Option(help="Seed of model, data and sampling.")] = 1,
     arms: Annotated[str, typer.Option(help="Comma-separated: stock, elastic, resident.")] = "stock,elastic",
-    columns: Annotated[str, typer.Option(help="Comma-separated clocks: unpaced, parked, cold.")] = "unpaced",
-    ablate: Annotated[bool, typer.Option("--ablate", help="Also run each arm without each part of ours.")] = False,
+    columns: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: unpaced (as fast as this host is); paced to a declared GPU, with engines that sleep "
+            "between steps (parked) or start anew (cold)."
+        ),
+    ] = "unpaced",
+    ablate: Annotated[bool, typer.Option("--ablate", help="Also run each arm with single parts left out.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Replay the lengths of this trace, scaled to fit.")] = None,
 ) -> None:
     """Train a tiny model with stock verl and with elastic replicas, and compare them.

@@ -42,6 +42,7 @@ _MIN_FREE_SHM_GIB = 1.0  # what Ray's object store and vLLM's message queues tak
 _USUAL_PARAMS = 7.6e9  # of Qwen2.5-7B, the size that is told how much shared memory it takes
 _BYTES_PER_PARAM = 2  # bfloat16, in which weights travel
 _REINSTALL = "Install this package again, in its source folder: pip install --no-deps --force-reinstall ."
+_INSTALL_FLASH = "pip install wheel ninja && pip install --no-build-isolation 'flash-attn>=2.8.3,<3'"
 _STYLES: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
@@ -155,7 +156,7 @@ def check_flash_attention(num_gpus: int) -> Finding:
     if not num_gpus:
         return Finding("flash-attn", "ok", "not installed, not needed in CPU mode")
     action = (
-        "pip install '.[gpu]' in this package's source folder, or append "
+        f"{_INSTALL_FLASH} (it needs nvcc, and builds against the torch that is there), or append "
         "+actor_rollout_ref.model.override_config.attn_implementation=sdpa to the recipe."
     )
     return Finding("flash-attn", "warn", "not installed: verl's flash_attention_2 is not available", action)

@@ -189,7 +189,7 @@ def generate(
     steps_per_epoch: Annotated[int, typer.Option(help="Steps of an epoch.")] = 4,
     groups: Annotated[int, typer.Option(help="Prompts of a step.")] = 128,
     n: Annotated[int, typer.Option("--n", help="Responses per prompt.")] = 8,
-    max_response_tokens: Annotated[int, typer.Option(help="Cap.")] = 32768,
+    max_response_tokens: Annotated[int, typer.Option(help="Longest response: longer ones are cut.")] = 32768,
     prompt_tokens: Annotated[int, typer.Option(help="Mean prompt tokens.")] = 250,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
 ) -> None:

@@ -82,7 +82,3 @@ def test_a_simulation_holds_what_is_shown(tmp_path: Path) -> None:
     arguments = ["simulate", str(tmp_path / "trace.jsonl"), "--arms", "ours", "--json", str(tmp_path / "out.json")]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert_has_keys(json.loads(block("rlhfless-sim/1")), json.loads((tmp_path / "out.json").read_text()))
-
-
-def test_the_source_distribution_has_it() -> None:
-    assert '    "/FORMATS.md",\n' in (ROOT / "pyproject.toml").read_text()

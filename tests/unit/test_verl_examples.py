@@ -66,12 +66,12 @@ def composed(name: str, data: list[str], *ours: str) -> DictConfig:
         return compose("ppo_trainer", overrides=overrides, return_hydra_config=True)
 
 
-def test_the_readme_counts_them() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_page_on_compatibility_counts_them() -> None:
+    page = (Path(__file__).parents[2] / "COMPATIBILITY.md").read_text()
     counts = (
         f"{len(RUN)} start as they are, {len(CHANGED)} once changed as their refusal says, {len(REFUSED)} are refused"
     )
-    assert f"{len(EXAMPLES)} of verl's examples are composed with ours in the tests: {counts}." in readme
+    assert f"{len(EXAMPLES)} of verl's examples are composed with ours in the tests: {counts}." in page
 
 
 @pytest.mark.parametrize("name", RUN)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +68,15 @@ def _read(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Path]]:
     if (folder / LEASES_FILE).exists():
         name = folder.resolve().name
         return {"format": FORMAT, "arms": {name: build_arm(folder).as_json()}, "guards": []}, {name: folder}
-    arms = sorted(_arm_folders(folder))
-    hint = f"An unfinished comparison? Give one of its arms: {folder / arms[0]}." if arms else "Give another one."
-    raise DataError(f"{folder}: holds neither {RECORD_FILE} nor {LEASES_FILE}. {hint}")
+    raise DataError(f"{folder}: holds neither {RECORD_FILE} nor {LEASES_FILE}. {_what_to_give(folder)}")
 
 
-def _arm_folders(folder: Path) -> Iterable[str]:
-    return (path.parent.name for path in folder.glob(f"*/{LEASES_FILE}"))
+def _what_to_give(folder: Path) -> str:
+    if columns := sorted(folder.glob(f"*/{RECORD_FILE}")):
+        return f"Give one of the demo's columns: {columns[0].parent}."
+    if arms := sorted(folder.glob(f"*/{LEASES_FILE}")):
+        return f"An unfinished comparison? Give one of its arms: {arms[0].parent}."
+    return "Give the --out of `rlhfless ab`, or an arm's folder."
 
 
 def _parse(path: Path) -> Mapping[str, Any]:

@@ -59,7 +59,7 @@ def load_model(name_or_path: str) -> ModelShape:
         raise ConfigError(
             "--model",
             name_or_path,
-            f"must be one of {', '.join(MODELS)}, or a config.json",
+            f"must be one of {', '.join(MODELS)}, or the path of a model's config.json",
             what_to_do(name_or_path, MODELS, "Choose one."),
         )
     try:

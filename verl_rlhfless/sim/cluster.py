@@ -89,7 +89,7 @@ def load_cluster(name_or_path: str) -> Cluster:
         raise ConfigError(
             "--cluster",
             name_or_path,
-            f"must be one of {', '.join(CLUSTERS)}, or a JSON file",
+            f"must be one of {', '.join(CLUSTERS)}, or a JSON file (FORMATS.md)",
             what_to_do(name_or_path, CLUSTERS, "Choose one of them."),
         )
     try:

@@ -93,12 +93,16 @@ def test_an_asynchronous_arm_is_marked(compared: Path) -> None:
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         write_report(tmp_path / "none")
-    with pytest.raises(DataError, match=r"holds neither ab\.json nor leases\.jsonl. Give another one"):
+    with pytest.raises(DataError, match=r"holds neither ab\.json nor leases\.jsonl. Give the --out of"):
         write_report(tmp_path)
     (tmp_path / "stock").mkdir()
     stock_run(tmp_path / "stock")
     with pytest.raises(DataError, match=r"unfinished comparison.*stock"):
         write_report(tmp_path)
+    (tmp_path / "demo" / "unpaced").mkdir(parents=True)
+    (tmp_path / "demo" / "unpaced" / "ab.json").write_text("{}")
+    with pytest.raises(DataError, match=r"Give one of the demo's columns: \S+demo/unpaced\."):
+        write_report(tmp_path / "demo")
     for content, says in [
         ("{", "is not JSON"),
         ('{"format": "x"}', "is not a record"),
