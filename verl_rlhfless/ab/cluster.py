@@ -213,18 +213,15 @@ def _check_shared(address: str, folder: Path) -> None:
 
     can_write = ray.remote(num_cpus=0)(_can_write)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".shared-") as marker:
-        answers = {
-            node["NodeManagerAddress"]: can_write.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(marker.name)
-            for node in ray.nodes()
-            if node["Alive"]
-        }
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        only = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+        asked = [can_write.options(scheduling_strategy=where).remote(marker.name) for where in only]
         try:
-            blind = [name for name, answer in answers.items() if not ray.get(answer, timeout=_SHARED_TIMEOUT_S)]
+            answers = ray.get(asked, timeout=_SHARED_TIMEOUT_S)
         except ray.exceptions.RayError as error:
-            what = " ".join(str(error).split())
+            what = str(error).strip().splitlines()[-1]  # of a traceback the exception
             raise RlhflessError(f"RAY_ADDRESS={address}: a node does not say what it sees: {what}") from error
+    blind = [node["NodeManagerAddress"] for node, answer in zip(nodes, answers, strict=True) if not answer]
     if blind:
         raise RlhflessError(
             f"RAY_ADDRESS={address}: {folder} cannot be written on node {', '.join(blind)}, and every node records "

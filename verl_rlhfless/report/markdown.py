@@ -63,8 +63,9 @@ _LEGEND = (
     "leased = busy + idle + start-up, from the first grant to the last release; step s, gen s and reward are means "
     "over the steps. A GPU is *busy* while a trainer phase runs or its engine has a request, *starting up* from its "
     "grant to its first use. *Parked* are engines that sleep without a lease, at no charge. - = not known. Validation "
-    "is in the GPU-seconds but not in step s, which is verl's own timer. Arms run one after another: the first one "
-    "also fills the caches (files of the model, compiled kernels) that later ones find at their start."
+    "is in the GPU-seconds but not in step s, which is verl's own timer; gen s is its wait for samples, before which "
+    "an elastic step has begun to start replicas. Arms run one after another: the first one also fills the caches "
+    "(files of the model, compiled kernels) that later ones find at their start."
 )
 
 
