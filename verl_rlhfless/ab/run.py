@@ -213,6 +213,8 @@ def common_overrides(facts: RecipeFacts, options: AbOptions, folder: Path) -> li
         LOGGER,
         f"trainer.rollout_data_dir={hydra_quoted(folder / ROLLOUT_FOLDER)}",
         f"trainer.default_local_dir={hydra_quoted(folder / CHECKPOINT_FOLDER)}",
+        "trainer.default_hdfs_dir=null",  # where the recipe keeps what a real run wrote, under the same step numbers
+        "trainer.validation_data_dir=null",
         f"hydra.run.dir={hydra_quoted(folder / HYDRA_FOLDER)}",
         *(f"ray_kwargs.ray_init.{name}=null" for name in facts.ray_limits),  # the cluster runs already
     ]
