@@ -59,6 +59,7 @@ _TRAINED = (
     *(f"trainer.{key}" for key in ("n_gpus_per_node", "nnodes", "save_freq", "test_freq", "val_before_train")),
 )
 """What says how a recipe trains."""
+_COUNTS = ("gpus_per_node", "nnodes", "tp", "prompts", "samples", "mini_batch")
 _UNNAMED = ("trainer.project_name=probe", "trainer.experiment_name=probe")  # which scripts like to make of the date
 _BEGIN = f"# @package {_NODE}\n"
 _END = "is_complete: true"
@@ -219,13 +220,13 @@ def read_facts(text: str, out: str, inherited: Mapping[str, str]) -> RecipeFacts
     if not is_complete:
         raise ConfigError("COMMAND", text, "overrides do not reach verl", 'End its training command in "$@".')
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(answer))  # type: ignore[assignment]
-    _check(text, values)
+    _check(values)
     has_pool = values["has_reward_model"] and values["has_reward_pool"]
     reward_gpus = values["reward_nnodes"] * values["reward_gpus_per_node"] if has_pool else 0
     teacher_gpus = values["teacher_nnodes"] * values["teacher_gpus_per_node"] if values["has_teachers"] else 0
     return RecipeFacts(
-        **{name: int(values[name]) for name in ("gpus_per_node", "nnodes", "tp", "prompts", "samples", "mini_batch")},
-        epochs=int(values["epochs"]),
+        **{name: values[name] for name in _COUNTS},
+        epochs=values["epochs"],
         seed=values["seed"],
         is_fp32=values["rollout_dtype"] == "float32" and values["precision"] in ("fp32", "float32"),
         has_switch=values["switch"] is not None,
@@ -255,7 +256,7 @@ def _first_step(values: Mapping[str, Any]) -> int:
     return int(step) if values["resume_mode"] == "resume_path" and step.isdecimal() else 0
 
 
-def _check(text: str, values: Mapping[str, Any]) -> None:
+def _check(values: Mapping[str, Any]) -> None:
     if not values["use_v1"]:
         raise ConfigError("trainer.use_v1", False, "the v0 trainer is not supported", "Set trainer.use_v1=True.")
     if values["mode"] != "sync":
@@ -271,6 +272,6 @@ def _check(text: str, values: Mapping[str, Any]) -> None:
         rule = "the recipe chooses its Ray cluster itself, which is not the one that is watched"
         action = "Remove it, and set RAY_ADDRESS for this command."
         raise ConfigError("ray_kwargs.ray_init.address", values["ray_address"], rule, action)
-    missing = [_KEYS[name] for name in ("gpus_per_node", "nnodes", "tp", "prompts", "samples") if not values[name]]
-    if missing:
-        raise ConfigError(missing[0], None, f"is not set, or 0, in {text!r}", "Set it in the recipe.")
+    for name in (*_COUNTS, "epochs"):
+        if not isinstance(values[name], int) or values[name] < 1:
+            raise ConfigError(_KEYS[name], values[name], "must be a whole number from 1 on", "Set it in the recipe.")

@@ -78,7 +78,9 @@ def test_a_recipe_that_goes_on_from_a_checkpoint_says_from_which_step() -> None:
         (printed(ours="elastic"), "chooses parts of this plugin"),
         (printed(logger="[console, wandb]"), r"trainer\.logger=.*'wandb'.*Move \"\$@\" to the end"),
         (printed(ray_address="10.0.0.1:6379"), r"ray_init\.address='10.0.0.1:6379'.*not the one that is watched"),
-        (printed(prompts="null"), r"data\.train_batch_size.*is not set"),
+        (printed(prompts="null"), r"data\.train_batch_size=None: must be a whole number from 1 on"),
+        (printed(mini_batch="null"), r"ppo_mini_batch_size=None: must be a whole number from 1 on"),
+        (printed(nnodes="two"), r"trainer\.nnodes='two': must be a whole number from 1 on"),
     ],
 )
 def test_a_recipe_that_cannot_be_compared_is_refused(out: str, says: str) -> None:
