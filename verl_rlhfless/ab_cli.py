@@ -79,7 +79,8 @@ def record(
         raise ConfigError("--out", str(out), "must be named *.jsonl or *.jsonl.gz", "Write --out trace.jsonl.")
     check_file("--out", out)
     written = record_trace(folder, out)
+    left_out = f"; left out {written.num_left_out} unfinished steps" if written.num_left_out else ""
     typer.echo(
         f"wrote {out}: {written.num_steps} steps, {written.num_groups} groups, {written.num_samples} responses of "
-        f"{written.response_tokens:,} tokens"
+        f"{written.response_tokens:,} tokens{left_out}"
     )

@@ -185,6 +185,8 @@ def test_verls_training_worker_records_the_lengths_that_it_stores(
         (0, 0): 7, (0, 1): MAX_RESPONSE_TOKENS, (1, 0): 9, (1, 1): 11,
     }  # fmt: skip
     assert [s.prompt for s in samples if s.row == 0] != [s.prompt for s in samples if s.row == 1]
+    ended = [{"step": sample.step, "data": {"timing_s/step": 1.0}} for sample in samples]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ended))
     assert record_trace(tmp_path, tmp_path / "recorded.jsonl").num_samples == 4, "validation is no training sample"
 
 

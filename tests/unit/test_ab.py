@@ -103,6 +103,15 @@ def test_the_drivers_advantage_and_a_validation_keep_no_trainer_gpu_busy(tmp_pat
     assert figures(run, 1).gpu.allocated == 100.0  # the step began 50 s before its metrics were written
 
 
+def test_replicas_of_verls_on_gpus_of_their_own_work_there_and_trainer_phases_do_not(tmp_path):
+    run = RunFolder(tmp_path).lease("global_poolverl_group_2:0", 2, 0.0, 100.0).host(0.0, 100.0)
+    for rank in (0, 1):  # separate_async
+        run.lease(f"rollout_pool_{rank}verl_group_1:0", 1, 5.0, 100.0)
+        run.engine(20 + rank, None, rank, (10.0,), (42.0, 58.0))
+    run.step(1, 60.0, step=20, gen=5, update_actor=10)
+    assert figures(run, 1).gpu.busy == 2 * 10.0 + 2 * 16.0
+
+
 def test_the_trainer_is_usable_from_an_initial_validation_on(tmp_path):
     run = RunFolder(tmp_path).lease("pool", 1, 0.0, 100.0).host(0.0, 100.0)
     run.append("metrics.jsonl", {"step": 0, "data": {"val-core/x": 1.0}})

@@ -11,12 +11,14 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
 
 from verl_rlhfless.ab.command import hydra_quoted
 from verl_rlhfless.errors import ConfigError, RlhflessError
+from verl_rlhfless.live.events import OBSERVER_DIR_VARIABLE
 from verl_rlhfless.processes import end_processes, process_key
 from verl_rlhfless.shared_memory import mapped_segments, queue_segments, unlink_segments
 
@@ -24,6 +26,9 @@ _RUN_VARIABLE = "RLHFLESS_RUN_ID"
 _IDLE_TIMEOUT_S = 30.0
 _CONNECT_TIMEOUT_S = 5.0
 _POLL_S = 0.2
+_DEVICES = "CUDA_VISIBLE_DEVICES"  # of the recipe's own host; a running cluster gives each worker its devices
+_LONGEST_ROOT = 24  # of the 107 bytes of a socket's name, our folder takes 18 and Ray 64
+_SHARED_TIMEOUT_S = 60.0
 _RAY_ENVIRONMENT = {"RAY_worker_maximum_startup_concurrency": "8"}  # Ray warns when 4x as many start at once
 
 
@@ -99,13 +104,19 @@ def marked(environment: Mapping[str, str]) -> Iterator[Mark]:
     run_id = uuid.uuid4().hex
     segments_before = frozenset(queue_segments())
     inherited = {**_RAY_ENVIRONMENT, **environment, _RUN_VARIABLE: run_id}
-    temp_dir = tempfile.mkdtemp(prefix="rlhfless-")
+    temp_dir = tempfile.mkdtemp(prefix="rlhfless-", dir=_short_root())
     try:
         yield Mark(run_id, inherited, segments_before, temp_dir)
     finally:
         _end_marked_processes(run_id)
         unlink_segments(_unmapped_segments() - segments_before)
         shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def _short_root() -> str:
+    """Return where temporary files go; ``/tmp`` when Ray could not name its sockets below a longer path."""
+    root = tempfile.gettempdir()
+    return root if len(root) <= _LONGEST_ROOT else "/tmp"
 
 
 @contextlib.contextmanager
@@ -115,20 +126,30 @@ def private_cluster(num_gpus: int, environment: Mapping[str, str], size: HostSiz
 
     with marked(environment) as mark:
         try:
-            with _environment(mark.environment):
-                context = ray.init(
-                    "local",  # never join a cluster that happens to run on this host
-                    num_gpus=num_gpus,
-                    num_cpus=size.num_cpus,
-                    object_store_memory=size.object_store_bytes,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                    _temp_dir=mark.temp_dir,
-                )
-            yield mark.cluster(context.address_info["gcs_address"])
+            yield mark.cluster(_start_private(mark, num_gpus, size))
         finally:
             ray.shutdown()
+
+
+def _start_private(mark: Mark, num_gpus: int, size: HostSize) -> str:
+    """Start a cluster whose processes have the mark, and return its address."""
+    import ray
+
+    try:
+        with _environment(mark.environment):
+            context = ray.init(
+                "local",  # never join a cluster that happens to run on this host
+                num_gpus=num_gpus,
+                num_cpus=size.num_cpus,
+                object_store_memory=size.object_store_bytes,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _temp_dir=mark.temp_dir,
+            )
+    except (OSError, RuntimeError, ValueError) as error:  # OSError: a ConnectionError, too
+        raise RlhflessError(f"a private Ray cluster does not start: {' '.join(str(error).split())}") from error
+    return str(context.address_info["gcs_address"])
 
 
 @contextlib.contextmanager
@@ -139,7 +160,8 @@ def running_cluster(address: str, num_gpus: int, environment: Mapping[str, str])
 
     Raises:
         ConfigError: Nothing answers there.
-        RlhflessError: Ray cannot connect, it has fewer than ``num_gpus`` GPUs, or others use some of them.
+        RlhflessError: Ray cannot connect, it has fewer than ``num_gpus`` GPUs, others use some of them, or a node does
+            not see the folder of the records.
     """
     import ray
 
@@ -154,7 +176,9 @@ def running_cluster(address: str, num_gpus: int, environment: Mapping[str, str])
         raise RlhflessError(f"RAY_ADDRESS={address}: {' '.join(str(error).split())}. {what}") from error
     try:
         _wait_until_idle(address, num_gpus)
-        overrides = tuple(_inherited(name, value) for name, value in inherited.items())
+        if folder := environment.get(OBSERVER_DIR_VARIABLE):
+            _check_shared(address, Path(folder))
+        overrides = tuple(_inherited(name, value) for name, value in inherited.items() if _travels(name, value))
         yield Cluster(context.address_info["gcs_address"], run_id, inherited, segments_before, overrides)
     finally:
         ray.shutdown()
@@ -180,6 +204,34 @@ def _wait_until_idle(address: str, num_gpus: int) -> None:
                 "Wait for them, or use another cluster."
             )
         time.sleep(_POLL_S)
+
+
+def _check_shared(address: str, folder: Path) -> None:
+    """Check that every node writes where records are read: what is missing of an arm would look idle."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    can_write = ray.remote(num_cpus=0)(_can_write)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".shared-") as marker:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        only = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+        asked = [can_write.options(scheduling_strategy=where).remote(marker.name) for where in only]
+        try:
+            answers = ray.get(asked, timeout=_SHARED_TIMEOUT_S)
+        except ray.exceptions.RayError as error:
+            what = str(error).strip().splitlines()[-1]  # of a traceback the exception
+            raise RlhflessError(f"RAY_ADDRESS={address}: a node does not say what it sees: {what}") from error
+    blind = [node["NodeManagerAddress"] for node, answer in zip(nodes, answers, strict=True) if not answer]
+    if blind:
+        raise RlhflessError(
+            f"RAY_ADDRESS={address}: {folder} cannot be written on node {', '.join(blind)}, and every node records "
+            "there. Give an --out that all nodes share."
+        )
+
+
+def _can_write(marker: str) -> bool:
+    path = Path(marker)
+    return path.exists() and os.access(path.parent, os.W_OK)
 
 
 def check_address(address: str) -> None:
@@ -218,6 +270,11 @@ def _current_cluster() -> str:
     from ray._private.services import canonicalize_bootstrap_address
 
     return str(canonicalize_bootstrap_address("auto"))
+
+
+def _travels(name: str, value: str) -> bool:
+    """Return whether a variable may go through verl's configuration, in which ``${`` and line breaks mean something."""
+    return name != _DEVICES and "${" not in value and "\n" not in value
 
 
 def _inherited(name: str, value: str) -> str:

@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,10 @@ MAIN = "verl.trainer.main_ppo"
 _KEY = "COMMAND"
 _SHELLS = ("bash", "sh", "zsh")
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
-_ASSIGNED_IN_SCRIPT = re.compile(r"^\s*(?:export\s+)?([A-Za-z_]\w*)=", re.MULTILINE)
 _FORWARDED = re.compile(r"\$(?:[@*]|\{[@*])")
+_FORWARDED_WHOLE = re.compile(r'"\$(?:@|\{@[^}]*\})"')
 _MAIN = re.compile(r"verl[./]trainer[./]main_ppo\b")
-_OURS = re.compile(r"(?:^|[\s\"'])[+~]{0,2}rlhfless[./=@]")
+_OURS = re.compile(r"(?:^|[\s\"'])[+~]{0,2}rlhfless(?:[./@][\w./@]*)?=")
 _MODE = re.compile(r"trainer\.v1\.trainer_mode=[\"']?(\w+)")
 _OWN_CLUSTER = re.compile(r"\bray\s+(?:start|stop|job)\b")
 
@@ -37,19 +37,30 @@ class Recipe:
         text: The command as it was given.
         shell: What a shell runs: ``text``, with its script handed to bash.
         script: The script that the command runs; ``None`` = Python itself.
-        variables: Names that the command or its script assigns; where they are exported, Ray's processes need them.
         folder: Working directory.
+        splits_words: Whether the script hands overrides on as ``$@`` without quotes, which takes them apart at blanks.
     """
 
     text: str
     shell: str
     script: Path | None
-    variables: tuple[str, ...]
     folder: Path
+    splits_words: bool = False
 
     def argv(self, overrides: Sequence[str]) -> list[str]:
         """Return the command line that runs the recipe with ``overrides`` appended."""
         return ["bash", "-c", f'{self.shell} "$@"', "rlhfless-ab", *overrides]
+
+    def check_words(self, words: Iterable[str]) -> None:
+        """Refuse overrides, or parts of them, that the script would not hand on as they are.
+
+        Raises:
+            ConfigError: One has a blank, and the script takes words apart.
+        """
+        broken = next((word for word in words if self.splits_words and len(word.split()) > 1), None)
+        if broken is not None:
+            rule = f"hands overrides on without quotes, which takes {broken!r} apart at its blanks"
+            raise ConfigError(_KEY, self.text, rule, 'Write "$@" instead of $@ in the script.')
 
     def digest(self) -> str:
         """Return a digest of the command, of the script's text and of the folder in which both are meant."""
@@ -86,20 +97,20 @@ def parse_recipe(text: str, folder: Path) -> Recipe:
     text = text.replace("\\\n", " ").strip()
     words = _words(text)
     first = next((i for i, word in enumerate(words) if not _ASSIGNMENT.match(word)), len(words))
-    assigned, rest = [word.split("=", 1)[0] for word in words[:first]], words[first:]
+    rest = words[first:]
     if not rest:
         raise ConfigError(_KEY, text, "runs nothing", f"Give `python -m {MAIN} ...` or a script.")
     name = _script_name(text, rest)
     if name is None:
         _check_is_verl(text, rest)
         _check_arms_own_keys(" ".join(rest))
-        return Recipe(text, text, None, tuple(assigned), folder)
+        return Recipe(text, text, None, folder)
     script = (folder / os.path.expandvars(name)).expanduser()
     content = _script_text(name, script)
     _check_arms_own_keys("\n".join([content, *rest[1:]]))
-    shell = text if rest[0] in _SHELLS else text.replace(name, f"bash {name}", 1)
-    variables = dict.fromkeys([*assigned, *_ASSIGNED_IN_SCRIPT.findall(content)])
-    return Recipe(text, shell, script, tuple(variables), folder)
+    spelled = re.compile(rf"(?<!\S)(['\"]?){re.escape(name)}\1(?!\S)")
+    shell = text if rest[0] in _SHELLS else spelled.sub(lambda found: f"bash {found[0]}", text, count=1)
+    return Recipe(text, shell, script, folder, splits_words=not _FORWARDED_WHOLE.search(content))
 
 
 def _words(text: str) -> list[str]:

@@ -27,7 +27,8 @@ class Kept:
     Attributes:
         out: The folder.
         recipe: What all arms have in common, as plain JSON; ``text`` and ``digest`` name it.
-        versions: Of the stack that the arms are run with, and of a checkout of this package its commit.
+        versions: Of the stack that the arms are run with, of a checkout of this package its commit, the host's GPUs,
+            how the recipe trains, and the trace's text.
     """
 
     out: Path
@@ -56,10 +57,12 @@ class Kept:
     def finished(self, name: str, argv: list[str]) -> ArmOutcome | None:
         """Return how the arm ended when it was run with the same command and versions and did not fail."""
         record = _read(self.out / name / OUTCOME_FILE)
-        if record is None or record.get("made_by") != self._made_by(argv) or record["outcome"]["exit_code"] != 0:
+        if record is None or record.get("made_by") != self._made_by(argv):
             return None
         outcome = record["outcome"]
-        return ArmOutcome(self.out / name, 0, tuple(outcome["leftovers"]), outcome["why"])
+        if outcome["exit_code"] != 0 or outcome["why"] is not None:
+            return None
+        return ArmOutcome(self.out / name, 0, tuple(outcome["leftovers"]))
 
     def keep(self, name: str, argv: list[str], outcome: ArmOutcome) -> None:
         """Note how the arm ended."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +17,10 @@ from verl_rlhfless.ab.command import Recipe, shell_environment
 from verl_rlhfless.ab.process import end_group
 from verl_rlhfless.config import LEAVING_STRATEGIES
 from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.live.startup import CHECK_ONLY_VARIABLE
+
+LOGGER = 'trainer.logger=["console","file"]'
+"""An override of every arm: without verl's file nothing would be known of its steps."""
 
 _NODE = "rlhfless_probe"
 _TIMEOUT_S = 300.0
@@ -32,16 +39,35 @@ _KEYS = {
     "ours": "rlhfless.pool.name",
     "rollout_dtype": f"{_ROLLOUT}.dtype",
     "strategy": "actor_rollout_ref.actor.strategy",
+    "logger": "trainer.logger",
     "switch": "trainer.v1.separate_async.hybrid_rollout.enable_switch",
     "has_reward_pool": "reward.reward_model.enable_resource_pool",
     "has_reward_model": "reward.reward_model.enable",
     "reward_nnodes": "reward.reward_model.nnodes",
     "reward_gpus_per_node": "reward.reward_model.n_gpus_per_node",
+    "has_teachers": "distillation.enabled",
+    "teacher_nnodes": "distillation.nnodes",
+    "teacher_gpus_per_node": "distillation.n_gpus_per_node",
+    "ray_address": "ray_kwargs.ray_init.address",
     "ray_num_cpus": "ray_kwargs.ray_init.num_cpus",
     "ray_num_gpus": "ray_kwargs.ray_init.num_gpus",
+    "resume_mode": "trainer.resume_mode",
+    "resume_from": "trainer.resume_from_path",
 }
+_TRAINED = (
+    *("data", "actor_rollout_ref", "algorithm", "critic", "reward", "distillation"),
+    *(f"trainer.{key}" for key in ("n_gpus_per_node", "nnodes", "save_freq", "test_freq", "val_before_train")),
+)
+"""What says how a recipe trains."""
+_COUNTS = ("gpus_per_node", "nnodes", "tp", "prompts", "samples", "mini_batch")
+_UNNAMED = ("trainer.project_name=probe", "trainer.experiment_name=probe")  # which scripts like to make of the date
+_BEGIN = f"# @package {_NODE}\n"
+_END = "is_complete: true"
+_REFUSED = "rlhfless: error: "
+_VALID_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_OF_SHELLS = ("PWD", "OLDPWD", "SHLVL", "_")
+_ASIDE = re.compile(r"Set the environment|\++ |INFO|WARNING")
 _HYDRA_ERRORS = ("Could not", "Error", "In '", "Key ", "You must", "missing ", "no viable", "mismatched")
-_YAML_LINE = re.compile(r"\w+:|\s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +86,11 @@ class RecipeFacts:
         is_fp32: Whether engine and trainer compute in float32, so that their probabilities agree closely.
         has_switch: Whether this verl can lend idle trainer GPUs to the rollout.
         can_leave: Whether the trainer may give its GPUs back during rollouts.
-        extra_gpus: GPUs of a pool of its own for a reward model.
+        extra_gpus: GPUs of pools of their own for a reward model and for teachers.
         ray_limits: Keys of ``ray_kwargs.ray_init`` that don't go with a cluster that runs.
-        environment: What the recipe assigns and exports to its process, by name.
+        environment: What the recipe changes in the environment of its process, by name.
+        first_step: Step of the checkpoint that it begins with; 0 = none.
+        trained: Digest of how it trains, after its configuration files and variables.
     """
 
     gpus_per_node: int
@@ -79,6 +107,8 @@ class RecipeFacts:
     extra_gpus: int
     ray_limits: tuple[str, ...]
     environment: Mapping[str, str]
+    first_step: int = 0
+    trained: str = ""
 
     @property
     def trainer_gpus(self) -> int:
@@ -102,24 +132,49 @@ def probe(recipe: Recipe) -> RecipeFacts:
     Raises:
         ConfigError: It cannot be composed, takes no overrides, or chooses what the arms choose.
     """
-    return read_facts(recipe.text, _compose(recipe))
+    inherited = shell_environment()
+    return read_facts(recipe.text, _compose(recipe, inherited), inherited)
 
 
-def _compose(recipe: Recipe) -> str:
-    names = dict.fromkeys([*recipe.variables, "VERL_PLATFORM"])
-    asked = [f'{name}: "${{oc.select:{key},null}}"' for name, key in _KEYS.items()]
-    precision = 'precision: "${oc.select:actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype,null}"'
-    exported = ", ".join(f'{name}: "${{oc.env:{name},null}}"' for name in names)
-    node = f"+{_NODE}={{{', '.join([*asked, precision])}, environment: {{{exported}}}}}"
-    command = recipe.argv([node, "--cfg", "job", "--package", _NODE, "--resolve"])
+def _compose(recipe: Recipe, environment: Mapping[str, str]) -> str:
+    keys = {**_KEYS, "precision": "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype"}
+    asked = [f'{name}:"${{oc.select:{key},null}}"' for name, key in keys.items()]
+    trained = ",".join(f'{key.replace(".", "_")}:"${{oc.select:{key},null}}"' for key in _TRAINED)
+    asked += ['environment:"${rlhfless.environment:}"', f"trained:{{{trained}}}", _END.replace(" ", "")]
+    node = f"+{_NODE}={{{','.join(asked)}}}"  # no blanks: many scripts end in $@ without quotes
+    code, out, errors = _ask(
+        recipe, [LOGGER, *_UNNAMED, node, "--cfg", "job", "--package", _NODE, "--resolve"], environment
+    )
+    if code != 0 or (_BEGIN not in out and _hydra_error(out)):  # a pipe has the exit code of its last command
+        rule = f"verl does not accept it: {_error_line(out + errors)}"
+        raise ConfigError("COMMAND", recipe.text, rule, "Try it with `--cfg job` appended.")
+    return out
+
+
+def check_arm(recipe: Recipe, name: str, overrides: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run an arm of this plugin up to its start-up check, which ends it before Ray starts.
+
+    Raises:
+        ConfigError: The check refuses it, or the arm does not get there.
+    """
+    code, out, errors = _ask(recipe, overrides, {**shell_environment(), **environment, CHECK_ONLY_VARIABLE: "1"})
+    refused = [line.partition(_REFUSED)[2] for line in (out + errors).splitlines() if _REFUSED in line]
+    if refused or (code != 0 and "rlhfless: active: " not in out):
+        why = refused[-1] if refused else _error_line(out + errors)
+        raise ConfigError("--arms", name, f"cannot run: {why.rstrip('.')}", "Or leave this arm out.")
+
+
+def _ask(recipe: Recipe, overrides: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str, str]:
+    """Run the recipe with overrides that end it before it trains, and return its exit code and what it wrote."""
     with subprocess.Popen(
-        command,
+        recipe.argv(overrides),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         text=True,
+        errors="replace",
         cwd=recipe.folder,
-        env=shell_environment(),
+        env=environment,
         start_new_session=True,
     ) as process:
         try:
@@ -129,50 +184,79 @@ def _compose(recipe: Recipe) -> str:
             raise ConfigError("COMMAND", recipe.text, rule, "Try it with `--cfg job` appended.") from None
         finally:
             end_group(process)
-    if process.returncode != 0:
-        said = [line.strip() for line in errors.splitlines() if line.strip()]
-        rule = f"verl does not accept it: {_error_line(said)}"
-        raise ConfigError("COMMAND", recipe.text, rule, "Try it with `--cfg job` appended.")
-    return out
+    return process.returncode, out, errors
 
 
-def _error_line(lines: list[str]) -> str:
+def _error_line(said: str) -> str:
     """Return what names the error: of Hydra's own its first lines, of a traceback the last one."""
-    plain = [line for line in lines if not line.startswith(("Set the environment", "+ ", "INFO", "WARNING"))]
-    first = next((i for i, line in enumerate(plain) if line.startswith(_HYDRA_ERRORS)), None)
-    if first is not None:
-        return " ".join(plain[first : first + 2])
-    return plain[-1] if plain else "it ended without a word"
+    plain = _plain(said)
+    return _hydra_error(said) or (plain[-1] if plain else "it ended without a word")
 
 
-def read_facts(text: str, out: str) -> RecipeFacts:
+def _hydra_error(said: str) -> str:
+    plain = _plain(said)
+    first = next((i for i, line in enumerate(plain) if line.startswith(_HYDRA_ERRORS)), len(plain))
+    return " ".join(plain[first : first + 2])
+
+
+def _plain(said: str) -> list[str]:
+    """Return the lines without hints, without what a shell traces (``set -x``) and without log messages."""
+    lines = [line.strip() for line in said.splitlines()]
+    return [line for line in lines if line and not _ASIDE.match(line)]
+
+
+def read_facts(text: str, out: str, inherited: Mapping[str, str]) -> RecipeFacts:
     """Return the facts that Hydra printed to ``out`` for the recipe ``text``.
+
+    Args:
+        text: The recipe.
+        out: What its process wrote.
+        inherited: The environment that the recipe was given.
 
     Raises:
         ConfigError: The answer is missing (the overrides did not arrive), or it chooses what the arms choose.
     """
-    head, _, answer = out.partition(f"# @package {_NODE}\n")
-    lines = answer.splitlines()
-    end = next((i for i, line in enumerate(lines) if not _YAML_LINE.match(line)), len(lines))
-    if head == out or not lines[:end]:
+    answer, is_complete, _ = out.partition(_BEGIN)[2].partition(f"\n{_END}")
+    if not is_complete:
         raise ConfigError("COMMAND", text, "overrides do not reach verl", 'End its training command in "$@".')
-    values: dict[str, Any] = OmegaConf.to_container(OmegaConf.create("\n".join(lines[:end])))  # type: ignore[assignment]
-    _check(text, values)
+    values: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(answer))  # type: ignore[assignment]
+    _check(values)
     has_pool = values["has_reward_model"] and values["has_reward_pool"]
+    reward_gpus = values["reward_nnodes"] * values["reward_gpus_per_node"] if has_pool else 0
+    teacher_gpus = values["teacher_nnodes"] * values["teacher_gpus_per_node"] if values["has_teachers"] else 0
     return RecipeFacts(
-        **{name: int(values[name]) for name in ("gpus_per_node", "nnodes", "tp", "prompts", "samples", "mini_batch")},
-        epochs=int(values["epochs"]),
+        **{name: values[name] for name in _COUNTS},
+        epochs=values["epochs"],
         seed=values["seed"],
         is_fp32=values["rollout_dtype"] == "float32" and values["precision"] in ("fp32", "float32"),
         has_switch=values["switch"] is not None,
         can_leave=values["strategy"] in LEAVING_STRATEGIES,
-        extra_gpus=int(values["reward_nnodes"] * values["reward_gpus_per_node"]) if has_pool else 0,
+        extra_gpus=int(reward_gpus + teacher_gpus),
         ray_limits=tuple(name for name in ("num_cpus", "num_gpus") if values[f"ray_{name}"] is not None),
-        environment={name: str(value) for name, value in values["environment"].items() if value is not None},
+        environment=_changed(values["environment"], inherited),
+        first_step=_first_step(values),
+        trained=hashlib.sha256(json.dumps(values["trained"]).encode()).hexdigest()[:16],
     )
 
 
-def _check(text: str, values: Mapping[str, Any]) -> None:
+def _changed(environment: str, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return what a process has in its environment that it did not inherit, and the platform that it runs on."""
+    pairs = (item.partition("=") for item in base64.b64decode(environment).decode(errors="replace").split("\0"))
+    return {
+        name: value
+        for name, _, value in pairs
+        if _VALID_NAME.fullmatch(name) and name not in _OF_SHELLS
+        if value != inherited.get(name) or name == "VERL_PLATFORM"
+    }
+
+
+def _first_step(values: Mapping[str, Any]) -> int:
+    """Return the step of the checkpoint that a recipe names, which verl takes from the end of its path."""
+    step = str(values["resume_from"]).rpartition("global_step_")[2]
+    return int(step) if values["resume_mode"] == "resume_path" and step.isdecimal() else 0
+
+
+def _check(values: Mapping[str, Any]) -> None:
     if not values["use_v1"]:
         raise ConfigError("trainer.use_v1", False, "the v0 trainer is not supported", "Set trainer.use_v1=True.")
     if values["mode"] != "sync":
@@ -181,6 +265,13 @@ def _check(text: str, values: Mapping[str, Any]) -> None:
     if values["ours"] is not None:
         rule = "the recipe chooses parts of this plugin itself, which is what the arms do"
         raise ConfigError("rlhfless.pool.name", values["ours"], rule, "Remove +rlhfless=... from the recipe.")
-    missing = [_KEYS[name] for name in ("gpus_per_node", "nnodes", "tp", "prompts", "samples") if not values[name]]
-    if missing:
-        raise ConfigError(missing[0], None, f"is not set, or 0, in {text!r}", "Set it in the recipe.")
+    if values["logger"] != ["console", "file"]:
+        rule = "the recipe sets it after the overrides that it hands on, where it wins over them"
+        raise ConfigError("trainer.logger", values["logger"], rule, 'Move "$@" to the end of its training command.')
+    if values["ray_address"] is not None:
+        rule = "the recipe chooses its Ray cluster itself, which is not the one that is watched"
+        action = "Remove it, and set RAY_ADDRESS for this command."
+        raise ConfigError("ray_kwargs.ray_init.address", values["ray_address"], rule, action)
+    for name in (*_COUNTS, "epochs"):
+        if not isinstance(values[name], int) or values[name] < 1:
+            raise ConfigError(_KEYS[name], values[name], "must be a whole number from 1 on", "Set it in the recipe.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import sys
@@ -16,12 +17,13 @@ from verl_rlhfless.ab.cluster import CPU_HOST, Cluster, HostSize, check_address,
 from verl_rlhfless.ab.command import Recipe, hydra_quoted, parse_recipe, shell_environment
 from verl_rlhfless.ab.compare import Comparison, arm_names, compare, is_sound
 from verl_rlhfless.ab.kept import CHECKPOINT_FOLDER, HYDRA_FOLDER, Kept
-from verl_rlhfless.ab.probe import RecipeFacts, probe
+from verl_rlhfless.ab.probe import LOGGER, RecipeFacts, check_arm, probe
 from verl_rlhfless.ab.training import ArmOutcome, Say, Training, train
 from verl_rlhfless.doctor import count_gpus
 from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.live.startup import check_plugin_policy
 from verl_rlhfless.outputs import check_folder
-from verl_rlhfless.report.environment import code, versions
+from verl_rlhfless.report.environment import code, gpu_names, versions
 from verl_rlhfless.report.folder import write_report
 from verl_rlhfless.report.guards import MAX_PROBS_DIFF, GuardLimits
 from verl_rlhfless.report.observed import ROLLOUT_FOLDER
@@ -86,6 +88,10 @@ class Plan:
     kept: Kept
     address: str | None
 
+    def overrides(self, arm: Arm) -> list[str]:
+        """Return what is appended to the recipe in an arm."""
+        return [*common_overrides(self.facts, self.options, self.options.out / arm.name), *arm.overrides]
+
 
 def prepare(options: AbOptions, environ: Mapping[str, str] = os.environ) -> Plan:
     """Return the plan of a comparison; nothing is started but the recipe's own composition by Hydra.
@@ -104,11 +110,15 @@ def prepare(options: AbOptions, environ: Mapping[str, str] = os.environ) -> Plan
         check_address(address)
     out = options.out.resolve()
     common = {"text": recipe.text, "digest": recipe.digest()}
-    kept = Kept(out, common, {**versions(), **code()})
+    kept = Kept(out, common, {**versions(), **code(), "gpus": gpu_names()})
     kept.check()
     print("reading the recipe as verl does (some 20 s of imports)", flush=True)
     facts = probe(recipe)
     _check_host(facts, address)
+    check_plugin_policy({**environ, **facts.environment})  # else stock's engines would record nothing
+    inherited = facts.environment.values() if address is not None else ()
+    recipe.check_words([str(out), str(options.trace or ""), *options.plugin_overrides, *inherited])
+    kept = replace(kept, versions={**kept.versions, "trained": facts.trained, "trace": _digest(options.trace)})
     arms = build_arms(names, facts, options.trainer_gpus, options.plugin_overrides)
     limits = GuardLimits(
         num_steps=options.steps,
@@ -117,10 +127,22 @@ def prepare(options: AbOptions, environ: Mapping[str, str] = os.environ) -> Plan
         probs_diff=MAX_PROBS_DIFF if facts.is_fp32 else None,
     )
     comparison = Comparison(out, tuple(arms), limits, facts.num_gpus, facts.seed, {**common, "steps": options.steps})
-    return Plan(recipe, facts, replace(options, out=out), comparison, kept, address)
+    plan = Plan(recipe, facts, replace(options, out=out), comparison, kept, address)
+    for arm in arms:
+        if arm.is_ours and kept.finished(arm.name, recipe.argv(plan.overrides(arm))) is None:
+            print(f"checking that {arm.name} can run", flush=True)  # before the first arm runs for hours
+            check_arm(recipe, arm.name, plan.overrides(arm), {_ADDRESS: address or "private"})
+    return plan
+
+
+def _digest(trace: Path | None) -> str | None:
+    return hashlib.sha256(trace.read_bytes()).hexdigest()[:16] if trace is not None else None
 
 
 def _check_host(facts: RecipeFacts, address: str | None) -> None:
+    if (own := facts.environment.get(_ADDRESS)) is not None:
+        rule = "the recipe chooses its Ray cluster itself, which is not the one that is watched"
+        raise ConfigError(_ADDRESS, own, rule, "Remove it there, and set it for this command.")
     if address is not None:
         return
     if facts.nnodes > 1:
@@ -137,7 +159,7 @@ def _check_host(facts: RecipeFacts, address: str | None) -> None:
 
 def run_ab(plan: Plan) -> int:
     """Run the arms, write ``ab.json`` and the report, and return the exit code: 1 if an arm or a guard failed."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that clusters end with this process
+    _end_with_clusters()
     say: Say = partial(print, flush=True)
     plan.kept.claim()
     where = "private Ray clusters" if plan.address is None else f"the Ray cluster at {plan.address}"
@@ -147,9 +169,16 @@ def run_ab(plan: Plan) -> int:
     return int(not is_sound(record))
 
 
+def _end_with_clusters() -> None:
+    """Let a signal, such as of a terminal that is closed, end what was started as well as this process."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
 def _train_arm(plan: Plan, arm: Arm, say: Say) -> ArmOutcome:
     folder = plan.options.out / arm.name
-    argv = plan.recipe.argv([*common_overrides(plan.facts, plan.options, folder), *arm.overrides])
+    argv = plan.recipe.argv(plan.overrides(arm))
     earlier = plan.kept.finished(arm.name, argv)
     if earlier is not None:
         say("kept from an earlier run with the same recipe, overrides and versions")
@@ -162,6 +191,7 @@ def _train_arm(plan: Plan, arm: Arm, say: Say) -> ArmOutcome:
         environment={"PATH": shell_environment()["PATH"], **plan.facts.environment},
         cwd=plan.recipe.folder,
         timeout_s=plan.options.timeout_h * 3600,
+        num_steps=plan.options.steps,
     )
     outcome = train(training, say)
     plan.kept.keep(arm.name, argv, outcome)
@@ -176,12 +206,15 @@ def _cluster(plan: Plan, environment: Mapping[str, str]) -> AbstractContextManag
 
 def common_overrides(facts: RecipeFacts, options: AbOptions, folder: Path) -> list[str]:
     """Return what is appended to the recipe in every arm: how long it runs, and where it writes."""
+    last_step = facts.first_step + options.steps
     overrides = [
-        f"trainer.total_training_steps={options.steps}",
-        f"trainer.total_epochs={max(facts.epochs, options.steps)}",  # an epoch has at least one step
-        'trainer.logger=["console","file"]',
+        f"trainer.total_training_steps={last_step}",
+        f"trainer.total_epochs={max(facts.epochs, last_step)}",  # an epoch has at least one step
+        LOGGER,
         f"trainer.rollout_data_dir={hydra_quoted(folder / ROLLOUT_FOLDER)}",
         f"trainer.default_local_dir={hydra_quoted(folder / CHECKPOINT_FOLDER)}",
+        "trainer.default_hdfs_dir=null",  # where the recipe keeps what a real run wrote, under the same step numbers
+        "trainer.validation_data_dir=null",
         f"hydra.run.dir={hydra_quoted(folder / HYDRA_FOLDER)}",
         *(f"ray_kwargs.ray_init.{name}=null" for name in facts.ray_limits),  # the cluster runs already
     ]

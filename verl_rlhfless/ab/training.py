@@ -60,6 +60,7 @@ class Training:
         pace: Declares the device that each replica stands for (``rlhfless.instrument.pace``); ``None`` = itself.
         cwd: Working directory; ``None`` = this process's.
         timeout_s: After this time the arm is ended and has failed.
+        num_steps: Steps that it must do; a script may end well when its training did not (``| tee log``).
     """
 
     argv: Sequence[str]
@@ -69,6 +70,7 @@ class Training:
     pace: str | None = None
     cwd: Path | None = None
     timeout_s: float = 86400.0
+    num_steps: int = 0
 
 
 def observed_environment(environment: Mapping[str, str], folder: Path, pace: str | None = None) -> dict[str, str]:
@@ -84,8 +86,16 @@ def train(training: Training, say: Say) -> ArmOutcome:
     with training.open_cluster(environment) as cluster, Observer(folder):
         exit_code = _run([*training.argv, *cluster.overrides], training, cluster, say)
         leftovers = tuple(cluster.leftovers())
-    why = None if exit_code == 0 else f"verl ended with exit code {exit_code}: {last_words(folder / LOG_FILE)}"
-    return ArmOutcome(folder, exit_code, leftovers, why)
+    return ArmOutcome(folder, exit_code, leftovers, _why_failed(training, exit_code))
+
+
+def _why_failed(training: Training, exit_code: int) -> str | None:
+    metrics = training.folder / METRICS_FILE
+    done = metrics.read_text().count('"timing_s/step":') if metrics.exists() else 0
+    if exit_code == 0 and done >= training.num_steps:
+        return None
+    how = f"with exit code {exit_code}" if exit_code else f"after {done} of {training.num_steps} steps"
+    return f"verl ended {how}: {last_words(training.folder / LOG_FILE)}"
 
 
 def _run(argv: Sequence[str], training: Training, cluster: Cluster, say: Say) -> int:

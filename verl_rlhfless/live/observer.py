@@ -130,7 +130,11 @@ class Observer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop()
+        try:
+            self.stop()
+        except RlhflessError:
+            if kind is None or issubclass(kind, Exception):  # else this process is being ended, which must not be lost
+                raise
 
     def _watch(self) -> None:
         try:

@@ -37,6 +37,9 @@ from verl_rlhfless.versions import REQUIREMENTS, check_requirement
 PLUGIN_NAME = "rlhfless"
 """Name of our entry point in the group ``verl.plugins``."""
 
+CHECK_ONLY_VARIABLE = "RLHFLESS_CHECK_ONLY"
+"""Environment variable: the process ends well after the check, without a training."""
+
 _MODE_KEY = "trainer.v1.trainer_mode"
 _ROLLOUT = "actor_rollout_ref.rollout"
 _STRATEGIES = ("fsdp", "fsdp2", "megatron")
@@ -51,6 +54,8 @@ class StartupCheck(Callback):
         try:
             print(f"rlhfless: {check_run(config, os.environ, task_function)}", flush=True)
             os.environ.update(instrument_environment(_read_section(config).instrument))
+            if os.environ.get(CHECK_ONLY_VARIABLE):
+                raise SystemExit(0)
         except Exception as error:  # whatever it is, Hydra would print a warning and start the run unchecked
             text = str(error) if isinstance(error, RlhflessError) else f"{type(error).__name__}: {error}"
             print(f"rlhfless: error: {' '.join(text.split())}", file=sys.stderr, flush=True)

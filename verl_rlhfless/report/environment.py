@@ -51,12 +51,23 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def gpu_names() -> list[str]:
+    """Return the names of this host's GPUs, as their driver tells them: asking them would take memory on each."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.strip().splitlines() if done.returncode == 0 else []
+
+
 def hardware(num_gpus: int) -> dict[str, Any]:
-    """Return the host's processor, cores and memory, and the GPUs that the run declared."""
+    """Return the host's processor, cores, memory and GPUs, and the GPUs that the run declared."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpu_names(),
         "gpus_declared": num_gpus,
     }
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from verl_rlhfless.errors import DataError
+from verl_rlhfless.ledger import account
 from verl_rlhfless.live.observer import LEASES_FILE
 from verl_rlhfless.report.ab import FORMAT, build_arm
 from verl_rlhfless.report.figure import draw_timelines
 from verl_rlhfless.report.markdown import markdown
 from verl_rlhfless.report.observed import read_observed
 from verl_rlhfless.report.predictions import Prediction, predictions
+from verl_rlhfless.report.record import ArmRecord, Figures
 from verl_rlhfless.report.timeline import Timeline, build_timeline
 
 RECORD_FILE = "ab.json"
@@ -37,10 +40,27 @@ def write_report(folder: Path) -> Path:
     for name, run in runs.items():
         observed = read_observed(run)
         timelines[name] = build_timeline(observed)
-        planned[name] = predictions(observed, {step.step: step.figures for step in build_arm(run).steps})
+        planned[name] = predictions(observed, _without_validation(build_arm(run), timelines[name]))
     report = folder / REPORT_FILE
-    report.write_text(markdown(record, planned, _draw(timelines, folder)), encoding="utf-8")
+    figures = _draw(timelines, folder)
+    try:
+        text = markdown(record, planned, figures)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise DataError(f"{folder / RECORD_FILE}: has another form ({what}). Run the comparison again.") from error
+    report.write_text(text, encoding="utf-8")
     return report
+
+
+def _without_validation(arm: ArmRecord, timeline: Timeline) -> dict[int, Figures]:
+    """Return the figures of each step with the GPU-seconds of what is planned: validation after it is not."""
+    timers = {time.step: time.timer for time in timeline.steps}
+    return {
+        one.step: replace(one.figures, gpu=account(timeline.leases, timeline.busy, timers[one.step]))
+        if one.step in timers
+        else one.figures
+        for one in arm.steps
+    }
 
 
 def _draw(timelines: Mapping[str, Timeline], folder: Path) -> dict[str, str]:

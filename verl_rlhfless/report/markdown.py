@@ -62,7 +62,10 @@ def markdown(record: Mapping[str, Any], planned: Mapping[str, Sequence[Predictio
 _LEGEND = (
     "leased = busy + idle + start-up, from the first grant to the last release; step s, gen s and reward are means "
     "over the steps. A GPU is *busy* while a trainer phase runs or its engine has a request, *starting up* from its "
-    "grant to its first use. *Parked* are engines that sleep without a lease, at no charge. - = not known."
+    "grant to its first use. *Parked* are engines that sleep without a lease, at no charge. - = not known. Validation "
+    "is in the GPU-seconds but not in step s, which is verl's own timer; gen s is its wait for samples, before which "
+    "an elastic step has begun to start replicas. Arms run one after another: the first one also fills the caches "
+    "(files of the model, compiled kernels) that later ones find at their start."
 )
 
 
@@ -75,10 +78,15 @@ def _setting(record: Mapping[str, Any]) -> list[str]:
         stack = ", ".join(f"{name} {version or 'missing'}" for name, version in record["versions"].items())
         host = record["hardware"]
         lines.append(
-            f"{host['gpus_declared']} GPUs; {host['cpu']}, {host['cores']} cores, "
+            f"{host['gpus_declared']} GPUs{_gpu_names(host)}; {host['cpu']}, {host['cores']} cores, "
             f"{host['memory_bytes'] / 2**30:.0f} GiB; seed {record['seed']}; {stack}."
         )
     return lines
+
+
+def _gpu_names(host: Mapping[str, Any]) -> str:
+    names = ", ".join(dict.fromkeys(host.get("gpus") or ()))  # records of the first versions name none
+    return f" ({names})" if names else ""
 
 
 def _name(name: str, arm: Mapping[str, Any]) -> str:
@@ -91,24 +99,26 @@ def _totals(arms: Mapping[str, Any]) -> str:
 
 
 def _ratios(arms: Mapping[str, Any]) -> list[str]:
-    """Return the steps after the warm-up, each arm divided by the first one."""
-    steps = {name: arm["steps"][_WARM_UP:] for name, arm in arms.items()}
+    """Return the steps after the warm-up that both did, each arm divided by the first one."""
+    steps = {name: {step["step"]: step for step in arm["steps"][_WARM_UP:]} for name, arm in arms.items()}
     first, *others = arms
-    if not others or not all(steps.values()):
+    rows = []
+    for name in others:
+        both = sorted(steps[first].keys() & steps[name].keys())
+        of, reference = ([steps[arm][step] for step in both] for arm in (name, first))
+        if both:
+            ratios = (_ratio(_mean_of(of, key), _mean_of(reference, key)) for key in _COMPARED)
+            rows.append([_name(name, arms[name]), str(len(both)), *ratios])
+    if not rows:
         return []
-    means = {name: {key: _mean([step[key] for step in of]) for key in _COMPARED} for name, of in steps.items()}
-    rows = [
-        [_name(name, arms[name]), *(_ratio(means[name][key], means[first][key]) for key in _COMPARED)]
-        for name in others
-    ]
     titles = {key: title for title, key, _ in _COLUMNS}
-    head = f"Steps after the first, divided by those of {first} (start and warm-up of the run left out):"
-    return [head, _table(["arm", *(titles[key] for key in _COMPARED)], rows)]
+    head = f"Steps after the first that both did, divided by those of {first} (means; start and warm-up left out):"
+    return [head, _table(["arm", "steps", *(titles[key] for key in _COMPARED)], rows)]
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
+def _mean_of(steps: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    known = [step[key] for step in steps if step[key] is not None]
+    return sum(known) / len(known) if len(known) == len(steps) else None
 
 
 def _ratio(value: float | None, reference: float | None) -> str:

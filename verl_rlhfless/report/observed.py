@@ -100,6 +100,18 @@ def read_observed(folder: Path) -> Observed:
         raise DataError(f"{folder}: a line of its records has another form ({what}). Run the arm again.") from error
 
 
+def ended_steps(folder: Path) -> frozenset[int]:
+    """Return the training steps whose end verl logged.
+
+    Raises:
+        DataError: verl's metrics are missing, or a line is malformed; with path and line.
+    """
+    try:
+        return frozenset(line["step"] for line in _lines(folder / METRICS_FILE) if "timing_s/step" in line["data"])
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{folder / METRICS_FILE}: a line has another form ({error!r}). Run the arm again.") from error
+
+
 def _read(folder: Path) -> Observed:
     events = [event for path in sorted(folder.glob("events-*.jsonl")) for event in _lines(path)]
     return Observed(

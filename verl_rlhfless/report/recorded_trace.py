@@ -16,6 +16,7 @@ from typing import Any
 
 from verl_rlhfless.errors import DataError
 from verl_rlhfless.live.sample_log import PATTERN, SampleBounds, SampleRecord, read_bounds, read_samples
+from verl_rlhfless.report.observed import ended_steps
 from verl_rlhfless.trace import FORMAT
 
 _Groups = Mapping[str, Mapping[int, SampleRecord]]
@@ -23,19 +24,20 @@ _Groups = Mapping[str, Mapping[int, SampleRecord]]
 
 @dataclass(frozen=True, slots=True)
 class RecordedTrace:
-    """What was written."""
+    """What was written; a step that did not end is left out, since of its samples only the short ones had ended."""
 
     num_steps: int
     num_groups: int
     num_samples: int
     response_tokens: int
+    num_left_out: int = 0
 
 
 def record_trace(folder: Path, out: Path) -> RecordedTrace:
     """Write the trace of the run in ``folder`` to ``out``, compressed when its name ends in ``.gz``.
 
     Raises:
-        DataError: The run recorded no sample, or ``folder`` is a comparison of several.
+        DataError: The run finished no step, or ``folder`` is a comparison of several.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder. Give the folder of an arm.")
@@ -43,11 +45,15 @@ def record_trace(folder: Path, out: Path) -> RecordedTrace:
     if arms and not any(folder.glob(PATTERN)):
         raise DataError(f"{folder}: holds several runs. Give one of them: {folder / arms[0]} (of {', '.join(arms)}).")
     bounds = read_bounds(folder)
+    ended = ended_steps(folder)
     steps: defaultdict[int, defaultdict[str, dict[int, SampleRecord]]] = defaultdict(lambda: defaultdict(dict))
     for sample in read_samples(folder):
         steps[sample.step][sample.uid][sample.session] = sample  # a group that was asked for again counts once
+    unfinished = steps.keys() - ended
+    for step in unfinished:
+        del steps[step]
     if not steps:
-        raise DataError(f"{folder}: no sample was finished. Let the run complete a step.")
+        raise DataError(f"{folder}: no step was finished. Let the run complete one.")
     lines = [_header(folder, bounds), *_steps(steps)]
     text = "".join(json.dumps(line) + "\n" for line in lines).encode()
     out.write_bytes(gzip.compress(text, mtime=0) if out.suffix == ".gz" else text)
@@ -57,6 +63,7 @@ def record_trace(folder: Path, out: Path) -> RecordedTrace:
         num_groups=sum(map(len, steps.values())),
         num_samples=len(samples),
         response_tokens=sum(sample.response_tokens for sample in samples),
+        num_left_out=len(unfinished),
     )
 
 

@@ -4,11 +4,12 @@ Invariant: both arms are read alike. Trainer phases are verl's own timers (``tim
 step as ``_step_once`` and ``fit`` of verl's ``trainer/ppo/v1/trainer_base.py`` run them: everything after the rollout
 follows without a gap up to the end of the step. Not trainer phases: ``adv`` (the driver's CPU, the GPUs wait),
 ``testing`` (validation is a rollout, so the engines' activity shows it) and ``gen``. A pool of its own for a reward or
-teacher model counts as the trainer's.
+teacher model counts as the trainer's; one of verl's own replicas (``separate_async``) works when its engine does.
 """
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,6 +34,8 @@ _AFTER_ROLLOUT = (
     "update_weights",
 )
 _NO_GPU_WORK = "adv"
+_OWN_POOL = re.compile(r"rollout_pool_(\d+)verl_group_")
+"""verl's name for the GPUs of a replica that has some of its own, with its rank (``workers/rollout/replica.py``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +136,7 @@ def trainer_phases(timer: Window, metrics: Mapping[str, float]) -> list[Window]:
 
 def _on_trainer_leases(phases: Iterable[Window], holds: Iterable[Hold]) -> list[BusySpan]:
     """Return the phases on every trainer lease: a phase runs on all of the trainer's GPUs."""
-    trainer = {hold.lease_id: hold.num_gpus for hold in holds if hold.role == "trainer"}
+    trainer = {hold.lease_id: hold.num_gpus for hold in holds if hold.role == "trainer" and _rank_of(hold) is None}
     return [
         BusySpan(lease_id, num_gpus, phase.start_s, phase.end_s)
         for lease_id, num_gpus in trainer.items()
@@ -152,12 +155,24 @@ def _engine_spans(observed: Observed) -> list[BusySpan]:
     return spans
 
 
+def _rank_of(hold: Hold) -> int | None:
+    """Return the rank of the replica of verl's whose own GPUs these are; ``None`` = they are not one's."""
+    own = _OWN_POOL.match(hold.lease_id)
+    return int(own[1]) if own else None
+
+
 def _trainer_lease(engine: EngineLog, at_s: float, holds: Iterable[Hold]) -> str:
-    """Return the trainer lease that a hybrid replica works on: verl fills the pool's nodes in the order of ranks."""
+    """Return the lease that a replica of verl's works on, its own or the trainer's.
+
+    verl fills the nodes of the trainer's pool in the order of ranks.
+    """
     first_gpu = (engine.replica_rank or 0) * engine.tp
-    for hold in sorted(holds, key=lambda hold: hold.lease_id):
-        is_held = hold.granted_s <= at_s and (hold.released_s is None or at_s < hold.released_s)
-        if hold.role == "trainer" and is_held:
+    held = [one for one in holds if one.granted_s <= at_s and (one.released_s is None or at_s < one.released_s)]
+    own = [one.lease_id for one in held if _rank_of(one) is not None and _rank_of(one) == engine.replica_rank]
+    if own:
+        return own[0]
+    for hold in sorted(held, key=lambda hold: hold.lease_id):
+        if hold.role == "trainer" and _rank_of(hold) is None:
             if first_gpu < hold.num_gpus:
                 return hold.lease_id
             first_gpu -= hold.num_gpus

@@ -41,6 +41,8 @@ def composed(arm: str, folder: Path, trainer_gpus: int | None = None) -> DictCon
         "data.train_batch_size=64",
         f"data.train_files={data}",
         f"data.val_files={data}",
+        "trainer.default_hdfs_dir=hdfs://my/run",
+        "trainer.validation_data_dir=/my/run",
     ]
     shared = common_overrides(TWO_NODES, AbOptions("", folder, arm, 5), folder / "a b,c")
     (built,) = build_arms([arm], TWO_NODES, trainer_gpus, [])
@@ -57,6 +59,7 @@ def test_the_run_may_begin_with_what_every_arm_shares(arm: str, tmp_path: Path) 
     assert said.startswith("all plugins are off" if is_stock else "active: ")
     assert (config.trainer.total_training_steps, config.trainer.total_epochs) == (5, 5)
     assert config.trainer.rollout_data_dir == str(tmp_path / "a b,c" / "rollouts")
+    assert config.trainer.default_hdfs_dir is None and config.trainer.validation_data_dir is None
     assert config.ray_kwargs.ray_init.runtime_env.env_vars.X == "/a b,[c]"
 
 

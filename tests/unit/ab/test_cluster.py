@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import socket
+import tempfile
+from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl_rlhfless.ab.cluster import _inherited, check_address, running_cluster
-from verl_rlhfless.errors import ConfigError
+from verl_rlhfless.ab.cluster import (
+    _can_write,
+    _inherited,
+    _travels,
+    check_address,
+    marked,
+    private_cluster,
+    running_cluster,
+)
+from verl_rlhfless.errors import ConfigError, RlhflessError
 
 
 @given(value=st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n"), min_size=1))
@@ -18,6 +28,13 @@ def test_any_value_survives_hydras_grammar(value: str) -> None:
     override = OverridesParser.create().parse_override(_inherited("NAME", value))
     assert override.key_or_group == "ray_kwargs.ray_init.runtime_env.env_vars.NAME"
     assert override.is_force_add() and override.value() == value
+
+
+def test_a_running_cluster_gives_workers_their_devices_and_configurations_keep_their_syntax() -> None:
+    assert _travels("NCCL_DEBUG", "INFO, $HOME") and _travels("EMPTY", "")
+    assert not any(
+        _travels(name, value) for name, value in [("CUDA_VISIBLE_DEVICES", "0"), ("PS1", "${x}"), ("A", "a\nb")]
+    )
 
 
 def test_the_address_of_a_client_is_refused() -> None:
@@ -80,3 +97,29 @@ def free_address() -> str:
     """Return an address of this host at which nothing listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_rays_sockets_can_be_named_however_long_the_folder_for_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = "/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
+    for root in (tmp_path / "of_a_job_of_slurm", Path("/tmp")):
+        root.mkdir(exist_ok=True)
+        monkeypatch.setattr(tempfile, "tempdir", str(root))
+        with marked({}) as mark:
+            assert len(mark.temp_dir + session) <= 107 and Path(mark.temp_dir).is_dir()
+
+
+def test_a_private_cluster_that_does_not_start_is_an_error_of_its_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("Attempting to start raylet with 8 GPUs, but CUDA_VISIBLE_DEVICES contains ['0'].")
+
+    monkeypatch.setattr("ray.init", refuse)
+    with pytest.raises(RlhflessError, match="does not start: Attempting to start raylet with 8 GPUs"):  # noqa: SIM117
+        with private_cluster(8, {}):
+            pass
+
+
+def test_a_node_that_does_not_see_the_marker_cannot_write_there(tmp_path: Path) -> None:
+    (tmp_path / "marker").write_text("")
+    assert _can_write(str(tmp_path / "marker")) and not _can_write(str(tmp_path / "other"))

@@ -37,7 +37,7 @@ def test_a_command_keeps_its_assignments_quotes_and_variables_and_gets_the_overr
     environment, arguments = run(recipe.argv(["a.b=[1,2]", 'c="d e"']), tmp_path)
     assert (environment["A"], environment["B"]) == ("1", "two words")
     assert arguments[2:] == ["data.x=/home/me/x", 'trainer.logger=["console"]', "a.b=[1,2]", 'c="d e"']
-    assert recipe.variables == ("A", "B") and recipe.script is None
+    assert recipe.script is None
 
 
 @settings(max_examples=40, deadline=None)
@@ -76,7 +76,26 @@ def test_a_script_runs_under_bash_with_its_own_arguments_first(tmp_path: Path) -
         environment, arguments = run(recipe.argv(["y=2"]), tmp_path)
         assert arguments[2:] == ["trainer.n_gpus_per_node=4", "x=1", "y=2"], text
         assert environment["SIZE"] == "7B"
-        assert set(recipe.variables) >= {"SIZE", "N"}
+
+
+@pytest.mark.parametrize("text", ["'my runs/run.sh' x=1", '"my runs/run.sh" x=1', "A=run.sh ./run.sh x=1"])
+def test_a_script_is_found_whatever_is_spelled_like_it(tmp_path: Path, text: str) -> None:
+    for folder in (tmp_path, tmp_path / "my runs"):
+        folder.mkdir(exist_ok=True)
+        script(folder, f'{MAIN} "$@"')
+    assert run(parse_recipe(text, tmp_path).argv(["y=2"]), tmp_path)[1][2:] == ["x=1", "y=2"]
+
+
+def test_a_script_that_takes_words_apart_is_refused_when_one_has_a_blank(tmp_path: Path) -> None:
+    for forwarded, splits in [("$@", True), ("$*", True), ("${@:1}", True), ('"$@"', False), ('"${@:1}"', False)]:
+        script(tmp_path, f"{MAIN} {forwarded}")
+        recipe = parse_recipe("run.sh", tmp_path)
+        assert recipe.splits_words == splits
+        recipe.check_words(["/out", "a=1"])
+    recipe.check_words(["/my out"])
+    script(tmp_path, f"{MAIN} $@")
+    with pytest.raises(ConfigError, match=r"takes '/my out' apart at its blanks. Write \"\$@\" instead of \$@"):
+        parse_recipe("run.sh", tmp_path).check_words(["/out", "/my out"])
 
 
 @pytest.mark.parametrize("forwarded", ['"$@"', "$@", "${@}", '"${@:1}"', "$*"])
@@ -140,6 +159,9 @@ def test_a_script_that_cannot_work_is_refused_at_once(tmp_path: Path, body: str,
 def test_verls_own_mode_and_names_that_only_look_like_ours_are_fine(tmp_path: Path) -> None:
     text = f"{MAIN} trainer.v1.trainer_mode=sync trainer.project_name=rlhfless_test data.x=/my/rlhfless/data"
     assert parse_recipe(text, tmp_path).text == text
+    (tmp_path / "rlhfless").mkdir()
+    script(tmp_path / "rlhfless", f'source rlhfless/bin/activate\n{MAIN} "$@"')
+    assert parse_recipe("bash rlhfless/run.sh", tmp_path).script is not None
 
 
 def test_python_is_the_one_of_this_package() -> None:

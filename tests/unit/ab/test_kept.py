@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,8 @@ def test_it_is_run_again_when_it_failed_or_would_be_run_in_another_way(tmp_path:
     assert kept(tmp_path).finished("stock", ["a", "b"]) is None
     assert kept(tmp_path, verl="0.9.2").finished("stock", ["a"]) is None
     assert kept(tmp_path).finished("elastic", ["a"]) is None
-    for exit_code in (1, None):
-        kept(tmp_path).keep("stock", ["a"], ended(tmp_path, exit_code))
+    for outcome in (ended(tmp_path, 1), ended(tmp_path, None), replace(ended(tmp_path), why="after 1 of 2 steps")):
+        kept(tmp_path).keep("stock", ["a"], outcome)
         assert kept(tmp_path).finished("stock", ["a"]) is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,9 @@ class Fake:
         self.facts: RecipeFacts = TINY
         self.trained: list[Training] = []
         self.failing: set[str] = set()
+        self.checked: list[str] = []
         monkeypatch.setattr(module, "probe", lambda recipe: self.facts)
+        monkeypatch.setattr(module, "check_arm", lambda recipe, name, *_: self.checked.append(name))
         monkeypatch.setattr(module, "train", self.train)
         monkeypatch.setattr(module, "count_gpus", lambda: 0)
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -95,6 +98,47 @@ def test_a_failing_arm_ends_with_1_and_only_it_is_run_again(fake: Fake) -> None:
     code, out, _ = ab()
     assert code == 0 and fake.names() == ["stock", "elastic", "stock"]
     assert "elastic: kept from an earlier run" in out
+
+
+def test_our_arms_are_checked_before_any_runs_and_those_that_are_kept_are_not(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ab()
+    assert fake.checked == ["elastic"]
+    ab("--arms", "stock,elastic,resident")
+    assert fake.checked == ["elastic", "resident"]
+
+    def refuse(recipe: object, name: str, *_: object) -> None:
+        raise ConfigError("--arms", name, "cannot run", "Or leave this arm out.")
+
+    monkeypatch.setattr(module, "check_arm", refuse)
+    fake.trained.clear()
+    code, _, errors = ab("--steps", "3")
+    assert code == 2 and not fake.trained and "--arms='elastic': cannot run" in errors
+
+
+def test_an_arm_that_was_trained_in_another_way_is_run_again(fake: Fake) -> None:
+    ab()
+    fake.facts = replace(TINY, trained="after a variable of the script, or a file of the configuration, has changed")
+    ab()
+    assert fake.names() == ["stock", "elastic", "stock", "elastic"]
+
+
+def test_arms_of_a_trace_that_was_written_anew_are_run_again(fake: Fake, tmp_path: Path) -> None:
+    header = {"format": "rlhfless-trace/1", "name": "t", "unit": "tokens", "max_response_tokens": 10, "n": 1}
+    header |= {"kind": "composed", "source": "s", "licence": "l", "note": ""}
+    for tokens in (3, 3, 4):
+        group = {"prompt_id": "p", "prompt_tokens": 1, "response_tokens": [tokens]}
+        lines = [header, {"step": 1, "epoch": 1, "groups": [group]}]
+        (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        ab("--arms", "stock", "--trace", "t.jsonl")
+    assert fake.names() == ["stock", "stock"]
+
+
+def test_a_recipe_that_goes_on_from_a_checkpoint_does_as_many_steps(fake: Fake, tmp_path: Path) -> None:
+    options = AbOptions(COMMAND, tmp_path, "stock", 2)
+    chosen = common_overrides(replace(TINY, first_step=120, epochs=30), options, tmp_path / "stock")
+    assert {"trainer.total_training_steps=122", "trainer.total_epochs=122"} <= set(chosen)
 
 
 def test_an_arm_that_another_commit_ran_is_run_again_and_the_record_names_the_commit(
@@ -170,6 +214,33 @@ def test_without_gpus_or_the_cpu_platform_the_host_is_refused_and_a_running_clus
         prepare(options, {})
     with pytest.raises(ConfigError, match=r"RAY_ADDRESS.*Ray client"):
         prepare(options, {"RAY_ADDRESS": "ray://head:10001"})
+    fake.facts = replace(TINY, environment={"RAY_ADDRESS": "auto"})
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS='auto': the recipe chooses its Ray cluster itself"):
+        prepare(options, {})
+
+
+def test_an_environment_in_which_verl_may_not_load_the_plugin_is_refused(fake: Fake) -> None:
+    with pytest.raises(ConfigError, match="VERL_USE_EXTERNAL_PLUGINS='none'"):
+        prepare(AbOptions(COMMAND, Path("out"), "stock", 2), {"VERL_USE_EXTERNAL_PLUGINS": "none"})
+
+
+def test_a_terminal_that_is_closed_ends_the_arm_and_nohup_is_heeded() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        module._end_with_clusters()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        module._end_with_clusters()
+        for number, code in [(signal.SIGHUP, 129), (signal.SIGTERM, 143)]:
+            handler = signal.getsignal(number)
+            assert callable(handler)
+            with pytest.raises(SystemExit) as ended:
+                handler(number, None)
+            assert ended.value.code == code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_replayed_trace_and_a_running_cluster_need_a_little_more(fake: Fake, tmp_path: Path) -> None:

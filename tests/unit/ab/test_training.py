@@ -60,3 +60,11 @@ def test_a_command_that_fails_says_why(arm: Training) -> None:
 def test_a_command_that_does_not_end_is_ended(arm: Training) -> None:
     with pytest.raises(RlhflessError, match=r"did not end within 0\.2 s; see .*train\.log"):
         run(replace(arm, timeout_s=0.2), "sleep 600")
+
+
+def test_a_script_that_ends_well_without_its_steps_has_failed(arm: Training) -> None:
+    did = f"echo '{STEP % (1, '')}' > stock/metrics.jsonl; (echo 'ValueError: no memory'; exit 1) | tee log"
+    outcome, _ = run(replace(arm, num_steps=2), did)
+    assert outcome.exit_code == 0
+    assert outcome.why is not None and outcome.why.startswith("verl ended after 1 of 2 steps: ValueError: no memory")
+    assert run(replace(arm, num_steps=1), did)[0].why is None

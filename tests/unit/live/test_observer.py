@@ -1,7 +1,11 @@
 import io
 import json
 
-from verl_rlhfless.live.observer import Group, LeaseWatch, StepWatch
+import pytest
+
+from verl_rlhfless.errors import RlhflessError
+from verl_rlhfless.live import observer
+from verl_rlhfless.live.observer import Group, LeaseWatch, Observer, StepWatch
 
 
 def group(name, granted_s, is_held=True, num_gpus=2):
@@ -83,3 +87,17 @@ def test_a_step_is_stamped_once_and_only_when_its_line_is_whole(tmp_path):
             file.flush()
             watch.look()
             assert [json.loads(line)["step"] for line in out.getvalue().splitlines()] == steps
+
+
+@pytest.mark.parametrize(
+    ("ended_by", "told"),
+    [(None, RlhflessError), (OSError, RlhflessError), (KeyboardInterrupt, KeyboardInterrupt), (SystemExit, SystemExit)],
+)
+def test_an_observer_that_failed_says_so_unless_the_process_is_being_ended(monkeypatch, tmp_path, ended_by, told):
+    def fail():
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(observer, "read_groups", fail)
+    with pytest.raises(told), Observer(tmp_path):
+        if ended_by is not None:
+            raise ended_by

@@ -76,3 +76,14 @@ def test_the_first_call_counts(checkout: Path) -> None:
     first = code()
     (checkout / "code.py").write_text("after")
     assert environment.code() == first
+
+
+def test_the_gpus_of_a_host_are_those_that_its_driver_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    told = tmp_path / "nvidia-smi"
+    for text, names in [("echo NVIDIA L40S; echo NVIDIA L40S", ["NVIDIA L40S"] * 2), ("echo no driver; exit 9", [])]:
+        told.write_text(f"#!/bin/sh\n{text}\n")
+        told.chmod(0o755)
+        assert environment.gpu_names() == names
+    told.unlink()
+    assert environment.gpu_names() == [] or shutil.which("nvidia-smi")

@@ -56,7 +56,26 @@ def test_the_report_holds_totals_steps_guards_failures_and_the_picture(compared:
 def test_arms_are_compared_by_their_steps_after_the_first(compared: Path) -> None:
     text = write_report(compared).read_text()
     _, _, after = text.partition("divided by those of stock")
-    assert row(after, "elastic") == ["elastic", "1.00", f"{33 / 44:.2f}", f"{11 / 22:.2f}", f"{15 / 22:.2f}", "-"]
+    assert row(after, "elastic") == ["elastic", "1", "1.00", f"{33 / 44:.2f}", f"{11 / 22:.2f}", f"{15 / 22:.2f}", "-"]
+
+
+def test_an_arm_that_failed_is_compared_by_the_steps_that_both_did_and_hides_no_other(compared: Path) -> None:
+    record = json.loads((compared / "ab.json").read_text())
+    stock, elastic = record["arms"]["stock"], record["arms"]["elastic"]
+    stock["steps"].append({**stock["steps"][1], "step": 3, "step_s": 90.0})
+    record["arms"]["slow"] = {**elastic, "steps": elastic["steps"][:1]}
+    (compared / "slow").symlink_to(compared / "elastic")
+    (compared / "ab.json").write_text(json.dumps(record))
+    _, _, after = write_report(compared).read_text().partition("divided by those of stock")
+    assert row(after, "elastic")[1:3] == ["1", "1.00"]
+    assert "| slow |" not in after.partition("##")[0]
+
+
+def test_the_gpus_of_the_host_are_named(compared: Path) -> None:
+    record = json.loads((compared / "ab.json").read_text())
+    record["hardware"]["gpus"] = ["NVIDIA L40S", "NVIDIA L40S"]
+    (compared / "ab.json").write_text(json.dumps(record))
+    assert "4 GPUs (NVIDIA L40S); " in write_report(compared).read_text()
 
 
 def test_what_was_planned_stands_beside_what_was_measured(compared: Path) -> None:
@@ -67,6 +86,14 @@ def test_what_was_planned_stands_beside_what_was_measured(compared: Path) -> Non
     assert row(text, "elastic", "2", "step_s") == ["elastic", "2", "step_s", "8.0", "10.0", "-20 %"]
     assert row(text, "elastic", "2", "rollout_s") == ["elastic", "2", "rollout_s", "5.0", "5.5", "-9 %"]
     assert row(text, "elastic", "2", "static_step_s")[3:] == ["3.0", "-", "-"]
+
+
+def test_what_was_planned_of_a_step_is_not_measured_with_the_validation_after_it(compared: Path) -> None:
+    planned = {"event": "planned", "t": 121.0, "step": 2, "reason": "tail", "forecast": {"gpu_s": 32.0}}
+    (compared / "elastic" / "events-2.jsonl").write_text(json.dumps(planned) + "\n")
+    # of the window's 11 s, in which the trainer holds 2 GPUs, verl's timer measures the first 10
+    text = write_report(compared).read_text()
+    assert row(text, "elastic", "2", "gpu_s") == ["elastic", "2", "gpu_s", "32.0", "31.0", "+3 %"]
 
 
 def test_without_predictions_guards_or_a_comparison_one_run_has_a_report_too(tmp_path: Path) -> None:
@@ -108,6 +135,7 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
         ('{"format": "x"}', "is not a record"),
         ('{"format": "rlhfless-ab/1"}', "`arms` is missing"),
         ('{"format": "rlhfless-ab/1", "arms": {}, "guards": 3}', "`guards` is missing or of another form"),
+        ('{"format": "rlhfless-ab/1", "arms": {"stock": {"steps": []}}, "guards": []}', "has another form .*'total'"),
     ]:
         (tmp_path / "ab.json").write_text(content)
         with pytest.raises(DataError, match=says):

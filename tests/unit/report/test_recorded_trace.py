@@ -40,7 +40,7 @@ def test_what_is_replayed_is_what_was_recorded(
             first = offset + (step - 1) * PROMPTS
             rows = {first + i: group for i, group in enumerate(groups)}
             recorded |= {(step, row, s): n for row, group in rows.items() for s, n in enumerate(group)}
-            run.lengths(step, rows, (CAP, SAMPLES, False))
+            run.lengths(step, rows, (CAP, SAMPLES, False)).step(step, step, step=1)
         head, *samples = (run.path / "samples-1-a.jsonl").read_text().splitlines(keepends=True)
         order.shuffle(samples)
         (run.path / "samples-1-a.jsonl").write_text("".join([head, *samples]))
@@ -53,6 +53,8 @@ def test_what_is_replayed_is_what_was_recorded(
 def test_prompts_that_come_again_keep_their_name_and_count_epochs(tmp_path: Path) -> None:
     run = RunFolder(tmp_path).lengths(1, {0: [5, 6], 1: [7, 8]}).lengths(2, {2: [1, 1], 3: [2, 2]})
     run.lengths(3, {0: [9, 10], 1: [11, 12]})
+    for step in (1, 2, 3):
+        run.step(step, step, step=1)
     record_trace(tmp_path, tmp_path / "t.jsonl.gz")
     steps = list(read_trace(tmp_path / "t.jsonl.gz"))
     assert [[group.prompt_id for group in step.groups] for step in steps] == [["p0", "p1"], ["p2", "p3"], ["p0", "p1"]]
@@ -62,7 +64,7 @@ def test_prompts_that_come_again_keep_their_name_and_count_epochs(tmp_path: Path
 
 
 def test_the_same_prompt_twice_in_a_step_a_repeated_sample_and_several_turns(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path).lengths(1, {0: [5, 6]})
+    run = RunFolder(tmp_path).lengths(1, {0: [5, 6]}).step(1, 1, step=1)
     same = {"step": 1, "prompt": "p0", "row": 4, "prompt_tokens": 9}
     run.append("samples-1-a.jsonl", {**same, "uid": "twin", "session": 0, "turns": [3, 4]})
     run.append("samples-2-b.jsonl", {"max_response_tokens": 64, "n": 2, "is_replayed": False})
@@ -75,7 +77,7 @@ def test_the_same_prompt_twice_in_a_step_a_repeated_sample_and_several_turns(tmp
 
 
 def test_forced_lengths_are_not_called_recorded(tmp_path: Path) -> None:
-    RunFolder(tmp_path).lengths(1, {0: [5, 6]}, (64, 2, True))
+    RunFolder(tmp_path).lengths(1, {0: [5, 6]}, (64, 2, True)).step(1, 1, step=1)
     record_trace(tmp_path, tmp_path / "t.jsonl")
     header = read_header(tmp_path / "t.jsonl")
     assert header.kind == "composed" and "forced" in header.note
@@ -92,12 +94,22 @@ def test_folders_without_one_run_are_refused_with_what_to_do(tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"holds several runs.*elastic"):
         record_trace(tmp_path, tmp_path / "t.jsonl")
     (tmp_path / "stock" / "samples-1-a.jsonl").write_text('{"max_response_tokens": 64, "n": 2, "is_replayed": false}\n')
-    with pytest.raises(DataError, match="no sample was finished"):
+    with pytest.raises(DataError, match="no step was finished"):
         record_trace(tmp_path / "stock", tmp_path / "t.jsonl")
 
 
+def test_a_step_that_did_not_end_is_left_out_since_its_long_samples_are_missing(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path).lengths(1, {0: [5, 60]}).step(0, 0).step(1, 1, step=1).lengths(2, {1: [7], 2: [8]})
+    written = record_trace(tmp_path, tmp_path / "t.jsonl")
+    assert (written.num_steps, written.num_left_out, written.response_tokens) == (1, 1, 65)
+    assert [step.step for step in read_trace(tmp_path / "t.jsonl")] == [1]
+    run.append("metrics.jsonl", {"step": 2})
+    with pytest.raises(DataError, match=r"metrics\.jsonl: a line has another form"):
+        record_trace(tmp_path, tmp_path / "t.jsonl")
+
+
 def test_a_torn_last_line_is_left_out_and_a_broken_one_named(tmp_path: Path) -> None:
-    RunFolder(tmp_path).lengths(1, {0: [5, 6]})
+    RunFolder(tmp_path).lengths(1, {0: [5, 6]}).step(1, 1, step=1)
     path = tmp_path / "samples-1-a.jsonl"
     path.write_text(path.read_text()[:-20])
     assert record_trace(tmp_path, tmp_path / "t.jsonl").num_samples == 1
