@@ -79,11 +79,6 @@ class ParkingLot:
                 sizes.append(replica.world_size)
         return sizes
 
-    @property
-    def num_woken(self) -> int:
-        """Wakes so far."""
-        return sum(map(len, self._wakes_s.values()))
-
     def expect(self, decision: FleetDecision) -> None:
         """Note a fleet of the run: engines of its kinds may be needed again."""
         for tp, count in Counter(spec.tp for spec in decision.replicas).items():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ray
@@ -162,11 +162,6 @@ class Router:
             self.book.progress(attempt, num_tokens)
         if delta.is_dead:
             self.lose_server(server, "its engine died")
-
-    async def lose_servers(self, servers: Iterable[str], reason: str) -> None:
-        """Note that servers are dead."""
-        for server in servers:
-            self.lose_server(server, reason)
 
     # ---- verl's protocol
 

@@ -64,7 +64,7 @@ def elastic_fleets(options: Options, costs: StepCosts, goal: Goal, price: float)
     Args:
         options: What a lane may run on.
         costs: Pool, units, and everything beside the rollout.
-        goal: Limits on replicas, and whether lanes may be split.
+        goal: Limits on replicas.
         price: GPU-seconds that one second is worth.
     """
     pool, units = costs.pool, costs.units
@@ -72,7 +72,7 @@ def elastic_fleets(options: Options, costs: StepCosts, goal: Goal, price: float)
     start_s = costs.start_s(options)
     whole = _Choices.of(frontier(pool, options, units.lane(units.order), prices), options, start_s)
     plans = [_Plans(whole.time_s, whole.gpu_s, ((len(units.order),),) * len(whole.time_s), whole.option[:, None])]
-    if goal.can_split and len(units.order) >= 2:
+    if len(units.order) >= 2:
         plans += _split(pool, options, units, (prices, start_s))
     found = []
     for plan in plans:
