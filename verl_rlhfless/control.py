@@ -22,13 +22,11 @@ class RolloutRecord:
     """What the loop did.
 
     Attributes:
-        weight_version: Version that produced every token.
         num_looks: How often the policy was asked.
         num_migrations: Samples that were cut while running.
         reactions: ``(time, reaction)`` of each look that changed something.
     """
 
-    weight_version: int
     num_looks: int = 0
     num_migrations: int = 0
     reactions: list[tuple[float, Reaction]] = field(default_factory=list)
@@ -36,7 +34,7 @@ class RolloutRecord:
 
 async def run_rollout(policy: RolloutPolicy, plan: RolloutPlan, ports: RolloutPorts) -> RolloutRecord:
     """Return what was done to complete every sample of the batch."""
-    record = RolloutRecord(ports.weights.version())
+    record = RolloutRecord()
     ports.pool.start(plan.fleet)
     for replica in range(len(plan.fleet)):
         samples = plan.order[plan.replica_of[plan.order] == replica]

@@ -55,13 +55,6 @@ class InferenceWorkers(Protocol):
         """Begin inference on finished samples with ``num_gpus`` freed GPUs."""
 
 
-class WeightStore(Protocol):
-    """Weight versions that replicas pull when they start."""
-
-    def version(self) -> int:
-        """Return the version that every token of this rollout comes from."""
-
-
 @dataclass(frozen=True, slots=True)
 class RolloutPorts:
     """The world of one rollout."""
@@ -70,7 +63,6 @@ class RolloutPorts:
     pool: ReplicaPool
     engine: RolloutEngine
     inference: InferenceWorkers
-    weights: WeightStore
 
 
 class RolloutPolicy(Protocol):

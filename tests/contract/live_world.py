@@ -203,8 +203,8 @@ class LiveWorld:
         decision = FleetDecision(STEP, (ReplicaSpec(1),) * num_replicas, "scripted")
         await asyncio.to_thread(self._fleet.expect, decision)
         router = self._router
-        self._rollout = live = router._live = LiveRollout(router, router.desk, router.want_replica, STEP, 600.0)
-        self.ports = RolloutPorts(live, live, live, live, live)
+        self._rollout = live = router._live = LiveRollout(router, router.desk, router.want_replica, 600.0)
+        self.ports = RolloutPorts(live, live, live, live)
         self._fleet.start(decision, WeightSource("store", STEP - 1, 1.0))
 
     async def until(self, is_so: Callable[[RolloutView], bool]) -> RolloutView:

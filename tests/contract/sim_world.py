@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import simpy
 
-from tests.contract.pool_worlds import STEP, Watch, batch_of, plan_of
+from tests.contract.pool_worlds import Watch, batch_of, plan_of
 from tests.unit.sim.cases import cell
 from verl_rlhfless.control import RolloutRecord, run_rollout
 from verl_rlhfless.ledger import account, whole_run
@@ -38,8 +37,7 @@ class SimWorld:
         self._rollout = SimRollout(self._book, one.pool, step, plan, "trainer")
         self._watch = Watch(targets, budget)
         self._deadline_s = 3600.0
-        version = SimpleNamespace(version=lambda: STEP - 1)
-        self.ports = RolloutPorts(self._rollout, self._rollout, self._rollout, self._rollout, version)
+        self.ports = RolloutPorts(self._rollout, self._rollout, self._rollout, self._rollout)
 
     async def open(self) -> None:
         pass

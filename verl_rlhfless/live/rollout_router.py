@@ -1,6 +1,6 @@
-"""The router of a run of ours: the simulator's own control loop, as a task inside the router's process.
+"""The router of a run of ours: it runs the control loop (``control.run_rollout``, the simulator's too) in its process.
 
-Decisions and their effect are direct calls; only cuts and grants leave the process.
+So decisions and their effects are direct calls, and only cuts and grants leave the process.
 
 Invariants: one announced rollout at a time, and what comes while it runs is served without a plan; when a policy fails,
 its rollout ends without further decisions, and the trainer is told.
@@ -118,9 +118,9 @@ class RolloutRouter(PlanningRouter):
         self.begin(Rollout(batch, announced.samples(), rank, predicted, pool))
         self._step.begin(announced.step)
         limit_s = start_limit_s(self._routing.config)
-        self._live = LiveRollout(self, self.desk, self.want_replica, announced.step, limit_s)
+        self._live = LiveRollout(self, self.desk, self.want_replica, limit_s)
         self._refine = routing.refine
-        ports = RolloutPorts(self._live, self._live, self._live, self._live, self._live)
+        ports = RolloutPorts(clock=self._live, pool=self._live, engine=self._live, inference=self._live)
         control = self._run((policy, plan, ports), batch, self._live)
         self._control = asyncio.get_running_loop().create_task(control)
         await asyncio.sleep(0)  # the loop has placed every sample when the caller goes on to submit
@@ -255,7 +255,7 @@ class RolloutRouter(PlanningRouter):
             logger.exception("rlhfless: nothing brings the samples of a lost replica to another one any more")
             while not ports.engine.is_done():
                 await ports.clock.wait(_NEVER_S)
-            return RolloutRecord(ports.weights.version()), f", and then {error!r}"
+            return RolloutRecord(), f", and then {error!r}"
 
 
 def start_limit_s(config: RlhflessConfig) -> float:
