@@ -11,8 +11,9 @@ import numpy as np
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from tests.unit.policy.test_dedup import expand
 from tests.unit.sim.cases import cell, steps
-from verl_rlhfless.policy.dedup import dedup, expand
+from verl_rlhfless.policy.dedup import dedup
 from verl_rlhfless.policy.dispatch import balanced_groups, equal_length_blocks, place_orphans, spread
 from verl_rlhfless.policy.fuse import fuse_gpus
 from verl_rlhfless.policy.fusion_cut import cut_for_inference
