@@ -18,11 +18,11 @@ from omegaconf import OmegaConf, open_dict
 
 from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import ReplicaError, RlhflessError
-from verl_rlhfless.live.asking import ask, asked, once
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.orders import ReclaimReplica, StartReplica
 from verl_rlhfless.live.parking import ParkingLot
 from verl_rlhfless.live.replica import ElasticReplica, WeightSource
+from verl_rlhfless.live.retry import once, retry, retry_async
 from verl_rlhfless.live.shared_lease import TrainerDevices
 from verl_rlhfless.live.warm_pool import WarmPool
 from verl_rlhfless.policy.learnt import ReplicaTimes, Standby, Way
@@ -79,7 +79,7 @@ class Fleet:
         """Tell the router which replicas will come: from then on a step can be announced; ``start`` follows."""
         assert not self.replicas and self._starting is None, "a fleet is released before the next one starts"
         tps = [spec.tp for spec in decision.replicas]
-        ask(lambda: self._router.expect.remote(tps))
+        retry(lambda: self._router.expect.remote(tps))
 
     def start(
         self,
@@ -154,7 +154,7 @@ class Fleet:
         running: list[asyncio.Task[Any]] = []
         lost: list[asyncio.Task[Any]] = []
         with contextlib.suppress(ray.exceptions.RayActorError):  # a router that is gone asks for nothing
-            while (order := await asked(lambda: self._router.wanted.remote(len(running)))) is not None:
+            while (order := await retry_async(lambda: self._router.wanted.remote(len(running)))) is not None:
                 is_start = isinstance(order, StartReplica)
                 work = self._replace(order.tp, weights, tuple(lost)) if is_start else self._end(order.server)
                 running.append(asyncio.create_task(work))
@@ -185,7 +185,7 @@ class Fleet:
     async def _tell_returned(self, replica: ElasticReplica) -> None:
         """Tell the router that GPUs are free; if it stays out of reach, they count as leased to the rollout's end."""
         with contextlib.suppress(ray.exceptions.ActorUnavailableError):
-            await asked(once(self._router, "lease_returned", replica.world_size))
+            await retry_async(once(self._router, "lease_returned", replica.world_size))
 
     async def _start_all(self, candidates: list[ElasticReplica], weights: WeightSource) -> list[str]:
         """Return why replicas did not come up."""
@@ -200,7 +200,7 @@ class Fleet:
             logger.error("rlhfless: %s: %s", replica.name, error)
             if not replica.holds_lease:
                 await self._tell_returned(replica)
-            await asked(once(self._router, "give_up_expected", replica.world_size))
+            await retry_async(once(self._router, "give_up_expected", replica.world_size))
             return f"{replica.name}: {error}"
         return ""
 
@@ -218,7 +218,7 @@ class Fleet:
         )
         self.num_started += 1
         server = {replica.server_address: replica.server_handle}
-        await asked(once(self._router, "add_servers", server, replica.world_size))
+        await retry_async(once(self._router, "add_servers", server, replica.world_size))
         self._events.write("replica_ready", lease=replica.lease.name)
 
     def _started(self) -> Way:
@@ -243,7 +243,7 @@ class Fleet:
         failures: list[BaseException] = []
         if self._life is not None:
             with contextlib.suppress(ray.exceptions.RayActorError):
-                asyncio.run(asked(self._router.stop_wanting.remote))
+                asyncio.run(retry_async(self._router.stop_wanting.remote))
             try:
                 self._life.result()  # a replica that has its GPUs and is on its way holds a lease
             except Exception as error:  # noqa: BLE001  raised below, when the replicas have been released
@@ -278,7 +278,7 @@ class Fleet:
 
     async def _release_all(self, leaving: list[ElasticReplica]) -> list[BaseException | None]:
         addresses = [replica.server_address for replica in leaving]
-        leave = [asked(lambda: self._router.remove_servers.remote(addresses))] if leaving else []
+        leave = [retry_async(lambda: self._router.remove_servers.remote(addresses))] if leaving else []
         left = await asyncio.gather(*leave, return_exceptions=True)
         released = await asyncio.gather(*[self._release_one(replica) for replica in leaving], return_exceptions=True)
         return [*left, *released, *await self.parking.end_stuck()]

@@ -18,11 +18,10 @@ from typing import Any, TypeVar
 import ray
 
 from verl_rlhfless.errors import UnsupportedError
-from verl_rlhfless.live.asking import asked
 from verl_rlhfless.live.journal import Journal
-from verl_rlhfless.live.once import Once
 from verl_rlhfless.live.post_office import PostOffice
 from verl_rlhfless.live.requests import RequestBook
+from verl_rlhfless.live.retry import Once, retry_async
 from verl_rlhfless.live.samples import Rollout
 from verl_rlhfless.live.tickets import (
     Delivery,
@@ -247,7 +246,7 @@ class Router:
         router, limit_s = ray.get_runtime_context().current_actor, self.settings.stranded_timeout_s
         interval_s = self.settings.progress_interval_s
         try:
-            answer = asked(lambda: handle.report_to.remote(router, server, interval_s))
+            answer = retry_async(lambda: handle.report_to.remote(router, server, interval_s))
             fits: ServerLimits = await asyncio.wait_for(answer, limit_s)
         except ray.exceptions.RayError as error:
             return str(error)

@@ -20,9 +20,9 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 
 from verl_rlhfless.errors import SampleLossError
 from verl_rlhfless.live.announcement import announcement_of
-from verl_rlhfless.live.asking import ask, once
 from verl_rlhfless.live.client import serving
 from verl_rlhfless.live.preload import SERVER_MODULE, import_in_background
+from verl_rlhfless.live.retry import once, retry
 from verl_rlhfless.live.tickets import SampleKey
 
 
@@ -109,7 +109,7 @@ class StageManager(AgentLoopManagerTQ):
         is_validation = prompts["validate"] if "validate" in prompts else False  # noqa: SIM401  get() wraps the value
         if not is_validation:
             router = self.llm_client._load_balancer
-            order = ask(once(router, "announce", announcement_of(prompts, self.rollout_config)))
+            order = retry(once(router, "announce", announcement_of(prompts, self.rollout_config)))
             prompts = prompts[ordered_in_shares(order, len(self.agent_loop_workers))]
         super().generate_sequences(prompts)
 

@@ -28,7 +28,6 @@ from verl_rlhfless.errors import (
 )
 from verl_rlhfless.live import weight_engine
 from verl_rlhfless.live.announcement import announcement_of
-from verl_rlhfless.live.asking import ask, once
 from verl_rlhfless.live.budget import gpu_budget
 from verl_rlhfless.live.cluster_check import check_run
 from verl_rlhfless.live.fleet import Fleet
@@ -38,6 +37,7 @@ from verl_rlhfless.live.replica import WeightSource
 from verl_rlhfless.live.replica_places import ReplicaPlaces
 from verl_rlhfless.live.request_trainer import RequestTrainer
 from verl_rlhfless.live.residency import expand_segments
+from verl_rlhfless.live.retry import once, retry
 from verl_rlhfless.live.suspendable import why_lease_is_kept
 from verl_rlhfless.live.suspended_checkpoint import save_suspended
 from verl_rlhfless.live.trainer_lease import Gpus, TrainerLease
@@ -131,7 +131,7 @@ class ElasticTrainerSync(FusionTrainer):
     def _save_checkpoint(self) -> None:
         folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / COSTS_FILE).write_text(ask(self._router.costs.remote), encoding="utf-8")
+        (folder / COSTS_FILE).write_text(retry(self._router.costs.remote), encoding="utf-8")
         super()._save_checkpoint()
 
     def _load_checkpoint(self) -> None:
@@ -184,7 +184,7 @@ class ElasticTrainerSync(FusionTrainer):
         """Lower what later fleets may lease, once the trainer could not leave; call it between rollouts."""
         if (room := self._places.limit()) is not None:
             self._routing = dataclasses.replace(self._routing, replica_gpus=room, keeps_trainer=True)
-            ask(lambda: self._router.reroute.remote(self._routing))
+            retry(lambda: self._router.reroute.remote(self._routing))
 
     def prepare_step(self) -> dict[str, Any]:
         """Submit the step's prompts, and begin to start its replicas."""
@@ -214,7 +214,7 @@ class ElasticTrainerSync(FusionTrainer):
             return scheduled_fleet(self.global_steps, self._settings.planner.schedule, self._tp())
         announced, standby = announcement_of(batch, self.config.actor_rollout_ref.rollout), self._standby()
         try:
-            decision: FleetDecision = ask(lambda: self._router.plan.remote(announced, standby))
+            decision: FleetDecision = retry(lambda: self._router.plan.remote(announced, standby))
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         self._events.write("planned", **dataclasses.asdict(decision))
@@ -249,7 +249,7 @@ class ElasticTrainerSync(FusionTrainer):
             publish_s=self._publish_s,
             moves_s=self._trainer_lease.moves_s,
         )
-        ask(once(self._router, "learn_costs", times))
+        retry(once(self._router, "learn_costs", times))
 
     def on_sample_end(self) -> None:
         with marked_timer("rlhfless_release", self.timing_raw):
