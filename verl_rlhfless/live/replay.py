@@ -9,14 +9,14 @@ import math
 from array import array
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from verl_rlhfless.config import ReplayConfig, parse_config
+from omegaconf import DictConfig, OmegaConf
+
+from verl_rlhfless.config import ReplayConfig
 from verl_rlhfless.errors import ConfigError, DataError, UnsupportedError
+from verl_rlhfless.live.settings import settings_of
 from verl_rlhfless.trace import read_trace
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 SINGLE_TURN_AGENT = "single_turn_agent"
 """The only agent loop whose lengths can be forced: one response is one engine request."""
@@ -85,13 +85,10 @@ def check_replay(cfg: DictConfig) -> ReplayConfig:
         UnsupportedError: An agent loop or a trainer that cannot replay.
         DataError: The trace is missing or malformed.
     """
-    from omegaconf import OmegaConf
-
-    values = OmegaConf.select(cfg, "rlhfless")
-    replay = parse_config(None if values is None else OmegaConf.to_container(values, resolve=True)).replay
+    replay = settings_of(cfg).replay
     if replay.trace is None:
         return replay
-    rollout = OmegaConf.select(cfg, _ROLLOUT)
+    rollout = cfg.actor_rollout_ref.rollout
     _check_agent_loop(cfg, rollout)
     _check_lengths(cfg, rollout)
     plan = plan_of(replay.trace, replay.scale, rollout.response_length)
@@ -106,8 +103,6 @@ def check_replay(cfg: DictConfig) -> ReplayConfig:
 
 
 def _check_agent_loop(cfg: DictConfig, rollout: Any) -> None:
-    from omegaconf import OmegaConf
-
     if OmegaConf.select(cfg, "trainer.use_v1") is False:
         raise UnsupportedError("trainer.use_v1=False: replay needs the v1 trainer. Set trainer.use_v1=True.")
     agent = rollout.agent.default_agent_loop

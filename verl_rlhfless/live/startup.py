@@ -17,7 +17,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
+from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig
 from verl_rlhfless.errors import ConfigError, LeaseLostError, RlhflessError, UnsupportedError
 from verl_rlhfless.live.budget import Demand, other_pools
 from verl_rlhfless.live.fusion_check import check_fusion
@@ -31,6 +31,7 @@ from verl_rlhfless.live.recipe_check import (
     tell_what_has_no_effect,
 )
 from verl_rlhfless.live.seams import check_estimator, check_prefix_grouper, check_seams
+from verl_rlhfless.live.settings import settings_of
 from verl_rlhfless.live.suspendable import tell_what_is_not_saved, why_lease_is_kept
 from verl_rlhfless.versions import REQUIREMENTS, check_requirement
 
@@ -50,7 +51,7 @@ class StartupCheck(Callback):
         """Check ``config``; print one line and exit with 1 if it can't work."""
         try:
             print(f"rlhfless: {check_run(config, os.environ, task_function)}", flush=True)
-            os.environ.update(instrument_environment(_read_section(config).instrument))
+            os.environ.update(instrument_environment(settings_of(config).instrument))
         except Exception as error:  # whatever it is, Hydra would print a warning and start the run unchecked
             text = str(error) if isinstance(error, RlhflessError) else f"{type(error).__name__}: {error}"
             print(f"rlhfless: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
@@ -76,7 +77,7 @@ def check_run(config: DictConfig, environ: Mapping[str, str], task: Callable[...
     Raises:
         RlhflessError: The configuration is invalid, unsupported, or can't become active.
     """
-    parsed = _read_section(config)
+    parsed = settings_of(config)
     check_trainer_mode(config, parsed)
     active = parsed.active()
     if not active:
@@ -225,11 +226,6 @@ def _check_replay(config: DictConfig, trace: str, environ: Mapping[str, str]) ->
         rule = "must be an absolute path on a running Ray cluster, whose processes have another working directory"
         raise ConfigError("rlhfless.replay.trace", trace, rule, f"Write rlhfless.replay.trace={Path(trace).resolve()}.")
     check_replay(config)
-
-
-def _read_section(config: DictConfig) -> RlhflessConfig:
-    section = OmegaConf.select(config, "rlhfless")
-    return parse_config(OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section)
 
 
 def load_plugin() -> None:

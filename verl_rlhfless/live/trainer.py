@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
 from verl.utils.debug import marked_timer
 
-from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
+from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig
 from verl_rlhfless.errors import (
     ConfigError,
     DeviceMismatchError,
@@ -38,6 +38,7 @@ from verl_rlhfless.live.replica_places import ReplicaPlaces
 from verl_rlhfless.live.request_trainer import RequestTrainer
 from verl_rlhfless.live.residency import expand_segments
 from verl_rlhfless.live.retry import once, retry
+from verl_rlhfless.live.settings import settings_of
 from verl_rlhfless.live.suspendable import why_lease_is_kept
 from verl_rlhfless.live.suspended_checkpoint import save_suspended
 from verl_rlhfless.live.trainer_lease import Gpus, TrainerLease
@@ -142,13 +143,10 @@ class ElasticTrainerSync(FusionTrainer):
 
     def _publish(self) -> None:
         self._fleet.look_after_standby()
-        (report,) = [
-            metrics
-            for metrics in ray.get(
-                self.actor_rollout_wg.update_weights(global_steps=self.global_steps, mode=weight_engine.BACKEND)
-            )
-            if metrics
-        ]
+        of_ranks = ray.get(
+            self.actor_rollout_wg.update_weights(global_steps=self.global_steps, mode=weight_engine.BACKEND)
+        )
+        (report,) = filter(None, of_ranks)  # rank 0 publishes; the others return nothing
         self._version = self.global_steps
         self._events.write("published", version=self._version, **report)
 
@@ -331,8 +329,7 @@ class Trainer(PPOTrainer):
 
     def __new__(cls, config: DictConfig) -> RequestTrainer:
         """Return the elastic trainer, or the one with resident replicas."""
-        values = OmegaConf.select(config, "rlhfless")
-        settings = parse_config(OmegaConf.to_container(values, resolve=True) if values is not None else None)
+        settings = settings_of(config)
         if not settings.has_own_rollout:
             raise ConfigError(
                 "trainer.v1.trainer_mode",
