@@ -98,7 +98,7 @@ def control_cost() -> dict[str, float]:
     from verl_rlhfless.live import fleet as fleet_module
     from verl_rlhfless.live.completeness import RolloutLedger
     from verl_rlhfless.live.events import EventLog
-    from verl_rlhfless.live.replica import WeightSource
+    from verl_rlhfless.live.replica_life import WeightSource
     from verl_rlhfless.policy.schedule import scheduled_fleet
 
     router = ray.remote(GlobalRequestLoadBalancer).options(num_cpus=0).remote(servers={})
@@ -136,7 +136,7 @@ class _FreeReplica:
         return type("Report", (), {"version": weights.version, "checksum": 0, "seconds": 0.0})
 
     async def release(self) -> Any:
-        from verl_rlhfless.live.replica import ReleaseReport
+        from verl_rlhfless.live.replica_life import ReleaseReport
 
         return ReleaseReport(True, 0.0, 0.0, 0.0)
 

@@ -28,7 +28,7 @@ from verl_rlhfless.live import rollout_router as router_module
 from verl_rlhfless.live.announcement import Announcement, Group
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.fleet import Fleet
-from verl_rlhfless.live.replica import ReleaseReport, WeightSource
+from verl_rlhfless.live.replica_life import ReleaseReport, WeightSource
 from verl_rlhfless.live.rollout import LiveRollout
 from verl_rlhfless.live.rollout_router import RolloutRouter
 from verl_rlhfless.live.samples import Rollout

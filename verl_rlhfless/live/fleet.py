@@ -21,7 +21,8 @@ from verl_rlhfless.errors import ReplicaError, RlhflessError
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.orders import ReclaimReplica, StartReplica
 from verl_rlhfless.live.parking import ParkingLot
-from verl_rlhfless.live.replica import ElasticReplica, WeightSource
+from verl_rlhfless.live.replica import ElasticReplica
+from verl_rlhfless.live.replica_life import WeightSource
 from verl_rlhfless.live.retry import once, retry, retry_async
 from verl_rlhfless.live.shared_lease import TrainerDevices
 from verl_rlhfless.live.warm_pool import WarmPool

@@ -19,7 +19,8 @@ from verl_rlhfless.config import PoolConfig
 from verl_rlhfless.errors import ReplicaError, RlhflessError
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.lease import Lease
-from verl_rlhfless.live.replica import ElasticReplica, ReplicaState, WeightSource
+from verl_rlhfless.live.replica import ElasticReplica
+from verl_rlhfless.live.replica_life import ReplicaState, WeightSource
 from verl_rlhfless.live.same_devices import DeviceSearch, lease_devices
 from verl_rlhfless.live.shared_lease import SharedLease, TrainerDevices
 from verl_rlhfless.live.weights import PullReport

@@ -31,8 +31,6 @@ from verl_rlhfless.live.weight_store import ANSWER_GRACE_S
 from verl_rlhfless.live.weights import PullReport
 from verl_rlhfless.processes import ProcessKey
 
-__all__ = ["ElasticReplica", "ParkReport", "ReleaseReport", "ReplicaState", "WeightSource"]
-
 FRESH_ENGINE_BYTES = 2**30
 """What the next engine holds on a device before vLLM asks for its share of it: CUDA's context, kernels, NCCL's buffers.
 

@@ -33,7 +33,7 @@ from verl_rlhfless.live.cluster_check import check_run
 from verl_rlhfless.live.fleet import Fleet
 from verl_rlhfless.live.fusion_trainer import FusionTrainer
 from verl_rlhfless.live.pool import TRAINER_POOL, ElasticResourcePoolManager
-from verl_rlhfless.live.replica import WeightSource
+from verl_rlhfless.live.replica_life import WeightSource
 from verl_rlhfless.live.replica_places import ReplicaPlaces
 from verl_rlhfless.live.request_trainer import RequestTrainer
 from verl_rlhfless.live.residency import expand_segments
@@ -43,7 +43,7 @@ from verl_rlhfless.live.suspendable import why_lease_is_kept
 from verl_rlhfless.live.suspended_checkpoint import save_suspended
 from verl_rlhfless.live.trainer_lease import Gpus, TrainerLease
 from verl_rlhfless.live.warm_pool import WarmPool
-from verl_rlhfless.live.weights import create_store
+from verl_rlhfless.live.weight_store import create_store
 from verl_rlhfless.live.worker_group import ElasticWorkerGroup
 from verl_rlhfless.policy.learnt import Standby, StepTimes
 from verl_rlhfless.policy.schedule import largest_fleet, scheduled_fleet, validation_fleet

@@ -22,7 +22,7 @@ from verl_rlhfless.live import retry as retry_module
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.fleet import Fleet
 from verl_rlhfless.live.orders import EndReplica, Order, ReclaimReplica, StartReplica
-from verl_rlhfless.live.replica import ReleaseReport, WeightSource
+from verl_rlhfless.live.replica_life import ReleaseReport, WeightSource
 from verl_rlhfless.live.shared_lease import SharedLease, TrainerDevices
 from verl_rlhfless.policy.learnt import ReplicaTimes
 from verl_rlhfless.policy.schedule import scheduled_fleet

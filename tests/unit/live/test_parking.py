@@ -17,7 +17,7 @@ from verl_rlhfless.errors import LeaseImpossibleError, ReplicaError
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.parked_memory import ParkedMemory
 from verl_rlhfless.live.parking import ParkingLot
-from verl_rlhfless.live.replica import ParkReport, ReleaseReport, ReplicaState, WeightSource
+from verl_rlhfless.live.replica_life import ParkReport, ReleaseReport, ReplicaState, WeightSource
 from verl_rlhfless.live.shared_lease import TrainerDevices
 from verl_rlhfless.types import FleetDecision, LeasedNode, ReplicaSpec
 
