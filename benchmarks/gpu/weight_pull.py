@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.gpu.rows import Row
 from verl_rlhfless.config import WeightsConfig
 from verl_rlhfless.errors import WeightStoreError
-from verl_rlhfless.live.engine_log import LEASE_VARIABLE
+from verl_rlhfless.live.variables import LEASE_VARIABLE
 from verl_rlhfless.live.weight_engine import StoreCheckpointEngine
 from verl_rlhfless.live.weight_store import create_store
 from verl_rlhfless.live.weights import pull_into_engine

@@ -21,11 +21,11 @@ from verl_rlhfless.config import PoolConfig
 from verl_rlhfless.errors import ReplicaError
 from verl_rlhfless.live.accelerator import Accelerator
 from verl_rlhfless.live.engine_files import reap_server
-from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.lease import Lease, LeaseRequest
 from verl_rlhfless.live.parked_memory import ParkedMemory
 from verl_rlhfless.live.replica_life import ParkReport, ReleaseReport, ReplicaState, WeightSource
 from verl_rlhfless.live.shared_lease import SharedLease
+from verl_rlhfless.live.variables import LEASE_VARIABLE
 from verl_rlhfless.live.warm_pool import WarmPool
 from verl_rlhfless.live.weight_store import ANSWER_GRACE_S
 from verl_rlhfless.live.weights import PullReport

@@ -15,10 +15,11 @@ from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.live.announcement import Announcement
 from verl_rlhfless.live.budget import gpu_budget
 from verl_rlhfless.live.devices import UNPACED_CPU, Fleet, declared_pool, find_gpu, gpu_pool
-from verl_rlhfless.live.pacing import PACE_ENV, PaceModel
+from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.live.replay import plan_of
 from verl_rlhfless.live.sizes import legal_sizes
 from verl_rlhfless.live.suspendable import why_lease_is_kept
+from verl_rlhfless.live.variables import PACE_VARIABLE
 from verl_rlhfless.policy.elastic import Resizing
 from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.perf import EngineLimits
@@ -82,7 +83,7 @@ class RoutingSettings:
             nodes: The cluster.
         """
         rollout = run.actor_rollout_ref.rollout
-        pace = os.environ.get(PACE_ENV)
+        pace = os.environ.get(PACE_VARIABLE)
         trainer_gpus = run.trainer.n_gpus_per_node * run.trainer.nnodes
         budget = gpu_budget(run, config.pool.max_gpus, sum(nodes.num_gpus))
         keeps_trainer = bool(why_lease_is_kept(run, config.pool.suspend_trainer))
