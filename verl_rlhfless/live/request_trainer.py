@@ -28,7 +28,7 @@ from verl_rlhfless.live.own_queue import refuse_foreign_queue
 from verl_rlhfless.live.request_server import RequestReplica
 from verl_rlhfless.live.residency import device_bytes
 from verl_rlhfless.live.retry import retry
-from verl_rlhfless.live.routing import Nodes, RoutingSettings
+from verl_rlhfless.live.routing_settings import Nodes, RoutingSettings
 from verl_rlhfless.live.step_report import RolloutReport
 from verl_rlhfless.live.tickets import RouterSettings
 

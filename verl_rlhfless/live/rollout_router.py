@@ -26,7 +26,7 @@ from verl_rlhfless.live.orders import Order
 from verl_rlhfless.live.planning_router import PlanningRouter
 from verl_rlhfless.live.preload import SERVER_MODULE, import_in_background
 from verl_rlhfless.live.rollout import LiveRollout
-from verl_rlhfless.live.router import ACTOR_OPTIONS, WAITING
+from verl_rlhfless.live.router import ACTOR_OPTIONS, WAITING_CALLS
 from verl_rlhfless.live.samples import Rollout
 from verl_rlhfless.live.step_report import RolloutReport, StepReport
 from verl_rlhfless.live.tickets import Message, SessionEnd
@@ -69,7 +69,7 @@ class RolloutRouter(PlanningRouter):
         self.desk.start(tp)
         return True
 
-    @ray.method(concurrency_group=WAITING)
+    @ray.method(concurrency_group=WAITING_CALLS)
     async def wanted(self, number: int) -> Order | None:
         """Return a replica to start or to end, the rollout's ``number``-th; ``None`` once there will be none."""
         return await self._on_own_loop(self.desk.order(number))
@@ -126,7 +126,7 @@ class RolloutRouter(PlanningRouter):
         await asyncio.sleep(0)  # the loop has placed every sample when the caller goes on to submit
         return tuple(dict.fromkeys(batch.group_of[plan.order].tolist()))
 
-    @ray.method(concurrency_group=WAITING)
+    @ray.method(concurrency_group=WAITING_CALLS)
     async def wait_ended(self, timeout_s: float) -> None:
         """Return when the announced rollout's last sample is complete, at once when none runs, or at the deadline."""
         await self._on_own_loop(self._control_ended(timeout_s))

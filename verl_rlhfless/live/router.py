@@ -20,7 +20,7 @@ import ray
 from verl_rlhfless.errors import UnsupportedError
 from verl_rlhfless.live.journal import Journal
 from verl_rlhfless.live.post_office import PostOffice
-from verl_rlhfless.live.requests import RequestBook
+from verl_rlhfless.live.request_book import RequestBook
 from verl_rlhfless.live.retry import Once, retry_async
 from verl_rlhfless.live.samples import Rollout
 from verl_rlhfless.live.tickets import (
@@ -38,13 +38,13 @@ from verl_rlhfless.policy.snapshot import IntArray
 
 logger = logging.getLogger(__name__)
 
-WAITING = "waiting"
+WAITING_CALLS = "waiting"
 """Concurrency group of calls that wait."""
 _MAX_WAITING = 1_000_000
 _SETTLE_S = 1.0  # by then prompts are tokenized; an agent that starts with a tool call is not waited for
 _T = TypeVar("_T")
 
-ACTOR_OPTIONS = {"concurrency_groups": {WAITING: _MAX_WAITING}, "num_cpus": 0}
+ACTOR_OPTIONS = {"concurrency_groups": {WAITING_CALLS: _MAX_WAITING}, "num_cpus": 0}
 """What ``ray.remote`` needs to make an actor of :class:`Router` or of a subclass."""
 
 
@@ -142,7 +142,7 @@ class Router:
             self.pump()
         return self._post.answer(worker, num_received, is_first=is_new)
 
-    @ray.method(concurrency_group=WAITING)
+    @ray.method(concurrency_group=WAITING_CALLS)
     async def grants(self, worker: str, num_received: int, timeout_s: float) -> Delivery:
         """Return what the worker may start or must give up, as soon as there is anything; nothing at the deadline."""
         return await self._on_own_loop(self._post.wait(worker, num_received, timeout_s))
@@ -164,7 +164,7 @@ class Router:
 
     # ---- verl's protocol
 
-    @ray.method(concurrency_group=WAITING)
+    @ray.method(concurrency_group=WAITING_CALLS)
     async def acquire_server(self, request_id: str, **_: Any) -> tuple[str, Any]:
         """Return the server for a request of a client that tells no more; wait while none is up.
 

@@ -31,7 +31,7 @@ very GPUs that it holds."""
 _POLL_S = 0.02
 
 
-class Group(Protocol):
+class SuspendableGroup(Protocol):
     """The trainer's worker group."""
 
     @property
@@ -73,7 +73,9 @@ class TrainerLease:
         kept_because: Why the trainer never leaves any more; empty when it may.
     """
 
-    def __init__(self, group: Group, gpus: Gpus, config: PoolConfig, events: EventLog, kept_because: str = "") -> None:
+    def __init__(
+        self, group: SuspendableGroup, gpus: Gpus, config: PoolConfig, events: EventLog, kept_because: str = ""
+    ) -> None:
         self._group, self._gpus, self._config, self._events = group, gpus, config, events
         self.kept_because = kept_because
         self.history = SuspendHistory()

@@ -15,7 +15,7 @@ from verl_rlhfless.live import cluster_check
 from verl_rlhfless.live import trainer as trainer_module
 from verl_rlhfless.live.budget import check_cluster, gpu_budget, other_pools
 from verl_rlhfless.live.events import EventLog
-from verl_rlhfless.live.routing import Nodes, RoutingSettings
+from verl_rlhfless.live.routing_settings import Nodes, RoutingSettings
 from verl_rlhfless.live.trainer import ElasticTrainerSync
 from verl_rlhfless.policy.host_memory import HostMemory
 

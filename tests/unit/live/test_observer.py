@@ -1,11 +1,11 @@
 import io
 import json
 
-from verl_rlhfless.live.observer import Group, LeaseWatch, StepWatch
+from verl_rlhfless.live.observer import LeaseWatch, PlacedGroup, StepWatch
 
 
 def group(name, granted_s, is_held=True, num_gpus=2):
-    return Group(name.encode(), name, num_gpus, is_held, granted_s)
+    return PlacedGroup(name.encode(), name, num_gpus, is_held, granted_s)
 
 
 class Looks:
