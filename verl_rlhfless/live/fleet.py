@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import ray
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import ReplicaError, RlhflessError
@@ -47,11 +47,11 @@ class Fleet:
     """
 
     def __init__(
-        self, run_config: Any, config: RlhflessConfig, router: Any, events: EventLog, warm_servers: WarmPool
+        self, config: DictConfig, settings: RlhflessConfig, router: Any, events: EventLog, warm_servers: WarmPool
     ) -> None:
-        self._rollout = run_config.actor_rollout_ref.rollout
-        self._model = run_config.actor_rollout_ref.model
-        self._config = config
+        self._rollout = config.actor_rollout_ref.rollout
+        self._model = config.actor_rollout_ref.model
+        self._settings = settings
         self._router = router
         self._events = events
         self._ranks = itertools.count()
@@ -67,7 +67,7 @@ class Fleet:
         self._starting: Future[list[str]] | None = None
         self._life: Future[None] | None = None
         self._over = threading.Event()  # of the rollout: a replica of the next one waits for another
-        self.parking = ParkingLot(config.pool, events, can_sleep=_can_sleep(run_config))
+        self.parking = ParkingLot(settings.pool, events, can_sleep=_can_sleep(config))
         self._warm_servers = warm_servers
         self._warm_servers.fill()
 
@@ -144,7 +144,7 @@ class Fleet:
         """Start the replicas, and start and end others for as long as the router asks."""
         orders = asyncio.create_task(self._take_orders(weights))
         try:
-            await self._warm_servers.wait_warm(num_imports, self._config.pool.start_timeout_s)
+            await self._warm_servers.wait_warm(num_imports, self._settings.pool.start_timeout_s)
             started.set_result(await self._start_all(candidates, weights))
         except BaseException as error:  # noqa: BLE001  handed to the thread that waits for the start
             started.set_exception(error)
@@ -230,7 +230,7 @@ class Fleet:
         rollout = self._rollout.copy()
         with open_dict(rollout):
             rollout.tensor_model_parallel_size = spec.tp
-        pool, servers = self._config.pool, self._warm_servers
+        pool, servers = self._settings.pool, self._warm_servers
         return ElasticReplica(next(self._ranks), rollout, self._model, pool, servers, self._over)
 
     def release(self) -> None:
@@ -300,9 +300,9 @@ async def _all_ended(works: Iterable[Coroutine[Any, Any, _T] | asyncio.Task[_T]]
     return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
 
 
-def _can_sleep(run_config: Any) -> bool:
+def _can_sleep(config: DictConfig) -> bool:
     """Return whether engines may sleep: on a CPU always, because they have nothing to free."""
-    if OmegaConf.select(run_config, "trainer.device") == "cpu":
+    if OmegaConf.select(config, "trainer.device") == "cpu":
         logger.info("rlhfless: engines sleep between rollouts; on a CPU that frees nothing, it is accounting only")
         return True
-    return bool(OmegaConf.select(run_config, "actor_rollout_ref.rollout.enable_sleep_mode", default=True))
+    return bool(OmegaConf.select(config, "actor_rollout_ref.rollout.enable_sleep_mode", default=True))

@@ -107,7 +107,7 @@ _INSTEAD = {
 _LEGACY = ("custom_reward_function", "reward_model", "sandbox_fusion")
 
 
-def check_recipe(config: DictConfig, parsed: RlhflessConfig) -> None:
+def check_recipe(config: DictConfig, settings: RlhflessConfig) -> None:
     """Check the options of a recipe that runs on a rollout of ours.
 
     Raises:
@@ -119,8 +119,8 @@ def check_recipe(config: DictConfig, parsed: RlhflessConfig) -> None:
             raise ConfigError(option.key, value, option.rule, option.action)
     _check_adapter(config)
     _check_engine_arguments(config)
-    _check_prefix_cache(config, parsed)
-    _check_nodes(config, parsed)
+    _check_prefix_cache(config, settings)
+    _check_nodes(config, settings)
     _check_legacy_reward(config)
 
 
@@ -206,18 +206,18 @@ def _check_engine_arguments(config: DictConfig) -> None:
             raise ConfigError(f"{_ROLLOUT}.engine_kwargs.vllm.{name}", given[name], rule, action)
 
 
-def _check_prefix_cache(config: DictConfig, parsed: RlhflessConfig) -> None:
-    if parsed.prefix_dedup.name == "on" and not config.actor_rollout_ref.rollout.enable_prefix_caching:
+def _check_prefix_cache(config: DictConfig, settings: RlhflessConfig) -> None:
+    if settings.prefix_dedup.name == "on" and not config.actor_rollout_ref.rollout.enable_prefix_caching:
         rule = "the samples of a group would be kept together for a cache that is not there"
         raise ConfigError(
             f"{_ROLLOUT}.enable_prefix_caching", False, rule, "Set it to True, or rlhfless/prefix_dedup=off."
         )
 
 
-def _check_nodes(config: DictConfig, parsed: RlhflessConfig) -> None:
+def _check_nodes(config: DictConfig, settings: RlhflessConfig) -> None:
     """Refuse replicas over several nodes where a node's size is known: a trainer over several takes whole ones."""
     tp, trainer = config.actor_rollout_ref.rollout.tensor_model_parallel_size, config.trainer
-    if tp > trainer.n_gpus_per_node and (trainer.nnodes > 1 or not parsed.is_elastic):
+    if tp > trainer.n_gpus_per_node and (trainer.nnodes > 1 or not settings.is_elastic):
         rule = f"a node has {trainer.n_gpus_per_node} GPUs, and a replica over several nodes is not supported"
         action = f"Lower it to at most {trainer.n_gpus_per_node}, or use +rlhfless=off."
         raise ConfigError(f"{_ROLLOUT}.tensor_model_parallel_size", tp, rule, action)
