@@ -64,7 +64,7 @@ class Demand:
         return f"the trainer's {self.trainer} GPUs and the {which} fleet, {replicas}, need {self._leased}{why}{beside}"
 
 
-def check_cluster(config: DictConfig, settings: RlhflessConfig, num_gpus: int) -> None:
+def check_gpus(config: DictConfig, settings: RlhflessConfig, num_gpus: int) -> None:
     """Refuse a run that can't fit into the cluster, before its trainer is built; the cluster may grow by ``max_gpus``.
 
     One that lacks GPUs even for the trainer grows, too, or the trainer's lease says so.

@@ -61,7 +61,7 @@ def measure_nodes() -> list[HostMemory]:
     return measured
 
 
-def check_nodes(run: RunMemory, nodes: Sequence[HostMemory]) -> list[NodeAccount]:
+def check_host_memory(run: RunMemory, nodes: Sequence[HostMemory]) -> list[NodeAccount]:
     """Return the account of every node.
 
     Raises:

@@ -26,10 +26,17 @@ _ENTRY, _RUNNER = "verl.trainer.main_ppo", "TaskRunnerV1"
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A value of verl's that a run of ours can't have, and why not; ``action`` is empty where it only has no effect."""
+    """An option of verl and the values of it for which a run of ours is refused or warned.
+
+    Attributes:
+        key: verl's key.
+        applies: Whether a value is one of those.
+        rule: Why the value can't be honoured, or why it has no effect.
+        action: What to do instead; empty where the option only has no effect.
+    """
 
     key: str
-    is_meant: Callable[[Any], bool]
+    applies: Callable[[Any], bool]
     rule: str
     action: str = ""
 
@@ -115,9 +122,9 @@ def check_recipe(config: DictConfig, settings: RlhflessConfig) -> None:
     """
     for option in _OPTIONS:
         value = OmegaConf.select(config, option.key)
-        if value is not None and option.is_meant(value):
+        if value is not None and option.applies(value):
             raise ConfigError(option.key, value, option.rule, option.action)
-    _check_adapter(config)
+    _check_adapter_has_rank(config)
     _check_engine_arguments(config)
     _check_prefix_cache(config, settings)
     _check_nodes(config, settings)
@@ -128,11 +135,11 @@ def tell_what_has_no_effect(config: DictConfig) -> None:
     """Warn of options that mean nothing to elastic replicas; the run is the same without them."""
     for option in _WITHOUT_EFFECT:
         value = OmegaConf.select(config, option.key)
-        if option.is_meant(value):
+        if option.applies(value):
             logger.warning("rlhfless: %s=%s has no effect: %s.", option.key, value, option.rule)
 
 
-def check_adapters(config: DictConfig) -> None:
+def check_adapters_are_merged(config: DictConfig) -> None:
     """Refuse LoRA adapters that stay apart: verl's checkpoint-engine path drops them, and replicas serve the base."""
     key = "actor_rollout_ref.model"
     ranks = {name: OmegaConf.select(config, f"{key}.{name}", default=0) or 0 for name in ("lora_rank", "lora.rank")}
@@ -187,7 +194,7 @@ def check_entry(task: Callable[..., Any]) -> None:
         )
 
 
-def _check_adapter(config: DictConfig) -> None:
+def _check_adapter_has_rank(config: DictConfig) -> None:
     """Refuse an adapter that verl would not load: its engines make a LoRA model only of a rank above 0."""
     key = "actor_rollout_ref.model"
     path = OmegaConf.select(config, f"{key}.lora_adapter_path")

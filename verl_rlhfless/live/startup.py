@@ -24,12 +24,13 @@ from verl_rlhfless.live.fusion_check import check_fusion
 from verl_rlhfless.live.instrument import instrument_environment
 from verl_rlhfless.live.model_check import check_model_at_hand
 from verl_rlhfless.live.recipe_check import (
-    check_adapters,
+    check_adapters_are_merged,
     check_data_files,
     check_entry,
     check_recipe,
     tell_what_has_no_effect,
 )
+from verl_rlhfless.live.replay import check_replay
 from verl_rlhfless.live.seams import check_estimator, check_prefix_grouper, check_seams
 from verl_rlhfless.live.settings import settings_of
 from verl_rlhfless.live.suspendable import tell_what_is_not_saved, why_lease_is_kept
@@ -178,7 +179,7 @@ def check_rollout(config: DictConfig, settings: RlhflessConfig) -> None:
 
 def check_elastic(config: DictConfig, settings: RlhflessConfig) -> None:
     """Refuse what leases can't do: weights of an engine nobody tried, adapters apart, other parallelism or tenants."""
-    check_adapters(config)
+    check_adapters_are_merged(config)
     reward = config.reward.reward_model
     if reward.enable and not reward.enable_resource_pool:
         rule = "a colocated reward model would stay on GPUs that the trainer gives back"
@@ -220,8 +221,6 @@ def check_budget(config: DictConfig, settings: RlhflessConfig, environ: Mapping[
 
 
 def _check_replay(config: DictConfig, trace: str, environ: Mapping[str, str]) -> None:
-    from verl_rlhfless.live.replay import check_replay
-
     if "RAY_ADDRESS" in environ and not Path(trace).is_absolute():
         rule = "must be an absolute path on a running Ray cluster, whose processes have another working directory"
         raise ConfigError("rlhfless.replay.trace", trace, rule, f"Write rlhfless.replay.trace={Path(trace).resolve()}.")

@@ -29,7 +29,7 @@ from verl_rlhfless.errors import (
 from verl_rlhfless.live import weight_engine
 from verl_rlhfless.live.announcement import announcement_of
 from verl_rlhfless.live.budget import gpu_budget
-from verl_rlhfless.live.cluster_check import check_run
+from verl_rlhfless.live.cluster_check import check_cluster
 from verl_rlhfless.live.fleet import Fleet
 from verl_rlhfless.live.fusion_trainer import FusionTrainer
 from verl_rlhfless.live.pool import TRAINER_POOL, ElasticResourcePoolManager
@@ -83,7 +83,7 @@ class ElasticTrainerSync(FusionTrainer):
         )
 
     def _setup(self) -> None:
-        for account in check_run(self.config, self._settings):
+        for account in check_cluster(self.config, self._settings):
             parts = {need.what: need.num_bytes for need in account.needs}
             self._events.write("host_memory", node=account.node.node_id, num_bytes=account.num_bytes, parts=parts)
         self._store = create_store(self._store_name, self._settings.weights)
