@@ -60,7 +60,7 @@ async def run_rollout(policy: RolloutPolicy, plan: RolloutPlan, ports: RolloutPo
 def _rescue(view: RolloutView, plan: RolloutPlan) -> Reaction | None:
     """Return placements for samples that lost their replica; ``None`` when there are none.
 
-    A policy may hold samples back.
+    Samples that the plan itself held back (``replica_of`` -1) have lost nothing: the policy places them.
     """
     lost = np.flatnonzero((view.state == HELD) & (plan.replica_of >= 0) & (view.replica_of < 0))
     if not len(lost):

@@ -14,7 +14,7 @@ from verl_rlhfless.live.suspendable import why_lease_is_kept
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """The GPUs that a run can't do with less of: the trainer's, those of the fleet that it needs, and other pools'.
+    """The fewest GPUs with which a run can work: the trainer's, those of the fleet that it needs, and other pools'.
 
     Attributes:
         trainer: The trainer's.

@@ -1,7 +1,8 @@
-"""How fast the replicas of a run are, in the form that policies read.
+"""How fast the replicas of a run are, as the ``PoolSnapshot`` that policies read.
 
-A paced replica is exactly as fast as declared, so its model has to reproduce ``PaceModel.iteration_s``. On a GPU the
-figures are those of its data sheet; on a CPU that is not paced, they are measured ones of the demo's model.
+On a GPU the figures are those of its data sheet. A paced replica is exactly as fast as its pace declares, so its
+performance model has to reproduce ``PaceModel.iteration_s``. A CPU that is not paced counts as the one on which the
+demo's model was measured.
 """
 
 from __future__ import annotations

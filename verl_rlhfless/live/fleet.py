@@ -95,9 +95,9 @@ class Fleet:
         Args:
             decision: The fleet.
             weights: What its replicas load.
-            imports_first: Whether nothing is leased before the servers of fresh replicas have done their imports. Not
-                beside a trainer that leaves once they are leased: late, they would get its own devices, and engines
-                parked on those could not wake beside it.
+            imports_first: Whether replicas lease only when the servers of fresh ones have done their imports. Set it if
+                the trainer has left already. A trainer that leaves as soon as the replicas are leased needs them to
+                lease at once: later they would get the devices that it has just left.
             shared: The trainer's devices, on which the replicas run without leases; ``None`` = each leases.
         """
         logger.info("rlhfless: step %d: %s", decision.step, decision.reason)

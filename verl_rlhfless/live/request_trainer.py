@@ -72,7 +72,7 @@ class RequestTrainer(PPOTrainerSync):
         retry(lambda: self._router.configure_rollouts.remote(settings, self._routing))
 
     def _wait_for_samples(self, partition_id: str, last_debug_time: float) -> float:
-        """Wait as verl's replay buffer does, but poll often only after the last sample: a poll reads every key."""
+        """Wait as verl's replay buffer does, but first 0.5 s for the rollout's end: each poll reads every key."""
         with contextlib.suppress(ray.exceptions.RayActorError):  # the clients of a dead router say so
             ray.get(self._router.wait_ended.remote(_LOOK_S))
         self.agent_loop_manager.check_workers()
