@@ -27,11 +27,13 @@ LONG_SHARES = (0.01, 0.05, 0.2, 0.5)
 _MAX_LANES = 3
 _NUM_DEADLINES = 12
 _CROWDING = np.array([0.0, 0.3, 1.0, 3.0])
-"""Added price of holding a GPU to the deadline, so that lanes together fit into the budget."""
+"""Prices of holding a GPU until the deadline. The higher one is, the fewer GPUs each lane takes for itself: with some
+price, all lanes together fit into the budget."""
 
 _PRICE_FACTORS = np.array([0.0, 0.25, 1.0, 2.0, 12.0])
 _FASTEST = 1e6
-"""Further price where the trainer's lease runs meanwhile: the fastest fleet may then be the cheapest, too."""
+"""One more price of time if the trainer keeps its lease. Each second costs its GPUs too, so that the fastest fleet may
+be the cheapest."""
 
 
 @dataclass(frozen=True, slots=True)
