@@ -135,7 +135,7 @@ class ElasticReplica(vLLMReplica):
             pulled = self._server_handle.pull_weights.remote(weights.version, weights.store_name, weights.timeout_s)
             limit_s = weights.timeout_s + _PULL_WAITS * ANSWER_GRACE_S
             what = "its server did not load the weights", _PULL_KEY
-            report: PullReport = await self._within(limit_s, _awaitable(pulled), what)
+            report: PullReport = await self._within(limit_s, pulled, what)
             self.state = ReplicaState.READY
             return report
         except BaseException:
@@ -301,7 +301,7 @@ class ElasticReplica(vLLMReplica):
         timeout_s = self._pool.release_timeout_s
         is_launching = self.state is ReplicaState.STARTING  # and may go on to, into the launch of the next replica
         try:
-            survivors = await asyncio.wait_for(_awaitable(server.stop_engine.remote(timeout_s)), timeout_s + _ANSWER_S)
+            survivors = await asyncio.wait_for(server.stop_engine.remote(timeout_s), timeout_s + _ANSWER_S)
         except (ray.exceptions.RayError, asyncio.TimeoutError):
             self.state = ReplicaState.LOST
             survivors = await self._reap(timeout_s)
@@ -321,7 +321,7 @@ class ElasticReplica(vLLMReplica):
             return ()
         affinity = NodeAffinitySchedulingStrategy(node_id=self.node_id, soft=False)
         reap = ray.remote(num_cpus=0)(reap_server).options(scheduling_strategy=affinity)
-        survivors = _awaitable(reap.remote(self._server_process, self._engine_processes, timeout_s))
+        survivors = reap.remote(self._server_process, self._engine_processes, timeout_s)
         try:
             return tuple(await asyncio.wait_for(survivors, timeout_s + _ANSWER_S))
         except (ray.exceptions.RayError, asyncio.TimeoutError) as error:
@@ -334,8 +334,4 @@ class ElasticReplica(vLLMReplica):
 
     async def _answer(self, reference: Any) -> Any:
         """Return a server's answer within ``release_timeout_s``."""
-        return await asyncio.wait_for(_awaitable(reference), self._pool.release_timeout_s)
-
-
-async def _awaitable(reference: Any) -> Any:
-    return await reference
+        return await asyncio.wait_for(reference, self._pool.release_timeout_s)
