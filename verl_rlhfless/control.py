@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from verl_rlhfless.policy.arm import Policy
 from verl_rlhfless.policy.dispatch import place_orphans
 from verl_rlhfless.policy.snapshot import FINISHED, HELD, RUNNING, Reaction, RolloutPlan, RolloutView
-from verl_rlhfless.ports import RolloutPolicy, RolloutPorts
+from verl_rlhfless.ports import RolloutPorts
 
 
 @dataclass(slots=True)
@@ -32,7 +33,7 @@ class RolloutRecord:
     reactions: list[tuple[float, Reaction]] = field(default_factory=list)
 
 
-async def run_rollout(policy: RolloutPolicy, plan: RolloutPlan, ports: RolloutPorts) -> RolloutRecord:
+async def run_rollout(policy: Policy, plan: RolloutPlan, ports: RolloutPorts) -> RolloutRecord:
     """Return what was done to complete every sample of the batch."""
     record = RolloutRecord()
     ports.pool.start(plan.fleet)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from verl_rlhfless.policy.snapshot import IntArray, Reaction, RolloutPlan, RolloutView
+from verl_rlhfless.policy.snapshot import IntArray, RolloutView
 
 
 class Clock(Protocol):
@@ -63,10 +63,3 @@ class RolloutPorts:
     pool: ReplicaPool
     engine: RolloutEngine
     inference: InferenceWorkers
-
-
-class RolloutPolicy(Protocol):
-    """One arm's decisions during a rollout."""
-
-    def react(self, view: RolloutView, plan: RolloutPlan) -> Reaction:
-        """Return what to change now, and when to look again."""

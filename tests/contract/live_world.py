@@ -33,8 +33,9 @@ from verl_rlhfless.live.rollout import LiveRollout
 from verl_rlhfless.live.rollout_router import RolloutRouter
 from verl_rlhfless.live.samples import Rollout
 from verl_rlhfless.live.tickets import Delta, Message, Outcome, OutcomeKind, Part, RouterSettings, SessionEnd, Ticket
+from verl_rlhfless.policy.arm import Policy
 from verl_rlhfless.policy.snapshot import RolloutPlan, RolloutView
-from verl_rlhfless.ports import RolloutPolicy, RolloutPorts
+from verl_rlhfless.ports import RolloutPorts
 from verl_rlhfless.types import FleetDecision, LeaseSpan, ReplicaSpec
 
 _PER_TICK = 5
@@ -248,7 +249,7 @@ class LiveWorld:
             assert session.ticket.sample is not None
             self._messages.append(SessionEnd(session.ticket.sample))
 
-    async def control(self, policy: RolloutPolicy, plan: RolloutPlan) -> RolloutRecord:
+    async def control(self, policy: Policy, plan: RolloutPlan) -> RolloutRecord:
         await self._expect(len(plan.fleet))
         loop = asyncio.create_task(run_rollout(policy, plan, self.ports))
         try:

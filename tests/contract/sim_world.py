@@ -12,9 +12,10 @@ from tests.contract.pool_worlds import Watch, batch_of, plan_of
 from tests.unit.sim.cases import cell
 from verl_rlhfless.control import RolloutRecord, run_rollout
 from verl_rlhfless.ledger import account, whole_run
+from verl_rlhfless.policy.arm import Policy
 from verl_rlhfless.policy.gpus import GPUS
 from verl_rlhfless.policy.snapshot import RolloutPlan, RolloutView
-from verl_rlhfless.ports import RolloutPolicy, RolloutPorts
+from verl_rlhfless.ports import RolloutPorts
 from verl_rlhfless.sim.cluster import Cluster
 from verl_rlhfless.sim.leases import LeaseBook
 from verl_rlhfless.sim.rollout import SimRollout
@@ -51,7 +52,7 @@ class SimWorld:
             self._env.run(until=self._env.now + 0.05)
         return view
 
-    async def control(self, policy: RolloutPolicy, plan: RolloutPlan) -> RolloutRecord:
+    async def control(self, policy: Policy, plan: RolloutPlan) -> RolloutRecord:
         loop = self._env.process(_drive(run_rollout(policy, plan, self.ports)))
         await self.until(lambda view: not loop.is_alive)
         assert isinstance(loop.value, RolloutRecord)
