@@ -14,7 +14,8 @@ from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.invest import plan_parked_fleet
 from verl_rlhfless.policy.learnt import CostModel, Standby, StepTimes, apply, learn_speed, learn_step
 from verl_rlhfless.policy.plan import plan_fleet
-from verl_rlhfless.policy.predict import LengthModel, Prediction
+from verl_rlhfless.policy.predict import LengthModel
+from verl_rlhfless.policy.prediction import Prediction
 from verl_rlhfless.policy.snapshot import Batch, IntArray, PoolSnapshot, RolloutPlan
 from verl_rlhfless.types import FleetDecision, Forecast, ReplicaSpec
 

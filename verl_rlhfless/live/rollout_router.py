@@ -33,7 +33,7 @@ from verl_rlhfless.live.tickets import Message, SessionEnd
 from verl_rlhfless.policy.arm import Policy
 from verl_rlhfless.policy.balance import Foresight
 from verl_rlhfless.policy.baselines.stock import NoReaction
-from verl_rlhfless.policy.predict import Prediction
+from verl_rlhfless.policy.prediction import Prediction
 from verl_rlhfless.policy.snapshot import STARTING, Batch, RolloutPlan, RolloutView
 from verl_rlhfless.ports import RolloutPorts
 

@@ -15,7 +15,8 @@ from verl_rlhfless.policy.fusion_cut import cut_for_inference
 from verl_rlhfless.policy.migrate import Change, consolidate
 from verl_rlhfless.policy.paper_rules import RULES, cut_by_rule
 from verl_rlhfless.policy.plan import Goal, plan_fleet, static_steps_s
-from verl_rlhfless.policy.predict import LengthModel, Prediction, exact, learn, predict, refine
+from verl_rlhfless.policy.predict import LengthModel, learn, predict, refine
+from verl_rlhfless.policy.prediction import Prediction, exact
 from verl_rlhfless.policy.snapshot import FINISHED, Batch, PoolSnapshot, Reaction, RolloutPlan, RolloutView
 from verl_rlhfless.policy.step_costs import static_gpus
 

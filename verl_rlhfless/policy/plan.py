@@ -17,7 +17,7 @@ from verl_rlhfless.policy.dispatch import longest_first
 from verl_rlhfless.policy.fleets import Candidate, LaneFleet, elastic_fleets
 from verl_rlhfless.policy.goal import Goal, infeasible, too_few, too_wide
 from verl_rlhfless.policy.lane_placement import place_lanes
-from verl_rlhfless.policy.predict import Prediction
+from verl_rlhfless.policy.prediction import Prediction
 from verl_rlhfless.policy.snapshot import Batch, PoolSnapshot, RolloutPlan
 from verl_rlhfless.policy.stages import Options, options_for
 from verl_rlhfless.policy.step_costs import Reference, StepCosts, static_counts, static_gpus

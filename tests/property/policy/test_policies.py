@@ -21,7 +21,8 @@ from verl_rlhfless.policy.migrate import consolidate
 from verl_rlhfless.policy.packing import packs
 from verl_rlhfless.policy.paper_rules import global_cut, local_cut
 from verl_rlhfless.policy.plan import Goal, plan_fleet
-from verl_rlhfless.policy.predict import LengthModel, exact, learn, predict, refine
+from verl_rlhfless.policy.predict import LengthModel, learn, predict, refine
+from verl_rlhfless.policy.prediction import exact
 from verl_rlhfless.policy.snapshot import (
     FINISHED,
     GONE,

@@ -13,7 +13,7 @@ from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.invest import plan_parked_fleet
 from verl_rlhfless.policy.perf import EngineLimits
 from verl_rlhfless.policy.plan import plan_fleet
-from verl_rlhfless.policy.predict import exact
+from verl_rlhfless.policy.prediction import exact
 from verl_rlhfless.policy.snapshot import Batch, PoolSnapshot, RolloutPlan
 
 SHORT = np.full(64, 40)
