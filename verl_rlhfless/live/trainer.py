@@ -1,4 +1,7 @@
-"""The trainer of ``trainer.v1.trainer_mode=rlhfless_sync``; the elastic one's replicas exist only while they generate.
+"""The elastic trainer, and the class that ``trainer.v1.trainer_mode=rlhfless_sync`` selects.
+
+Three classes add to verl's synchronous trainer in turn: ``RequestTrainer`` our router, on verl's resident replicas,
+``FusionTrainer`` inference during the rollout, and ``ElasticTrainerSync`` replicas that exist only while they generate.
 
 Every token of a sample comes from the weights of its step: version k is published at the end of step k, and a
 replica of step k + 1 pulls exactly that version before it is registered.
@@ -59,11 +62,22 @@ COSTS_FILE = "rlhfless_costs.json"
 
 
 class ElasticTrainerSync(FusionTrainer):
-    """Synchronous PPO / GRPO whose rollout replicas are leased, loaded, drained and released inside every step."""
+    """Synchronous PPO / GRPO whose rollout replicas are leased, loaded, drained and released inside every step.
+
+    A step, by the hooks of verl that are overridden here:
+
+    1. ``_submit_batch_to_rollout``: the router plans the fleet. While verl submits the prompts, the trainer leaves its
+       GPUs, if it does, and the replicas start.
+    2. ``on_sample_begin``: agent loops generate on what is up; finished samples may be inferred meanwhile.
+    3. ``on_sample_end``: the replicas are drained, parked or ended, and the trainer comes back onto its GPUs.
+    4. verl's phases, up to the update of the actor.
+    5. ``on_step_end``: the new weights are published for the next step's replicas.
+    6. ``_consume_sync_metrics``: what the plan had predicted is recorded beside what the step took.
+    """
 
     def __init__(self, config: DictConfig, settings: RlhflessConfig) -> None:
         self._store_name = f"rlhfless-weights-{ray.get_runtime_context().get_job_id()}"
-        _adapt_to_verl(config, settings, self._store_name)
+        _use_weight_store(config, settings, self._store_name)
         self._data_state: Any = None  # of the data loader, before the prompts of a rollout without a trainer
         self._enable_hybrid_replicas = False
         self._decision: FleetDecision | None = None  # of the step, once its first prompts are there
@@ -340,8 +354,8 @@ class Trainer(PPOTrainer):
         return (ElasticTrainerSync if settings.is_elastic else RequestTrainer)(config, settings)
 
 
-def _adapt_to_verl(config: DictConfig, settings: RlhflessConfig, store_name: str) -> None:
-    """Set the keys of verl that an elastic run needs, so that the user sets none of them."""
+def _use_weight_store(config: DictConfig, settings: RlhflessConfig, store_name: str) -> None:
+    """Set the keys of verl by which its weight sync publishes into our store, so that the user sets none of them."""
     rollout = config.actor_rollout_ref.rollout
     with open_dict(config):
         rollout.nnodes = max(1, rollout.nnodes)  # asserted by verl's server manager, which stays empty
