@@ -28,11 +28,12 @@ from benchmarks.record import write_result
 from benchmarks.sim_vs_live import Stage
 from verl_rlhfless.demo import ablation
 from verl_rlhfless.demo.columns import PACE, WARM_UP
-from verl_rlhfless.live.routing import RoutingSettings
+from verl_rlhfless.live.routing_settings import RoutingSettings
 from verl_rlhfless.policy.arm import Policy
 from verl_rlhfless.policy.baselines.oracle import exact_prompts
 from verl_rlhfless.policy.baselines.stock import StockSync
-from verl_rlhfless.policy.predict import LengthModel, Prediction, exact
+from verl_rlhfless.policy.predict import LengthModel
+from verl_rlhfless.policy.prediction import Prediction, exact
 from verl_rlhfless.policy.routing import Routing
 from verl_rlhfless.policy.snapshot import Batch, PoolSnapshot, RolloutPlan
 from verl_rlhfless.report.environment import code

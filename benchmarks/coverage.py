@@ -24,7 +24,8 @@ import typer
 from benchmarks import command
 from benchmarks.record import file_names, write_simulated
 from verl_rlhfless.errors import DataError
-from verl_rlhfless.policy.predict import LengthModel, Prediction, learn, predict, refine
+from verl_rlhfless.policy.predict import LengthModel, learn, predict, refine
+from verl_rlhfless.policy.prediction import Prediction
 from verl_rlhfless.policy.snapshot import FloatArray, IntArray
 from verl_rlhfless.sim.workload import StepData, load_steps
 

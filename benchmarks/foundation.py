@@ -1,4 +1,4 @@
-"""What the foundation costs: plugin import, leases, control code of a step, and the instrument inside engines.
+"""What the foundation costs: the plugin's import, and leases.
 
 Every figure comes from this run; pairs are interleaved, so that a drift of the machine hits both sides.
 
@@ -7,7 +7,6 @@ Every figure comes from this run; pairs are interleaved, so that a drift of the 
 
 from __future__ import annotations
 
-import asyncio
 import os
 import statistics
 import subprocess
@@ -21,8 +20,6 @@ from benchmarks.record import write_result
 
 _IMPORT_PAIRS = 7
 _LEASES = 10
-_STEPS = 20
-_REPLICAS = 4
 
 
 def import_cost() -> dict[str, float]:
@@ -83,64 +80,6 @@ def lease_cost() -> dict[str, float]:
     return {"grant_s": statistics.median(grants), "release_s": statistics.median(releases)}
 
 
-def control_cost() -> dict[str, float]:
-    """Return the median seconds of our control code in a step of 4 replicas, without the engines that it waits for.
-
-    Planning, router registration, event records, draining, completeness check of 128 x 8 samples: everything that
-    the elastic trainer runs between verl's own phases; only leasing, starting and stopping an engine are stood in
-    for by nothing.
-    """
-    import ray
-    from omegaconf import OmegaConf
-    from verl.workers.rollout.router import GlobalRequestLoadBalancer
-
-    from verl_rlhfless.config import parse_config
-    from verl_rlhfless.live import fleet as fleet_module
-    from verl_rlhfless.live.completeness import RolloutLedger
-    from verl_rlhfless.live.events import EventLog
-    from verl_rlhfless.live.replica import WeightSource
-    from verl_rlhfless.policy.schedule import scheduled_fleet
-
-    router = ray.remote(GlobalRequestLoadBalancer).options(num_cpus=0).remote(servers={})
-    ray.get(router.get_all_servers.remote())
-    run_config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 1}, "model": {}}})
-    fleet_module.ElasticReplica = _FreeReplica  # type: ignore[misc,assignment]
-    fleet = fleet_module.Fleet(run_config, parse_config(None), router, EventLog(None))
-    uids = [f"uid{index}" for index in range(128)]
-    keys = [f"{uid}_{session}_0" for uid in uids for session in range(8)]
-
-    def one_step(step: int) -> None:
-        ledger = RolloutLedger(8)
-        fleet.start(scheduled_fleet(step, (_REPLICAS,), tp=1), WeightSource("store", step, 1.0))
-        ledger.expect({"uid": uids, "index": list(range(128))})
-        ledger.check(keys, 128)
-        fleet.release()
-
-    measured = [_timed(lambda step=step: one_step(step))[1] for step in range(1, _STEPS + 1)]
-    return {"control_code_s": statistics.median(measured), "replicas": _REPLICAS, "samples": len(keys)}
-
-
-class _FreeReplica:
-    """A replica whose start and end cost nothing, so that only the code around it is timed."""
-
-    def __init__(self, rank: int, *_: Any) -> None:
-        self.name = f"r{rank}"
-        self.world_size = 1
-        self.server_address = f"address-{rank}"
-        self.server_handle = None
-        self.lease = type("Lease", (), {"name": self.name})
-        self.state = type("State", (), {"value": "released"})
-
-    async def start(self, weights: Any) -> Any:
-        await asyncio.sleep(0)
-        return type("Report", (), {"version": weights.version, "checksum": 0, "seconds": 0.0})
-
-    async def release(self) -> Any:
-        from verl_rlhfless.live.replica import ReleaseReport
-
-        return ReleaseReport(True, 0.0, 0.0, 0.0)
-
-
 def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
     start = time.perf_counter()
     value = call()
@@ -155,7 +94,6 @@ def main() -> None:
     ray.init("local", num_gpus=4, num_cpus=8, include_dashboard=False, object_store_memory=100_000_000)
     try:
         results["lease"] = lease_cost()
-        results["control"] = control_cost()
     finally:
         ray.shutdown()
     write_result("foundation", results, command="python -m benchmarks.foundation")

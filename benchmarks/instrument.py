@@ -16,7 +16,7 @@ from benchmarks import command
 from benchmarks.record import write_result
 from verl_rlhfless.demo.assets import arithmetic_problems, build_assets
 from verl_rlhfless.demo.recipe import CPU_ENVIRONMENT
-from verl_rlhfless.live.events import OBSERVER_DIR_VARIABLE
+from verl_rlhfless.live.variables import OBSERVER_DIR_VARIABLE
 
 _PAIRS = 9
 _BATCH = 8

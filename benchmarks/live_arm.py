@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from verl_rlhfless.config import parse_config
 from verl_rlhfless.live.announcement import Announcement
 from verl_rlhfless.live.pacing import PaceModel
-from verl_rlhfless.live.routing import Nodes, RoutingSettings
+from verl_rlhfless.live.routing_settings import Nodes, RoutingSettings
 from verl_rlhfless.policy.arm import Outcome, Policy
 from verl_rlhfless.policy.invest import plan_parked_fleet
 from verl_rlhfless.policy.learnt import CostModel, Standby, apply

@@ -16,7 +16,7 @@ from benchmarks.live_arm import settings_of, trace_of
 from benchmarks.record import UNKNOWN, Code
 from verl_rlhfless.demo.columns import MAX_HOST_CPU, WARM_UP
 from verl_rlhfless.live.pacing import PaceModel
-from verl_rlhfless.live.routing import RoutingSettings
+from verl_rlhfless.live.routing_settings import RoutingSettings
 from verl_rlhfless.report.ab import build_arm
 from verl_rlhfless.report.folder import RECORD_FILE
 from verl_rlhfless.report.observed import Observed, read_observed

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from verl_rlhfless.policy.arm import Policy
 from verl_rlhfless.policy.dispatch import place_orphans
 from verl_rlhfless.policy.snapshot import FINISHED, HELD, RUNNING, Reaction, RolloutPlan, RolloutView
-from verl_rlhfless.ports import RolloutPolicy, RolloutPorts
+from verl_rlhfless.ports import RolloutPorts
 
 
 @dataclass(slots=True)
@@ -22,21 +23,19 @@ class RolloutRecord:
     """What the loop did.
 
     Attributes:
-        weight_version: Version that produced every token.
         num_looks: How often the policy was asked.
         num_migrations: Samples that were cut while running.
         reactions: ``(time, reaction)`` of each look that changed something.
     """
 
-    weight_version: int
     num_looks: int = 0
     num_migrations: int = 0
     reactions: list[tuple[float, Reaction]] = field(default_factory=list)
 
 
-async def run_rollout(policy: RolloutPolicy, plan: RolloutPlan, ports: RolloutPorts) -> RolloutRecord:
+async def run_rollout(policy: Policy, plan: RolloutPlan, ports: RolloutPorts) -> RolloutRecord:
     """Return what was done to complete every sample of the batch."""
-    record = RolloutRecord(ports.weights.version())
+    record = RolloutRecord()
     ports.pool.start(plan.fleet)
     for replica in range(len(plan.fleet)):
         samples = plan.order[plan.replica_of[plan.order] == replica]
@@ -62,7 +61,7 @@ async def run_rollout(policy: RolloutPolicy, plan: RolloutPlan, ports: RolloutPo
 def _rescue(view: RolloutView, plan: RolloutPlan) -> Reaction | None:
     """Return placements for samples that lost their replica; ``None`` when there are none.
 
-    A policy may hold samples back.
+    Samples that the plan itself held back (``replica_of`` -1) have lost nothing: the policy places them.
     """
     lost = np.flatnonzero((view.state == HELD) & (plan.replica_of >= 0) & (view.replica_of < 0))
     if not len(lost):

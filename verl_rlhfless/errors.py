@@ -27,7 +27,7 @@ class LeaseTimeoutError(RlhflessError):
 
 
 class LeaseImpossibleError(RlhflessError):
-    """The cluster as it is can never grant a lease; the message names what it has."""
+    """What is to be shared out has too few GPUs left, and waiting would not change that."""
 
 
 class LeaseReleaseError(RlhflessError):

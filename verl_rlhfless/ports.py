@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from verl_rlhfless.policy.snapshot import IntArray, Reaction, RolloutPlan, RolloutView
+from verl_rlhfless.policy.snapshot import IntArray, RolloutView
 
 
 class Clock(Protocol):
@@ -55,13 +55,6 @@ class InferenceWorkers(Protocol):
         """Begin inference on finished samples with ``num_gpus`` freed GPUs."""
 
 
-class WeightStore(Protocol):
-    """Weight versions that replicas pull when they start."""
-
-    def version(self) -> int:
-        """Return the version that every token of this rollout comes from."""
-
-
 @dataclass(frozen=True, slots=True)
 class RolloutPorts:
     """The world of one rollout."""
@@ -70,11 +63,3 @@ class RolloutPorts:
     pool: ReplicaPool
     engine: RolloutEngine
     inference: InferenceWorkers
-    weights: WeightStore
-
-
-class RolloutPolicy(Protocol):
-    """One arm's decisions during a rollout."""
-
-    def react(self, view: RolloutView, plan: RolloutPlan) -> Reaction:
-        """Return what to change now, and when to look again."""

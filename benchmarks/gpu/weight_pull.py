@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.gpu.rows import Row
 from verl_rlhfless.config import WeightsConfig
 from verl_rlhfless.errors import WeightStoreError
-from verl_rlhfless.live.engine_log import LEASE_VARIABLE
+from verl_rlhfless.live.variables import LEASE_VARIABLE
 from verl_rlhfless.live.weight_engine import StoreCheckpointEngine
-from verl_rlhfless.live.weights import create_store, pull_into_engine
+from verl_rlhfless.live.weight_store import create_store
+from verl_rlhfless.live.weights import pull_into_engine
 
 _STORE, _TIMEOUT_S = "gpu-kit", 300.0
 _BUCKET_MIB = 256

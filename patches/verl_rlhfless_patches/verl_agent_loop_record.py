@@ -19,8 +19,8 @@ from typing import Any
 import wrapt
 
 from verl_rlhfless.errors import UnsupportedError
-from verl_rlhfless.live.events import OBSERVER_DIR_VARIABLE
 from verl_rlhfless.live.sample_log import SampleBounds, SampleLog, SampleRecord, prompt_digest, turns_of
+from verl_rlhfless.live.variables import OBSERVER_DIR_VARIABLE
 
 _MODULE = "verl.experimental.agent_loop.agent_loop"
 _PARAMETERS = ["self", "output", "validate", "kwargs"]

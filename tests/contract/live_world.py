@@ -28,13 +28,14 @@ from verl_rlhfless.live import rollout_router as router_module
 from verl_rlhfless.live.announcement import Announcement, Group
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.fleet import Fleet
-from verl_rlhfless.live.replica import ReleaseReport, WeightSource
+from verl_rlhfless.live.replica_life import ReleaseReport, WeightSource
 from verl_rlhfless.live.rollout import LiveRollout
 from verl_rlhfless.live.rollout_router import RolloutRouter
 from verl_rlhfless.live.samples import Rollout
 from verl_rlhfless.live.tickets import Delta, Message, Outcome, OutcomeKind, Part, RouterSettings, SessionEnd, Ticket
+from verl_rlhfless.policy.arm import Policy
 from verl_rlhfless.policy.snapshot import RolloutPlan, RolloutView
-from verl_rlhfless.ports import RolloutPolicy, RolloutPorts
+from verl_rlhfless.ports import RolloutPorts
 from verl_rlhfless.types import FleetDecision, LeaseSpan, ReplicaSpec
 
 _PER_TICK = 5
@@ -203,8 +204,8 @@ class LiveWorld:
         decision = FleetDecision(STEP, (ReplicaSpec(1),) * num_replicas, "scripted")
         await asyncio.to_thread(self._fleet.expect, decision)
         router = self._router
-        self._rollout = live = router._live = LiveRollout(router, router.desk, router.want_replica, STEP, 600.0)
-        self.ports = RolloutPorts(live, live, live, live, live)
+        self._rollout = live = router._live = LiveRollout(router, router.desk, router.want_replica, 600.0)
+        self.ports = RolloutPorts(live, live, live, live)
         self._fleet.start(decision, WeightSource("store", STEP - 1, 1.0))
 
     async def until(self, is_so: Callable[[RolloutView], bool]) -> RolloutView:
@@ -248,7 +249,7 @@ class LiveWorld:
             assert session.ticket.sample is not None
             self._messages.append(SessionEnd(session.ticket.sample))
 
-    async def control(self, policy: RolloutPolicy, plan: RolloutPlan) -> RolloutRecord:
+    async def control(self, policy: Policy, plan: RolloutPlan) -> RolloutRecord:
         await self._expect(len(plan.fleet))
         loop = asyncio.create_task(run_rollout(policy, plan, self.ports))
         try:

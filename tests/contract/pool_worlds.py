@@ -11,8 +11,9 @@ from typing import Protocol
 import numpy as np
 
 from verl_rlhfless.control import RolloutRecord
+from verl_rlhfless.policy.arm import Policy
 from verl_rlhfless.policy.snapshot import FINISHED, HELD, RUNNING, Batch, IntArray, RolloutPlan, RolloutView
-from verl_rlhfless.ports import RolloutPolicy, RolloutPorts
+from verl_rlhfless.ports import RolloutPorts
 from verl_rlhfless.types import LeaseSpan
 
 STEP, MAX_TOKENS, PROMPT_TOKENS = 3, 100_000, 50
@@ -45,7 +46,7 @@ class World(Protocol):
     async def until(self, is_so: Callable[[RolloutView], bool]) -> RolloutView:
         """Let time pass until the view is so, and return it."""
 
-    async def control(self, policy: RolloutPolicy, plan: RolloutPlan) -> RolloutRecord:
+    async def control(self, policy: Policy, plan: RolloutPlan) -> RolloutRecord:
         """Let the control loop do everything, from the first start to the last sample."""
 
     def lose(self, replica: int) -> None:

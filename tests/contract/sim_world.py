@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import simpy
 
-from tests.contract.pool_worlds import STEP, Watch, batch_of, plan_of
+from tests.contract.pool_worlds import Watch, batch_of, plan_of
 from tests.unit.sim.cases import cell
 from verl_rlhfless.control import RolloutRecord, run_rollout
 from verl_rlhfless.ledger import account, whole_run
+from verl_rlhfless.policy.arm import Policy
 from verl_rlhfless.policy.gpus import GPUS
 from verl_rlhfless.policy.snapshot import RolloutPlan, RolloutView
-from verl_rlhfless.ports import RolloutPolicy, RolloutPorts
+from verl_rlhfless.ports import RolloutPorts
 from verl_rlhfless.sim.cluster import Cluster
 from verl_rlhfless.sim.leases import LeaseBook
 from verl_rlhfless.sim.rollout import SimRollout
@@ -38,8 +38,7 @@ class SimWorld:
         self._rollout = SimRollout(self._book, one.pool, step, plan, "trainer")
         self._watch = Watch(targets, budget)
         self._deadline_s = 3600.0
-        version = SimpleNamespace(version=lambda: STEP - 1)
-        self.ports = RolloutPorts(self._rollout, self._rollout, self._rollout, self._rollout, version)
+        self.ports = RolloutPorts(self._rollout, self._rollout, self._rollout, self._rollout)
 
     async def open(self) -> None:
         pass
@@ -53,7 +52,7 @@ class SimWorld:
             self._env.run(until=self._env.now + 0.05)
         return view
 
-    async def control(self, policy: RolloutPolicy, plan: RolloutPlan) -> RolloutRecord:
+    async def control(self, policy: Policy, plan: RolloutPlan) -> RolloutRecord:
         loop = self._env.process(_drive(run_rollout(policy, plan, self.ports)))
         await self.until(lambda view: not loop.is_alive)
         assert isinstance(loop.value, RolloutRecord)

@@ -12,7 +12,7 @@ from benchmarks.scheduled import scheduled
 from verl_rlhfless.demo import recipe
 from verl_rlhfless.demo.assets import Assets
 from verl_rlhfless.demo.run import ArmOutcome
-from verl_rlhfless.live.pacing import PACE_ENV
+from verl_rlhfless.live.variables import PACE_VARIABLE
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
@@ -62,7 +62,7 @@ def outcome(train: Any, external_module: Any, assets: Assets, tmp_path_factory: 
             "+critic.fsdp.mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}",
             "critic.ppo_micro_batch_size_per_gpu=8",
         ),
-        environment={**external_module("fusion_twice"), PACE_ENV: json.dumps(_PACE)},
+        environment={**external_module("fusion_twice"), PACE_VARIABLE: json.dumps(_PACE)},
     )
 
 

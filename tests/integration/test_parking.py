@@ -67,7 +67,8 @@ class Trial:
         return str(ray.get(self.publisher.publish.remote(model, version), timeout=WAIT_S))
 
     async def start(self, version: int) -> tuple[Any, Any]:
-        from verl_rlhfless.live.replica import ElasticReplica, WeightSource
+        from verl_rlhfless.live.replica import ElasticReplica
+        from verl_rlhfless.live.replica_life import WeightSource
         from verl_rlhfless.types import FleetDecision, ReplicaSpec
 
         self.lot.expect(FleetDecision(1, (ReplicaSpec(1),), "test"))

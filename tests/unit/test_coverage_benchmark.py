@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.coverage import beyond, quality, rate, verdicts
 from verl_rlhfless.errors import DataError
-from verl_rlhfless.policy.predict import Prediction
+from verl_rlhfless.policy.prediction import Prediction
 from verl_rlhfless.sim.generate import TraceSpec, write_trace
 
 LENGTHS = np.arange(1, 1001)

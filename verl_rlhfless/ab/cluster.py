@@ -18,7 +18,7 @@ import psutil
 
 from verl_rlhfless.ab.command import hydra_quoted
 from verl_rlhfless.errors import ConfigError, RlhflessError
-from verl_rlhfless.live.events import OBSERVER_DIR_VARIABLE
+from verl_rlhfless.live.variables import OBSERVER_DIR_VARIABLE
 from verl_rlhfless.processes import end_processes, process_key
 from verl_rlhfless.shared_memory import mapped_segments, queue_segments, unlink_segments
 

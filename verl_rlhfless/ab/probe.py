@@ -17,7 +17,7 @@ from verl_rlhfless.ab.command import Recipe, shell_environment
 from verl_rlhfless.ab.process import end_group
 from verl_rlhfless.config import LEAVING_STRATEGIES
 from verl_rlhfless.errors import ConfigError
-from verl_rlhfless.live.startup import CHECK_ONLY_VARIABLE
+from verl_rlhfless.live.variables import CHECK_ONLY_VARIABLE
 
 LOGGER = 'trainer.logger=["console","file"]'
 """An override of every arm: without verl's file nothing would be known of its steps."""

@@ -96,9 +96,10 @@ class ServerPool:
             del self.loads[name]
 
     def home(self, session: str, needs_room: bool) -> ServerLoad | None:
-        """Return where the session's last turn ran, if it may go there, else the server with the fewest requests.
+        """Return the server of the session's last turn if that one is a choice, else the one with the fewest requests.
 
-        Ties go by name. ``None`` when no server is open (and, if asked for, has room for one more).
+        The choice is among open servers; with ``needs_room`` among those that can run one more request now. Ties go by
+        name; ``None`` where there is no choice.
         """
         may_go = [x for x in self.loads.values() if x.is_open and (x.has_room_for(1) or not needs_room)]
         if not may_go:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import ConfigError
@@ -15,7 +14,7 @@ from verl_rlhfless.live.suspendable import why_lease_is_kept
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """The GPUs that a run can't do with less of: the trainer's, those of the fleet that it needs, and other pools'.
+    """The fewest GPUs with which a run can work: the trainer's, those of the fleet that it needs, and other pools'.
 
     Attributes:
         trainer: The trainer's.
@@ -32,15 +31,15 @@ class Demand:
     others: Mapping[str, int]
 
     @classmethod
-    def of_run(cls, run: Any, settings: RlhflessConfig, others: Mapping[str, int]) -> Demand:
-        """Return what a run with verl's configuration ``run`` needs beside other pools."""
+    def of_run(cls, config: DictConfig, settings: RlhflessConfig, others: Mapping[str, int]) -> Demand:
+        """Return what a run with verl's configuration needs beside other pools."""
         planner = settings.planner
         if settings.plans:
             fleet = (min(planner.tensor_parallel_sizes or (1,)),) * planner.min_replicas
         else:
-            fleet = (run.actor_rollout_ref.rollout.tensor_model_parallel_size,) * max(planner.schedule)
-        trainer = run.trainer.n_gpus_per_node * run.trainer.nnodes
-        kept = why_lease_is_kept(run, settings.pool.suspend_trainer)
+            fleet = (config.actor_rollout_ref.rollout.tensor_model_parallel_size,) * max(planner.schedule)
+        trainer = config.trainer.n_gpus_per_node * config.trainer.nnodes
+        kept = why_lease_is_kept(config, settings.pool.suspend_trainer)
         return cls(trainer, fleet, settings.plans, kept, others)
 
     @property
@@ -65,51 +64,51 @@ class Demand:
         return f"the trainer's {self.trainer} GPUs and the {which} fleet, {replicas}, need {self._leased}{why}{beside}"
 
 
-def check_cluster(run: Any, settings: RlhflessConfig, num_gpus: int) -> None:
+def check_gpus(config: DictConfig, settings: RlhflessConfig, num_gpus: int) -> None:
     """Refuse a run that can't fit into the cluster, before its trainer is built; the cluster may grow by ``max_gpus``.
 
     One that lacks GPUs even for the trainer grows, too, or the trainer's lease says so.
 
     Args:
-        run: verl's configuration.
+        config: verl's configuration.
         settings: Ours.
         num_gpus: Of all nodes of the cluster now.
 
     Raises:
         ConfigError: Trainer, the fleet that is needed and verl's other pools are more than that.
     """
-    demand = Demand.of_run(run, settings, other_pools(run))
+    demand = Demand.of_run(config, settings, other_pools(config))
     if settings.pool.max_gpus is None and demand.trainer <= num_gpus < demand.total:
         raise ConfigError(
             "trainer.n_gpus_per_node",
-            run.trainer.n_gpus_per_node,
+            config.trainer.n_gpus_per_node,
             f"{demand}, and the cluster has {num_gpus} GPUs",
             f"Lower {demand.lowered_by}, use +rlhfless=resident, or for a cluster that grows set "
             "rlhfless.pool.max_gpus to what trainer and replicas may lease.",
         )
 
 
-def other_pools(run: Any) -> dict[str, int]:
+def other_pools(config: DictConfig) -> dict[str, int]:
     """Return the GPUs that verl's pools of reward and teacher models hold for the whole run, by their section.
 
     Args:
-        run: verl's configuration.
+        config: verl's configuration.
     """
-    reward = run.reward.reward_model
+    reward = config.reward.reward_model
     has_pool = {
         "reward.reward_model": reward.enable and reward.enable_resource_pool,
-        "distillation": OmegaConf.select(run, "distillation.enabled"),
+        "distillation": OmegaConf.select(config, "distillation.enabled"),
     }
-    sections = {key: OmegaConf.select(run, key) for key, is_there in has_pool.items() if is_there}
+    sections = {key: OmegaConf.select(config, key) for key, is_there in has_pool.items() if is_there}
     return {key: section.n_gpus_per_node * section.nnodes for key, section in sections.items()}
 
 
-def gpu_budget(run: Any, max_gpus: int | None, num_gpus: int) -> int:
+def gpu_budget(config: DictConfig, max_gpus: int | None, num_gpus: int) -> int:
     """Return the most GPUs that trainer and replicas may lease together.
 
     Args:
-        run: verl's configuration.
+        config: verl's configuration.
         max_gpus: ``rlhfless.pool.max_gpus``; ``None`` = what verl's other pools leave of the cluster.
         num_gpus: Of the cluster.
     """
-    return max(0, num_gpus - sum(other_pools(run).values())) if max_gpus is None else max_gpus
+    return max(0, num_gpus - sum(other_pools(config).values())) if max_gpus is None else max_gpus

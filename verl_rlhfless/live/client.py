@@ -22,9 +22,9 @@ from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
 from verl_rlhfless.errors import UnsupportedError
-from verl_rlhfless.live.asking import asked
 from verl_rlhfless.live.continuation import Continuation
 from verl_rlhfless.live.mailbox import Mailbox
+from verl_rlhfless.live.retry import retry_async
 from verl_rlhfless.live.sampling import lost_by_a_cut, params_of_attempt
 from verl_rlhfless.live.tickets import ENGINE_DEAD, Grant, Outcome, OutcomeKind, SampleKey, SessionEnd, Ticket
 
@@ -211,7 +211,7 @@ async def _is_back(server: Any, attempt: str) -> bool:
     Of a node that is gone Ray says for half a minute that its actors are out of reach.
     """
     try:
-        await asyncio.wait_for(asked(lambda: server.abort.remote([attempt])), _BACK_WITHIN_S)
+        await asyncio.wait_for(retry_async(lambda: server.abort.remote([attempt])), _BACK_WITHIN_S)
     except (ray.exceptions.RayError, asyncio.TimeoutError):
         return False
     return True

@@ -1,7 +1,8 @@
-"""How fast the replicas of a run are, in the form that policies read.
+"""How fast the replicas of a run are, as the ``PoolSnapshot`` that policies read.
 
-A paced replica is exactly as fast as declared, so its model has to reproduce ``PaceModel.iteration_s``. On a GPU the
-figures are those of its data sheet; on a CPU that is not paced, they are measured ones of the demo's model.
+On a GPU the figures are those of its data sheet. A paced replica is exactly as fast as its pace declares, so its
+performance model has to reproduce ``PaceModel.iteration_s``. A CPU that is not paced counts as the one on which the
+demo's model was measured.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ _KV_HEADS = 10**6  # so many that reading the declared model's weights takes as 
 
 
 @dataclass(frozen=True, slots=True)
-class Fleet:
-    """The replicas that a run may have.
+class PoolBounds:
+    """What bounds the replicas of a run.
 
     Attributes:
         tps: Tensor-parallel sizes.
-        num_gpus: GPUs of the budget.
+        num_gpus: GPUs that all replicas together may hold.
         gpus_per_node: GPUs of a node.
         limits: Of every engine.
-        kv_tokens: Tokens of keys and values that a replica holds, by tensor-parallel size; declared devices only.
+        kv_tokens: Tokens of keys and values that a replica on a declared device holds; a GPU's follow from its memory.
     """
 
     tps: tuple[int, ...]
@@ -47,19 +48,19 @@ class Fleet:
     kv_tokens: int
 
 
-def declared_pool(fleet: Fleet, pace: PaceModel) -> PoolSnapshot:
+def declared_pool(bounds: PoolBounds, pace: PaceModel) -> PoolSnapshot:
     """Return a pool of replicas whose iterations take exactly what ``pace`` declares."""
-    perf = {tp: _declared_perf(fleet, pace, tp) for tp in fleet.tps}
+    perf = {tp: _declared_perf(bounds, pace, tp) for tp in bounds.tps}
     any_perf = next(iter(perf.values()))
-    trainer = TrainerPerf(any_perf.shape, any_perf.gpu, fleet.num_gpus, fleet.gpus_per_node)
-    return PoolSnapshot(fleet.num_gpus, fleet.gpus_per_node, perf, trainer)
+    trainer = TrainerPerf(any_perf.shape, any_perf.gpu, bounds.num_gpus, bounds.gpus_per_node)
+    return PoolSnapshot(bounds.num_gpus, bounds.gpus_per_node, perf, trainer)
 
 
-def gpu_pool(fleet: Fleet, shape: ModelShape, gpu: GpuType) -> PoolSnapshot:
+def gpu_pool(bounds: PoolBounds, shape: ModelShape, gpu: GpuType) -> PoolSnapshot:
     """Return a pool of replicas of a model on one type of GPU."""
-    perf = {tp: EnginePerf(shape, gpu, tp, limits=fleet.limits) for tp in fleet.tps}
-    trainer = TrainerPerf(shape, gpu, fleet.num_gpus, fleet.gpus_per_node)
-    return PoolSnapshot(fleet.num_gpus, fleet.gpus_per_node, perf, trainer)
+    perf = {tp: EnginePerf(shape, gpu, tp, limits=bounds.limits) for tp in bounds.tps}
+    trainer = TrainerPerf(shape, gpu, bounds.num_gpus, bounds.gpus_per_node)
+    return PoolSnapshot(bounds.num_gpus, bounds.gpus_per_node, perf, trainer)
 
 
 def gpu_types(resources: Iterable[str]) -> list[str]:
@@ -104,7 +105,7 @@ def find_gpu(resources: Iterable[str], device_bytes: int = 0) -> GpuType | None:
     return replace(gpu, memory_bytes=min(gpu.memory_bytes, device_bytes) if is_mixed else device_bytes)
 
 
-def _declared_perf(fleet: Fleet, pace: PaceModel, tp: int) -> EnginePerf:
+def _declared_perf(bounds: PoolBounds, pace: PaceModel, tp: int) -> EnginePerf:
     """Return the performance model of a declared replica.
 
     Its model has next to no weights: an iteration is a fixed part, a part per request and one per token of context.
@@ -119,7 +120,7 @@ def _declared_perf(fleet: Fleet, pace: PaceModel, tp: int) -> EnginePerf:
         name="declared",
         flops=2 * shape.matmul_params / (tp * prefill_s),
         hbm_bytes_per_s=kv_bytes / context_s,
-        memory_bytes=shape.weight_bytes / tp + (fleet.kv_tokens // BLOCK_TOKENS + 1) * BLOCK_TOKENS * kv_bytes,
+        memory_bytes=shape.weight_bytes / tp + (bounds.kv_tokens // BLOCK_TOKENS + 1) * BLOCK_TOKENS * kv_bytes,
         peer_bytes_per_s=_FAST_LINK,
         network_bytes_per_s=_FAST_LINK,
         host_bytes_per_s=_FAST_LINK,
@@ -136,5 +137,5 @@ def _declared_perf(fleet: Fleet, pace: PaceModel, tp: int) -> EnginePerf:
         allreduce_s=(0.0, 0.0),
         allreduce_hop_s=(0.0, 0.0),
     )
-    limits = EngineLimits(fleet.limits.max_num_seqs, fleet.limits.max_batched_tokens, 1.0, 0.0)
+    limits = EngineLimits(bounds.limits.max_num_seqs, bounds.limits.max_batched_tokens, 1.0, 0.0)
     return EnginePerf(shape, gpu, tp, efficiencies, limits)

@@ -22,9 +22,7 @@ from typing import IO, Any
 from verl_rlhfless.errors import DataError
 from verl_rlhfless.live.iteration import Iteration
 from verl_rlhfless.live.pacing import NOT_PACED, PacedTime
-
-LEASE_VARIABLE = "RLHFLESS_LEASE"
-"""Environment variable with the name of the lease that an engine runs on; unset in a hybrid engine."""
+from verl_rlhfless.live.variables import LEASE_VARIABLE
 
 FLUSH_INTERVAL_S = 1.0
 """Longest time that a busy engine keeps a record in memory."""

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from verl_rlhfless.live.engine_log import EngineLogWriter
-from verl_rlhfless.live.events import OBSERVER_DIR_VARIABLE
 from verl_rlhfless.live.iteration import Iteration, RequestTable
-from verl_rlhfless.live.pacing import NOT_PACED, PACE_ENV, PaceModel, Pacer
+from verl_rlhfless.live.pacing import NOT_PACED, PaceModel, Pacer
+from verl_rlhfless.live.variables import OBSERVER_DIR_VARIABLE, PACE_VARIABLE
 
 
 class EngineProbe:
@@ -35,7 +35,7 @@ class EngineProbe:
         Raises:
             ConfigError: The pace model is malformed, or does not know ``tp``.
         """
-        directory, pace = os.environ.get(OBSERVER_DIR_VARIABLE), os.environ.get(PACE_ENV)
+        directory, pace = os.environ.get(OBSERVER_DIR_VARIABLE), os.environ.get(PACE_VARIABLE)
         pacer = Pacer(PaceModel.parse(pace), tp) if pace else None
         return cls(EngineLogWriter(Path(directory), tp) if directory and rank == 0 else None, pacer)
 

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.platforms import current_platform
 
 from verl_rlhfless.live.checksum import EngineChecksum, TensorSum, as_unsigned, bit_sum, dtype_name, stream_digest
-from verl_rlhfless.live.engine_log import LEASE_VARIABLE
+from verl_rlhfless.live.variables import LEASE_VARIABLE
 from verl_rlhfless.live.weight_slices import Joiner, Slice
 
 _TIED_HEAD = "lm_head."  # what vLLM skips when a model ties its head to the embedding

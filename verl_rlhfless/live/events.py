@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-OBSERVER_DIR_VARIABLE = "RLHFLESS_OBSERVER_DIR"
-"""Environment variable: folder that every arm's processes write their records to; unset = nothing is recorded."""
+from verl_rlhfless.live.variables import OBSERVER_DIR_VARIABLE
 
 
 class EventLog:

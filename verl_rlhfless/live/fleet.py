@@ -14,15 +14,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import ray
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import ReplicaError, RlhflessError
-from verl_rlhfless.live.asking import ask, asked, once
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.orders import ReclaimReplica, StartReplica
 from verl_rlhfless.live.parking import ParkingLot
-from verl_rlhfless.live.replica import ElasticReplica, WeightSource
+from verl_rlhfless.live.replica import ElasticReplica
+from verl_rlhfless.live.replica_life import WeightSource
+from verl_rlhfless.live.retry import once, retry, retry_async
 from verl_rlhfless.live.shared_lease import TrainerDevices
 from verl_rlhfless.live.warm_pool import WarmPool
 from verl_rlhfless.policy.learnt import ReplicaTimes, Standby, Way
@@ -46,11 +47,11 @@ class Fleet:
     """
 
     def __init__(
-        self, run_config: Any, config: RlhflessConfig, router: Any, events: EventLog, warm_servers: WarmPool
+        self, config: DictConfig, settings: RlhflessConfig, router: Any, events: EventLog, warm_servers: WarmPool
     ) -> None:
-        self._rollout = run_config.actor_rollout_ref.rollout
-        self._model = run_config.actor_rollout_ref.model
-        self._config = config
+        self._rollout = config.actor_rollout_ref.rollout
+        self._model = config.actor_rollout_ref.model
+        self._settings = settings
         self._router = router
         self._events = events
         self._ranks = itertools.count()
@@ -66,7 +67,7 @@ class Fleet:
         self._starting: Future[list[str]] | None = None
         self._life: Future[None] | None = None
         self._over = threading.Event()  # of the rollout: a replica of the next one waits for another
-        self.parking = ParkingLot(config.pool, events, can_sleep=_can_sleep(run_config))
+        self.parking = ParkingLot(settings.pool, events, can_sleep=_can_sleep(config))
         self._warm_servers = warm_servers
         self._warm_servers.fill()
 
@@ -79,7 +80,7 @@ class Fleet:
         """Tell the router which replicas will come: from then on a step can be announced; ``start`` follows."""
         assert not self.replicas and self._starting is None, "a fleet is released before the next one starts"
         tps = [spec.tp for spec in decision.replicas]
-        ask(lambda: self._router.expect.remote(tps))
+        retry(lambda: self._router.expect.remote(tps))
 
     def start(
         self,
@@ -94,9 +95,9 @@ class Fleet:
         Args:
             decision: The fleet.
             weights: What its replicas load.
-            imports_first: Whether nothing is leased before the servers of fresh replicas have done their imports. Not
-                beside a trainer that leaves once they are leased: late, they would get its own devices, and engines
-                parked on those could not wake beside it.
+            imports_first: Whether replicas lease only when the servers of fresh ones have done their imports. Set it if
+                the trainer has left already. A trainer that leaves as soon as the replicas are leased needs them to
+                lease at once: later they would get the devices that it has just left.
             shared: The trainer's devices, on which the replicas run without leases; ``None`` = each leases.
         """
         logger.info("rlhfless: step %d: %s", decision.step, decision.reason)
@@ -143,7 +144,7 @@ class Fleet:
         """Start the replicas, and start and end others for as long as the router asks."""
         orders = asyncio.create_task(self._take_orders(weights))
         try:
-            await self._warm_servers.wait_warm(num_imports, self._config.pool.start_timeout_s)
+            await self._warm_servers.wait_warm(num_imports, self._settings.pool.start_timeout_s)
             started.set_result(await self._start_all(candidates, weights))
         except BaseException as error:  # noqa: BLE001  handed to the thread that waits for the start
             started.set_exception(error)
@@ -154,7 +155,7 @@ class Fleet:
         running: list[asyncio.Task[Any]] = []
         lost: list[asyncio.Task[Any]] = []
         with contextlib.suppress(ray.exceptions.RayActorError):  # a router that is gone asks for nothing
-            while (order := await asked(lambda: self._router.wanted.remote(len(running)))) is not None:
+            while (order := await retry_async(lambda: self._router.wanted.remote(len(running)))) is not None:
                 is_start = isinstance(order, StartReplica)
                 work = self._replace(order.tp, weights, tuple(lost)) if is_start else self._end(order.server)
                 running.append(asyncio.create_task(work))
@@ -185,7 +186,7 @@ class Fleet:
     async def _tell_returned(self, replica: ElasticReplica) -> None:
         """Tell the router that GPUs are free; if it stays out of reach, they count as leased to the rollout's end."""
         with contextlib.suppress(ray.exceptions.ActorUnavailableError):
-            await asked(once(self._router, "lease_returned", replica.world_size))
+            await retry_async(once(self._router, "lease_returned", replica.world_size))
 
     async def _start_all(self, candidates: list[ElasticReplica], weights: WeightSource) -> list[str]:
         """Return why replicas did not come up."""
@@ -200,7 +201,7 @@ class Fleet:
             logger.error("rlhfless: %s: %s", replica.name, error)
             if not replica.holds_lease:
                 await self._tell_returned(replica)
-            await asked(once(self._router, "give_up_expected", replica.world_size))
+            await retry_async(once(self._router, "give_up_expected", replica.world_size))
             return f"{replica.name}: {error}"
         return ""
 
@@ -218,7 +219,7 @@ class Fleet:
         )
         self.num_started += 1
         server = {replica.server_address: replica.server_handle}
-        await asked(once(self._router, "add_servers", server, replica.world_size))
+        await retry_async(once(self._router, "add_servers", server, replica.world_size))
         self._events.write("replica_ready", lease=replica.lease.name)
 
     def _started(self) -> Way:
@@ -229,7 +230,7 @@ class Fleet:
         rollout = self._rollout.copy()
         with open_dict(rollout):
             rollout.tensor_model_parallel_size = spec.tp
-        pool, servers = self._config.pool, self._warm_servers
+        pool, servers = self._settings.pool, self._warm_servers
         return ElasticReplica(next(self._ranks), rollout, self._model, pool, servers, self._over)
 
     def release(self) -> None:
@@ -243,7 +244,7 @@ class Fleet:
         failures: list[BaseException] = []
         if self._life is not None:
             with contextlib.suppress(ray.exceptions.RayActorError):
-                asyncio.run(asked(self._router.stop_wanting.remote))
+                asyncio.run(retry_async(self._router.stop_wanting.remote))
             try:
                 self._life.result()  # a replica that has its GPUs and is on its way holds a lease
             except Exception as error:  # noqa: BLE001  raised below, when the replicas have been released
@@ -278,7 +279,7 @@ class Fleet:
 
     async def _release_all(self, leaving: list[ElasticReplica]) -> list[BaseException | None]:
         addresses = [replica.server_address for replica in leaving]
-        leave = [asked(lambda: self._router.remove_servers.remote(addresses))] if leaving else []
+        leave = [retry_async(lambda: self._router.remove_servers.remote(addresses))] if leaving else []
         left = await asyncio.gather(*leave, return_exceptions=True)
         released = await asyncio.gather(*[self._release_one(replica) for replica in leaving], return_exceptions=True)
         return [*left, *released, *await self.parking.end_stuck()]
@@ -299,9 +300,9 @@ async def _all_ended(works: Iterable[Coroutine[Any, Any, _T] | asyncio.Task[_T]]
     return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
 
 
-def _can_sleep(run_config: Any) -> bool:
+def _can_sleep(config: DictConfig) -> bool:
     """Return whether engines may sleep: on a CPU always, because they have nothing to free."""
-    if OmegaConf.select(run_config, "trainer.device") == "cpu":
+    if OmegaConf.select(config, "trainer.device") == "cpu":
         logger.info("rlhfless: engines sleep between rollouts; on a CPU that frees nothing, it is accounting only")
         return True
-    return bool(OmegaConf.select(run_config, "actor_rollout_ref.rollout.enable_sleep_mode", default=True))
+    return bool(OmegaConf.select(config, "actor_rollout_ref.rollout.enable_sleep_mode", default=True))

@@ -15,10 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from transfer_queue import KVBatchMeta
 
 from verl_rlhfless.config import RlhflessConfig
-from verl_rlhfless.live.asking import ask
 from verl_rlhfless.live.fusion_loop import FusedWork, FusionLoop, FusionPorts
 from verl_rlhfless.live.fusion_recall import InferenceMemory, Phase, RecallingGroup
 from verl_rlhfless.live.request_trainer import RequestTrainer
+from verl_rlhfless.live.retry import retry
+from verl_rlhfless.policy.fuse import CallCost
 
 _FORECAST_TIMEOUT_S = 30.0
 
@@ -102,11 +103,11 @@ class FusionTrainer(RequestTrainer):
     def _quantum(self) -> int:
         return math.lcm(*(phase.quantum(getattr(self, phase.group)) for phase in self._phases.values()))
 
-    def _cost(self) -> Any:
+    def _cost(self) -> CallCost | None:
         return self._memory.cost(list(self._phases.values()))
 
     def _remaining_s(self) -> float:
-        return float(ask(self._router.remaining_s.remote, _FORECAST_TIMEOUT_S))
+        return float(retry(self._router.remaining_s.remote, _FORECAST_TIMEOUT_S))
 
     # ---- verl's phases, which find what is known already
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
+from omegaconf import DictConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl_rlhfless.config import RlhflessConfig
@@ -60,7 +61,7 @@ def measure_nodes() -> list[HostMemory]:
     return measured
 
 
-def check_nodes(run: RunMemory, nodes: Sequence[HostMemory]) -> list[NodeAccount]:
+def check_host_memory(run: RunMemory, nodes: Sequence[HostMemory]) -> list[NodeAccount]:
     """Return the account of every node.
 
     Raises:
@@ -84,12 +85,12 @@ def check_store(store: StoreMemory, memory: HostMemory) -> None:
 
 
 def memory_of_run(
-    run: Any, settings: RlhflessConfig, params: int, *, is_tied: bool, can_suspend: bool, num_gpus: int
+    config: DictConfig, settings: RlhflessConfig, params: int, *, is_tied: bool, can_suspend: bool, num_gpus: int
 ) -> RunMemory:
-    """Return what a run of ``verl.trainer.main_ppo`` with the configuration ``run`` puts on its nodes.
+    """Return what a run of ``verl.trainer.main_ppo`` puts on its nodes.
 
     Args:
-        run: verl's configuration.
+        config: verl's configuration.
         settings: Ours.
         params: Number of the model's parameters.
         is_tied: Whether input and output embeddings of the model are one tensor.
@@ -99,25 +100,25 @@ def memory_of_run(
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.device import get_device_name
 
-    actor, rollout = run.actor_rollout_ref.actor, run.actor_rollout_ref.rollout
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     is_host_device = str(get_device_name()) == "cpu"
     weights = params * _bytes_of(_weight_dtype(actor))
     roles = [RoleMemory("actor", weights, TRAINED_COPIES)]
-    if need_reference_policy(run):
-        ref = run.actor_rollout_ref.ref
+    if need_reference_policy(config):
+        ref = config.actor_rollout_ref.ref
         copies = PINNED_COPIES if ref.strategy == "fsdp" else 1
         roles.append(RoleMemory("reference", params * _bytes_of(_weight_dtype(ref)), copies))
-    if need_critic(run):
+    if need_critic(config):
         roles.append(RoleMemory("critic", weights, TRAINED_COPIES))  # verl starts it from a model of its own size
     tp = rollout.tensor_model_parallel_size
-    fleet = _most_replicas(run, settings, num_gpus, can_suspend)
+    fleet = _most_replicas(config, settings, num_gpus, can_suspend)
     warm = settings.pool.warm_servers
-    ranks_per_node = run.trainer.n_gpus_per_node
+    ranks_per_node = config.trainer.n_gpus_per_node
     kv_bytes = int(float(os.environ.get(_VLLM_CPU_KV_GIB, "0")) * 2**30) * tp
     return RunMemory(
         trainer=TrainerMemory(
             roles=tuple(roles),
-            num_ranks=ranks_per_node * run.trainer.nnodes,
+            num_ranks=ranks_per_node * config.trainer.nnodes,
             ranks_per_node=ranks_per_node,
             is_on_host=can_suspend or is_host_device,
             # With tied embeddings every rank of FSDP loads the whole model; Megatron's read one parameter at a time.
@@ -136,18 +137,18 @@ def memory_of_run(
             num_warm=fleet if warm is None else warm,
         ),
         num_agents=rollout.agent.num_workers,
-        num_scorers=run.reward.num_workers,
+        num_scorers=config.reward.num_workers,
     )
 
 
-def _most_replicas(run: Any, settings: RlhflessConfig, num_gpus: int, can_suspend: bool) -> int:
+def _most_replicas(config: DictConfig, settings: RlhflessConfig, num_gpus: int, can_suspend: bool) -> int:
     """Return the size of the largest fleet that may be asked for."""
     planner = settings.planner
     if not settings.plans:
         return max(planner.schedule)
-    budget = gpu_budget(run, settings.pool.max_gpus, num_gpus)
-    for_replicas = budget if can_suspend else budget - run.trainer.n_gpus_per_node * run.trainer.nnodes
-    smallest = min(planner.tensor_parallel_sizes or (run.actor_rollout_ref.rollout.tensor_model_parallel_size,))
+    budget = gpu_budget(config, settings.pool.max_gpus, num_gpus)
+    for_replicas = budget if can_suspend else budget - config.trainer.n_gpus_per_node * config.trainer.nnodes
+    smallest = min(planner.tensor_parallel_sizes or (config.actor_rollout_ref.rollout.tensor_model_parallel_size,))
     return max(1, min(for_replicas // smallest, planner.max_replicas or for_replicas))
 
 

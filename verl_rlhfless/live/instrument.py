@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from verl_rlhfless.config import InstrumentConfig
-from verl_rlhfless.live.events import OBSERVER_DIR_VARIABLE
-from verl_rlhfless.live.pacing import PACE_ENV, PaceModel
-
-METRICS_VARIABLE = "VERL_FILE_LOGGER_PATH"
-"""verl's own variable: where its file logger writes."""
+from verl_rlhfless.live.pacing import PaceModel
+from verl_rlhfless.live.variables import METRICS_VARIABLE, OBSERVER_DIR_VARIABLE, PACE_VARIABLE
 
 
 def instrument_environment(config: InstrumentConfig) -> dict[str, str]:
@@ -22,7 +19,7 @@ def instrument_environment(config: InstrumentConfig) -> dict[str, str]:
     """
     environment = {}
     if config.pace is not None:
-        environment[PACE_ENV] = PaceModel.parse(config.pace).to_json()
+        environment[PACE_VARIABLE] = PaceModel.parse(config.pace).to_json()
     if config.observer is not None:
         folder = Path(config.observer).expanduser().resolve()
         environment |= {OBSERVER_DIR_VARIABLE: str(folder), METRICS_VARIABLE: str(folder / "metrics.jsonl")}

@@ -21,7 +21,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from verl_rlhfless.errors import LeaseImpossibleError, LeaseReleaseError, LeaseTimeoutError, RlhflessError
+from verl_rlhfless.errors import LeaseReleaseError, LeaseTimeoutError, RlhflessError
 from verl_rlhfless.live.leased_node import free_port, leased_node
 from verl_rlhfless.types import DeviceKey, LeasedNode
 
@@ -105,7 +105,6 @@ class Lease:
         request: LeaseRequest,
         timeout_s: float,
         *,
-        fail_if_impossible: bool = False,
         over: threading.Event | None = None,
     ) -> Lease:
         """Return a granted lease.
@@ -113,19 +112,14 @@ class Lease:
         Args:
             request: What to lease.
             timeout_s: How long to wait for the GPUs [s]; rounded up to whole seconds, which is Ray's resolution.
-            fail_if_impossible: Refuse at once what the cluster's present nodes can never give. Leave it off where an
-                autoscaler may add nodes.
             over: Set once the rollout that wants the lease is over: the wait ends within a second.
 
         Raises:
             LeaseTimeoutError: Not granted in time, or not before ``over``. The message names lease, GPUs wanted
                 and available, and who holds them.
-            LeaseImpossibleError: With ``fail_if_impossible``: the cluster is too small.
         """
         if request.group_name in _used_names:
             raise RlhflessError(f"{request} reuses a name of this run. Give every lease a name of its own.")
-        if fail_if_impossible:
-            _refuse_impossible(request)
         _used_names.add(request.group_name)
         _await_freed(request)
         group = placement_group(request.bundles(), strategy="PACK", name=request.group_name)
@@ -233,17 +227,6 @@ def _remove(name: str, group: PlacementGroup, timeout_s: float) -> None:
                 f"lease {name}: still {state} {timeout_s:g} s after its release. Look at Ray's head node and its log."
             )
         time.sleep(_RELEASE_POLL_S)
-
-
-def _refuse_impossible(request: LeaseRequest) -> None:
-    per_node = sorted(
-        (node["Resources"].get(request.resource, 0) for node in ray.nodes() if node["Alive"]), reverse=True
-    )
-    if sum(per_node) < request.num_gpus or max(per_node) < max(request.gpus_per_node):
-        raise LeaseImpossibleError(
-            f"{request}: the cluster has {sum(per_node):g} {request.resource}, at most {max(per_node):g} on one node. "
-            "Ask for less, or add nodes."
-        )
 
 
 def _who_holds(resource: str) -> str:

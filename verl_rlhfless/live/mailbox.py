@@ -16,7 +16,7 @@ from uuid import uuid4
 from ray.exceptions import ActorUnavailableError
 
 from verl_rlhfless.errors import ReplicaError
-from verl_rlhfless.live.asking import asked
+from verl_rlhfless.live.retry import retry_async
 from verl_rlhfless.live.tickets import Delivery, Grant, Message, Outcome, OutcomeKind, Progress, Refusal, Ticket
 
 _POLL_S = 30.0
@@ -63,7 +63,7 @@ class Mailbox:
 
     async def recover(self, attempt: str) -> Progress:
         """Return what the router's journal holds of an attempt."""
-        progress: Progress = await asked(lambda: self._router.recover.remote(attempt))
+        progress: Progress = await retry_async(lambda: self._router.recover.remote(attempt))
         return progress
 
     async def _send(self) -> None:
@@ -90,7 +90,7 @@ class Mailbox:
     async def _deliver(self, method: Any, *args: Any) -> bool:
         """Hand out what a call brings, or tell all who wait why it failed; return whether it is over with the call."""
         try:
-            delivery: Delivery = await asked(lambda: method.remote(self.worker, self._num_received, *args))
+            delivery: Delivery = await retry_async(lambda: method.remote(self.worker, self._num_received, *args))
         except Exception as error:  # noqa: BLE001  whatever it is, those who wait have to know
             for future in self._waiting.values():
                 if not future.done():

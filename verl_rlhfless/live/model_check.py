@@ -21,7 +21,7 @@ _MOST_GPUS = 1024  # of one replica, where the run sets no limit
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def check_model_at_hand(config: DictConfig, parsed: RlhflessConfig) -> None:
+def check_model_at_hand(config: DictConfig, settings: RlhflessConfig) -> None:
     """Check the recipe's model if this machine has its configuration, else leave it to the trainer's set-up.
 
     So is a file that leaves out what its model type has by default: there transformers has completed it.
@@ -40,32 +40,32 @@ def check_model_at_hand(config: DictConfig, parsed: RlhflessConfig) -> None:
         raise DataError(f"{file}: not valid JSON ({error}). Correct the model's configuration.") from error
     if _leaves_out(model):
         return
-    check_shape(config, parsed, model)
-    if parsed.plans:
-        stays = bool(why_lease_is_kept(config, parsed.pool.suspend_trainer))
+    check_shape(config, settings, model)
+    if settings.plans:
+        stays = bool(why_lease_is_kept(config, settings.pool.suspend_trainer))
         held = config.trainer.n_gpus_per_node * config.trainer.nnodes if stays else 0
-        limit = parsed.pool.max_gpus
-        legal_sizes(parsed.planner, model, _MOST_GPUS if limit is None else limit - held)
+        limit = settings.pool.max_gpus
+        legal_sizes(settings.planner, model, _MOST_GPUS if limit is None else limit - held)
 
 
-def check_shape(config: DictConfig, parsed: RlhflessConfig, model: Mapping[str, Any]) -> None:
+def check_shape(config: DictConfig, settings: RlhflessConfig, model: Mapping[str, Any]) -> None:
     """Check that a model has a shape if plans or prices need one.
 
     Args:
         config: The configuration of ``verl.trainer.main_ppo``.
-        parsed: The plugin's.
+        settings: The plugin's.
         model: The model's ``config.json``.
 
     Raises:
         ConfigError: It has none, such as some with multi-head latent attention.
     """
-    has_declared_price = config.trainer.device == "cpu" or parsed.instrument.pace is not None
-    if not parsed.plans and (has_declared_price or parsed.is_placement_fixed):
+    has_declared_price = config.trainer.device == "cpu" or settings.instrument.pace is not None
+    if not settings.plans and (has_declared_price or settings.is_placement_fixed):
         return
     try:
         parse_model_config(model, "the model's config.json")
     except (ConfigError, DataError) as error:
-        planner = "rlhfless/planner=fixed, " if parsed.plans else ""
+        planner = "rlhfless/planner=fixed, " if settings.plans else ""
         rule = f"its iterations have no price, by which requests are placed{' and fleets planned' if planner else ''}"
         action = f"Set {planner}rlhfless/dispatcher=stock and rlhfless/migration=off for this model. ({error})"
         raise ConfigError(_KEY, OmegaConf.select(config, _KEY), rule, action) from error

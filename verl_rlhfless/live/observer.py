@@ -57,7 +57,7 @@ _STOP_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class PlacedGroup:
     """A placement group that carries GPUs, as Ray's table shows it.
 
     Attributes:
@@ -168,7 +168,7 @@ class Observer:
         host.write(time.time())
 
 
-def read_groups() -> list[Group]:
+def read_groups() -> list[PlacedGroup]:
     """Return every placement group with GPUs that Ray knows, ended ones included.
 
     Reads Ray's table below ``ray.util.placement_group_table()``, which leaves the time of the grant out and takes three
@@ -182,7 +182,7 @@ def read_groups() -> list[Group]:
         data = PlacementGroupTableData.FromString(row)
         if num_gpus := math.ceil(sum(bundle.unit_resources.get("GPU", 0.0) for bundle in data.bundles)):
             groups.append(
-                Group(
+                PlacedGroup(
                     group_id=data.placement_group_id,
                     name=data.name or data.placement_group_id.hex(),
                     num_gpus=num_gpus,
@@ -198,7 +198,7 @@ class LeaseWatch:
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
-        self._held: dict[bytes, Group] = {}
+        self._held: dict[bytes, PlacedGroup] = {}
         self._ended: set[tuple[bytes, float]] = set()
         self._asked_s = 0.0
 
@@ -207,11 +207,11 @@ class LeaseWatch:
         """Whether the last look showed a lease."""
         return bool(self._held)
 
-    def ignore_ended(self, groups: Iterable[Group]) -> None:
+    def ignore_ended(self, groups: Iterable[PlacedGroup]) -> None:
         """Leave out what ended before the watch began."""
         self._ended.update((group.group_id, group.granted_s) for group in groups if not group.is_held)
 
-    def look(self, groups: Iterable[Group], asked_s: float, answered_s: float) -> None:
+    def look(self, groups: Iterable[PlacedGroup], asked_s: float, answered_s: float) -> None:
         """Record what changed since the last look.
 
         Args:
@@ -241,7 +241,7 @@ class LeaseWatch:
                 self._ended.add((group_id, held.granted_s))
         self._asked_s = asked_s
 
-    def _write(self, event: str, group: Group, t: float, **fields: Any) -> None:
+    def _write(self, event: str, group: PlacedGroup, t: float, **fields: Any) -> None:
         self._out.write(json.dumps({"event": event, "lease": group.name, **fields, "t": t}) + "\n")
 
 

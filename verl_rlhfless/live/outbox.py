@@ -1,4 +1,4 @@
-"""What one process has for another one, which may be out of reach when it asks: numbered, in order, and kept.
+"""What one process has for another one, to which an answer may get lost: a queue of numbered items that are kept.
 
 Invariant: an item keeps its number, and can be asked for again until the reader confirms that it has it.
 """
@@ -16,7 +16,8 @@ class Outbox(Generic[_T]):
 
     Attributes:
         items: Those that the reader has not confirmed yet.
-        num_answered: How many were in answers to other calls, which ask again by themselves: no wait is for these.
+        num_answered: How many items were part of an answer to another call. That call is made again until its answer
+            arrives, so ``wait`` need not return for them.
     """
 
     def __init__(self) -> None:
@@ -26,7 +27,7 @@ class Outbox(Generic[_T]):
 
     @property
     def count(self) -> int:
-        """How many there were so far; the number of the next one."""
+        """How many items there were so far, which is the number of the next one."""
         return self._num_confirmed + len(self.items)
 
     def put(self, item: _T) -> None:
@@ -36,13 +37,16 @@ class Outbox(Generic[_T]):
         self._news = asyncio.Event()
 
     def since(self, num_received: int) -> tuple[int, tuple[_T, ...]]:
-        """Return all that a reader lacks who has so many, and the number of its first; forget what it has."""
+        """Return the number of the first item after the reader's first ``num_received``, and the items from it on.
+
+        What the reader has is forgotten.
+        """
         if num_received > self._num_confirmed:
             del self.items[: num_received - self._num_confirmed]
             self._num_confirmed = num_received
         return self._num_confirmed, tuple(self.items)
 
     async def wait(self, num_received: int) -> None:
-        """Return when there is more than a reader has who has so many."""
+        """Return when there is an item after the reader's first ``num_received``."""
         while self.count <= max(num_received, self.num_answered):
             await self._news.wait()

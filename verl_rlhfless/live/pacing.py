@@ -23,8 +23,6 @@ from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.live.iteration import Iteration
 
 PACE_KEY = "rlhfless.instrument.pace"
-PACE_ENV = "RLHFLESS_PACE"
-"""Environment variable that carries ``PaceModel.to_json`` to the engine's processes."""
 
 _MAX_NUMBER = 1e9  # milliseconds: eleven days, longer than any iteration
 

@@ -19,7 +19,8 @@ from verl_rlhfless.config import PoolConfig
 from verl_rlhfless.errors import ReplicaError, RlhflessError
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.lease import Lease
-from verl_rlhfless.live.replica import ElasticReplica, ReplicaState, WeightSource
+from verl_rlhfless.live.replica import ElasticReplica
+from verl_rlhfless.live.replica_life import ReplicaState, WeightSource
 from verl_rlhfless.live.same_devices import DeviceSearch, lease_devices
 from verl_rlhfless.live.shared_lease import SharedLease, TrainerDevices
 from verl_rlhfless.live.weights import PullReport
@@ -78,11 +79,6 @@ class ParkingLot:
                 taken |= devices
                 sizes.append(replica.world_size)
         return sizes
-
-    @property
-    def num_woken(self) -> int:
-        """Wakes so far."""
-        return sum(map(len, self._wakes_s.values()))
 
     def expect(self, decision: FleetDecision) -> None:
         """Note a fleet of the run: engines of its kinds may be needed again."""

@@ -8,15 +8,16 @@ from dataclasses import replace
 
 from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.live.announcement import Announcement
-from verl_rlhfless.live.routing import RoutingSettings, decision_of
+from verl_rlhfless.live.routing_settings import RoutingSettings
 from verl_rlhfless.live.speed import SpeedMeter
 from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.invest import plan_parked_fleet
 from verl_rlhfless.policy.learnt import CostModel, Standby, StepTimes, apply, learn_speed, learn_step
 from verl_rlhfless.policy.plan import plan_fleet
-from verl_rlhfless.policy.predict import LengthModel, Prediction
+from verl_rlhfless.policy.predict import LengthModel
+from verl_rlhfless.policy.prediction import Prediction
 from verl_rlhfless.policy.snapshot import Batch, IntArray, PoolSnapshot, RolloutPlan
-from verl_rlhfless.types import FleetDecision
+from verl_rlhfless.types import FleetDecision, Forecast, ReplicaSpec
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class LivePlanner:
             self._count_losses(plan, announced.step, may_share=pool.has_resident)
         # during the rollout a further replica would find no warm server: the fleet has taken them
         self._has_planned, self.next = True, (plan, replace(pool, warm={}))
-        return decision_of(plan, announced.step)
+        return _decision(plan, announced.step)
 
     def _plan_fleet(self, pool: PoolSnapshot, batch: Batch, prediction: Prediction, goal: Goal) -> RolloutPlan:
         if self.routing.config.pool.park == "never":
@@ -100,3 +101,12 @@ class LivePlanner:
         declared = self.routing.planning_pool()
         self.costs = learn_step(self.costs, declared, done, times)
         self.costs = await asyncio.to_thread(learn_speed, self.costs, declared.perf, self.speed.samples)
+
+
+def _decision(plan: RolloutPlan, step: int) -> FleetDecision:
+    """Return the decision that a plan is, with what it expects."""
+    rollout_s, step_s = plan.predicted_rollout_s, plan.predicted_step_s
+    gpu_s, static_step_s = plan.predicted_gpu_s, plan.static_step_s
+    assert rollout_s is not None and step_s is not None and gpu_s is not None and static_step_s is not None
+    forecast = Forecast(rollout_s, step_s, gpu_s, static_step_s)
+    return FleetDecision(step, tuple(ReplicaSpec(tp) for tp in plan.fleet), plan.reason, forecast, plan.is_resident)

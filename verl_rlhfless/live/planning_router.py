@@ -9,7 +9,7 @@ from verl_rlhfless.live.announcement import Announcement
 from verl_rlhfless.live.orders import FleetDesk
 from verl_rlhfless.live.planner import LivePlanner
 from verl_rlhfless.live.router import Router
-from verl_rlhfless.live.routing import RoutingSettings
+from verl_rlhfless.live.routing_settings import RoutingSettings
 from verl_rlhfless.live.tickets import Delta, RouterSettings
 from verl_rlhfless.policy.learnt import CostModel, Standby, StepTimes
 from verl_rlhfless.policy.predict import LengthModel, learn

@@ -14,6 +14,7 @@ import wrapt
 
 from verl_rlhfless.errors import RlhflessError
 from verl_rlhfless.live.logs import configure_logging
+from verl_rlhfless.live.variables import OBSERVER_DIR_VARIABLE, PACE_VARIABLE, is_cpu_platform
 
 
 def _register_trainer(_: ModuleType) -> None:
@@ -35,11 +36,11 @@ def _install_sample_log(_: ModuleType) -> None:
 def register() -> None:
     """Register the platform at once and everything else when verl imports the module that it extends."""
     configure_logging()
-    if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
+    if is_cpu_platform():
         from verl_rlhfless.live import cpu
 
         cpu.register()
-    pace = os.environ.get("RLHFLESS_PACE")
+    pace = os.environ.get(PACE_VARIABLE)
     if pace:
         from verl_rlhfless.live.pacing import PaceModel
         from verl_rlhfless_patches import verl_training_pace
@@ -47,7 +48,7 @@ def register() -> None:
         verl_training_pace.apply(PaceModel.parse(pace))
     wrapt.register_post_import_hook(_register_trainer, "verl.trainer.ppo.v1")
     wrapt.register_post_import_hook(_install_replay, "verl.experimental.agent_loop.agent_loop")
-    if os.environ.get("RLHFLESS_OBSERVER_DIR"):
+    if os.environ.get(OBSERVER_DIR_VARIABLE):
         wrapt.register_post_import_hook(_install_sample_log, "verl.experimental.agent_loop.agent_loop")
 
 

@@ -123,35 +123,29 @@ class ElasticResourcePoolManager(ResourcePoolManager):
     """
 
     grant_timeout_s: float = _GRANT_TIMEOUT_S
-    elastic_pools: tuple[str, ...] = (TRAINER_POOL,)
 
     @property
     def is_leased(self) -> bool:
-        """Whether every elastic pool holds its GPUs now."""
-        return all(self.resource_pool_dict[name].lease is not None for name in self.elastic_pools)
+        """Whether the trainer holds its GPUs now."""
+        return self.resource_pool_dict[TRAINER_POOL].lease is not None
 
     def create_resource_pool(self) -> None:
         """Build every pool of the specification, without leasing anything yet.
 
         Raises:
-            UnsupportedError: An elastic pool is not in the specification, or can't be elastic.
+            UnsupportedError: The trainer's pool is not in the specification, or can't be elastic.
             ValueError: verl's own: too few GPUs for the pools that are not elastic.
         """
-        missing = set(self.elastic_pools) - set(self.resource_pool_spec)
-        if missing:
-            raise UnsupportedError(
-                f"elastic pools {sorted(missing)} are not in verl's pools {sorted(self.resource_pool_spec)}."
-            )
-        stock = ResourcePoolManager(
-            {name: spec for name, spec in self.resource_pool_spec.items() if name not in self.elastic_pools},
-            self.mapping,
-            self.max_colocate_count,
-        )
+        others = dict(self.resource_pool_spec)
+        trainer_spec = others.pop(TRAINER_POOL, None)
+        if trainer_spec is None:
+            raise UnsupportedError(f"verl's pools {sorted(others)} have none named {TRAINER_POOL}, the trainer's.")
+        stock = ResourcePoolManager(others, self.mapping, self.max_colocate_count)
         stock.create_resource_pool()
-        for name, spec in self.resource_pool_spec.items():
-            self.resource_pool_dict[name] = stock.resource_pool_dict.get(name) or ElasticResourcePool(
-                process_on_nodes=spec,
-                max_colocate_count=self.max_colocate_count,
-                name_prefix=name,
-                grant_timeout_s=self.grant_timeout_s,
-            )
+        self.resource_pool_dict[TRAINER_POOL] = ElasticResourcePool(
+            process_on_nodes=trainer_spec,
+            max_colocate_count=self.max_colocate_count,
+            name_prefix=TRAINER_POOL,
+            grant_timeout_s=self.grant_timeout_s,
+        )
+        self.resource_pool_dict |= stock.resource_pool_dict

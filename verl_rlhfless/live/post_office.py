@@ -33,14 +33,17 @@ class PostOffice:
         self._outboxes[item.worker].put((item, server))
 
     def answer(self, worker: str, num_received: int, *, is_first: bool) -> Delivery:
-        """Return what a worker lacks, as the answer to a send; one that is lost is asked for with the send again."""
+        """Return what a worker has not received yet, as the answer to its send; if it is lost, the send is repeated."""
         outbox = self._outboxes[worker]
         if is_first:
             outbox.num_answered = outbox.count
         return Delivery(*outbox.since(num_received))
 
     async def wait(self, worker: str, num_received: int, timeout_s: float) -> Delivery:
-        """Return what a worker lacks, as soon as there is anything that no answer to a send had, or at the deadline."""
+        """Return what a worker has not received yet, once there is an item that no answer to a send had, or at the end.
+
+        The end is ``timeout_s`` from now.
+        """
         outbox = self._outboxes[worker]
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(outbox.wait(num_received), timeout_s)

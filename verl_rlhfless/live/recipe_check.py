@@ -26,10 +26,17 @@ _ENTRY, _RUNNER = "verl.trainer.main_ppo", "TaskRunnerV1"
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A value of verl's that a run of ours can't have, and why not; ``action`` is empty where it only has no effect."""
+    """An option of verl and the values of it for which a run of ours is refused or warned.
+
+    Attributes:
+        key: verl's key.
+        applies: Whether a value is one of those.
+        rule: Why the value can't be honoured, or why it has no effect.
+        action: What to do instead; empty where the option only has no effect.
+    """
 
     key: str
-    is_meant: Callable[[Any], bool]
+    applies: Callable[[Any], bool]
     rule: str
     action: str = ""
 
@@ -107,7 +114,7 @@ _INSTEAD = {
 _LEGACY = ("custom_reward_function", "reward_model", "sandbox_fusion")
 
 
-def check_recipe(config: DictConfig, parsed: RlhflessConfig) -> None:
+def check_recipe(config: DictConfig, settings: RlhflessConfig) -> None:
     """Check the options of a recipe that runs on a rollout of ours.
 
     Raises:
@@ -115,12 +122,12 @@ def check_recipe(config: DictConfig, parsed: RlhflessConfig) -> None:
     """
     for option in _OPTIONS:
         value = OmegaConf.select(config, option.key)
-        if value is not None and option.is_meant(value):
+        if value is not None and option.applies(value):
             raise ConfigError(option.key, value, option.rule, option.action)
-    _check_adapter(config)
+    _check_adapter_has_rank(config)
     _check_engine_arguments(config)
-    _check_prefix_cache(config, parsed)
-    _check_nodes(config, parsed)
+    _check_prefix_cache(config, settings)
+    _check_nodes(config, settings)
     _check_legacy_reward(config)
 
 
@@ -128,11 +135,11 @@ def tell_what_has_no_effect(config: DictConfig) -> None:
     """Warn of options that mean nothing to elastic replicas; the run is the same without them."""
     for option in _WITHOUT_EFFECT:
         value = OmegaConf.select(config, option.key)
-        if option.is_meant(value):
+        if option.applies(value):
             logger.warning("rlhfless: %s=%s has no effect: %s.", option.key, value, option.rule)
 
 
-def check_adapters(config: DictConfig) -> None:
+def check_adapters_are_merged(config: DictConfig) -> None:
     """Refuse LoRA adapters that stay apart: verl's checkpoint-engine path drops them, and replicas serve the base."""
     key = "actor_rollout_ref.model"
     ranks = {name: OmegaConf.select(config, f"{key}.{name}", default=0) or 0 for name in ("lora_rank", "lora.rank")}
@@ -187,7 +194,7 @@ def check_entry(task: Callable[..., Any]) -> None:
         )
 
 
-def _check_adapter(config: DictConfig) -> None:
+def _check_adapter_has_rank(config: DictConfig) -> None:
     """Refuse an adapter that verl would not load: its engines make a LoRA model only of a rank above 0."""
     key = "actor_rollout_ref.model"
     path = OmegaConf.select(config, f"{key}.lora_adapter_path")
@@ -206,18 +213,18 @@ def _check_engine_arguments(config: DictConfig) -> None:
             raise ConfigError(f"{_ROLLOUT}.engine_kwargs.vllm.{name}", given[name], rule, action)
 
 
-def _check_prefix_cache(config: DictConfig, parsed: RlhflessConfig) -> None:
-    if parsed.prefix_dedup.name == "on" and not config.actor_rollout_ref.rollout.enable_prefix_caching:
+def _check_prefix_cache(config: DictConfig, settings: RlhflessConfig) -> None:
+    if settings.prefix_dedup.name == "on" and not config.actor_rollout_ref.rollout.enable_prefix_caching:
         rule = "the samples of a group would be kept together for a cache that is not there"
         raise ConfigError(
             f"{_ROLLOUT}.enable_prefix_caching", False, rule, "Set it to True, or rlhfless/prefix_dedup=off."
         )
 
 
-def _check_nodes(config: DictConfig, parsed: RlhflessConfig) -> None:
+def _check_nodes(config: DictConfig, settings: RlhflessConfig) -> None:
     """Refuse replicas over several nodes where a node's size is known: a trainer over several takes whole ones."""
     tp, trainer = config.actor_rollout_ref.rollout.tensor_model_parallel_size, config.trainer
-    if tp > trainer.n_gpus_per_node and (trainer.nnodes > 1 or not parsed.is_elastic):
+    if tp > trainer.n_gpus_per_node and (trainer.nnodes > 1 or not settings.is_elastic):
         rule = f"a node has {trainer.n_gpus_per_node} GPUs, and a replica over several nodes is not supported"
         action = f"Lower it to at most {trainer.n_gpus_per_node}, or use +rlhfless=off."
         raise ConfigError(f"{_ROLLOUT}.tensor_model_parallel_size", tp, rule, action)

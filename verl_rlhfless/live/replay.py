@@ -9,14 +9,14 @@ import math
 from array import array
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from verl_rlhfless.config import ReplayConfig, parse_config
+from omegaconf import DictConfig, OmegaConf
+
+from verl_rlhfless.config import ReplayConfig
 from verl_rlhfless.errors import ConfigError, DataError, UnsupportedError
+from verl_rlhfless.live.settings import settings_of
 from verl_rlhfless.trace import read_trace
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 SINGLE_TURN_AGENT = "single_turn_agent"
 """The only agent loop whose lengths can be forced: one response is one engine request."""
@@ -74,26 +74,23 @@ plan_of = lru_cache(maxsize=1)(ReplayPlan)
 """A ``ReplayPlan`` that is read once per process: an agent loop is built for every response."""
 
 
-def check_replay(cfg: DictConfig) -> ReplayConfig:
+def check_replay(config: DictConfig) -> ReplayConfig:
     """Return ``rlhfless.replay`` of a run after checking that it can work; nothing is started for it.
 
     Args:
-        cfg: The whole configuration of ``verl.trainer.main_ppo``.
+        config: The whole configuration of ``verl.trainer.main_ppo``.
 
     Raises:
         ConfigError: A key that does not go with replay; the message has key, value, rule and action.
         UnsupportedError: An agent loop or a trainer that cannot replay.
         DataError: The trace is missing or malformed.
     """
-    from omegaconf import OmegaConf
-
-    values = OmegaConf.select(cfg, "rlhfless")
-    replay = parse_config(None if values is None else OmegaConf.to_container(values, resolve=True)).replay
+    replay = settings_of(config).replay
     if replay.trace is None:
         return replay
-    rollout = OmegaConf.select(cfg, _ROLLOUT)
-    _check_agent_loop(cfg, rollout)
-    _check_lengths(cfg, rollout)
+    rollout = config.actor_rollout_ref.rollout
+    _check_agent_loop(config, rollout)
+    _check_lengths(config, rollout)
     plan = plan_of(replay.trace, replay.scale, rollout.response_length)
     if rollout.n > plan.min_samples:
         raise ConfigError(
@@ -105,10 +102,8 @@ def check_replay(cfg: DictConfig) -> ReplayConfig:
     return replay
 
 
-def _check_agent_loop(cfg: DictConfig, rollout: Any) -> None:
-    from omegaconf import OmegaConf
-
-    if OmegaConf.select(cfg, "trainer.use_v1") is False:
+def _check_agent_loop(config: DictConfig, rollout: Any) -> None:
+    if OmegaConf.select(config, "trainer.use_v1") is False:
         raise UnsupportedError("trainer.use_v1=False: replay needs the v1 trainer. Set trainer.use_v1=True.")
     agent = rollout.agent.default_agent_loop
     if agent != SINGLE_TURN_AGENT:
@@ -118,11 +113,11 @@ def _check_agent_loop(cfg: DictConfig, rollout: Any) -> None:
         )
 
 
-def _check_lengths(cfg: DictConfig, rollout: Any) -> None:
-    if cfg.data.shuffle:
+def _check_lengths(config: DictConfig, rollout: Any) -> None:
+    if config.data.shuffle:
         raise ConfigError(
             "data.shuffle",
-            cfg.data.shuffle,
+            config.data.shuffle,
             "must be False with rlhfless.replay.trace: the row of a prompt picks its group of the trace",
             "Set data.shuffle=False.",
         )

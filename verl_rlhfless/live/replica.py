@@ -21,17 +21,15 @@ from verl_rlhfless.config import PoolConfig
 from verl_rlhfless.errors import ReplicaError
 from verl_rlhfless.live.accelerator import Accelerator
 from verl_rlhfless.live.engine_files import reap_server
-from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.lease import Lease, LeaseRequest
 from verl_rlhfless.live.parked_memory import ParkedMemory
 from verl_rlhfless.live.replica_life import ParkReport, ReleaseReport, ReplicaState, WeightSource
 from verl_rlhfless.live.shared_lease import SharedLease
+from verl_rlhfless.live.variables import LEASE_VARIABLE
 from verl_rlhfless.live.warm_pool import WarmPool
 from verl_rlhfless.live.weight_store import ANSWER_GRACE_S
 from verl_rlhfless.live.weights import PullReport
 from verl_rlhfless.processes import ProcessKey
-
-__all__ = ["ElasticReplica", "ParkReport", "ReleaseReport", "ReplicaState", "WeightSource"]
 
 FRESH_ENGINE_BYTES = 2**30
 """What the next engine holds on a device before vLLM asks for its share of it: CUDA's context, kernels, NCCL's buffers.
@@ -137,7 +135,7 @@ class ElasticReplica(vLLMReplica):
             pulled = self._server_handle.pull_weights.remote(weights.version, weights.store_name, weights.timeout_s)
             limit_s = weights.timeout_s + _PULL_WAITS * ANSWER_GRACE_S
             what = "its server did not load the weights", _PULL_KEY
-            report: PullReport = await self._within(limit_s, _awaitable(pulled), what)
+            report: PullReport = await self._within(limit_s, pulled, what)
             self.state = ReplicaState.READY
             return report
         except BaseException:
@@ -303,7 +301,7 @@ class ElasticReplica(vLLMReplica):
         timeout_s = self._pool.release_timeout_s
         is_launching = self.state is ReplicaState.STARTING  # and may go on to, into the launch of the next replica
         try:
-            survivors = await asyncio.wait_for(_awaitable(server.stop_engine.remote(timeout_s)), timeout_s + _ANSWER_S)
+            survivors = await asyncio.wait_for(server.stop_engine.remote(timeout_s), timeout_s + _ANSWER_S)
         except (ray.exceptions.RayError, asyncio.TimeoutError):
             self.state = ReplicaState.LOST
             survivors = await self._reap(timeout_s)
@@ -323,7 +321,7 @@ class ElasticReplica(vLLMReplica):
             return ()
         affinity = NodeAffinitySchedulingStrategy(node_id=self.node_id, soft=False)
         reap = ray.remote(num_cpus=0)(reap_server).options(scheduling_strategy=affinity)
-        survivors = _awaitable(reap.remote(self._server_process, self._engine_processes, timeout_s))
+        survivors = reap.remote(self._server_process, self._engine_processes, timeout_s)
         try:
             return tuple(await asyncio.wait_for(survivors, timeout_s + _ANSWER_S))
         except (ray.exceptions.RayError, asyncio.TimeoutError) as error:
@@ -336,8 +334,4 @@ class ElasticReplica(vLLMReplica):
 
     async def _answer(self, reference: Any) -> Any:
         """Return a server's answer within ``release_timeout_s``."""
-        return await asyncio.wait_for(_awaitable(reference), self._pool.release_timeout_s)
-
-
-async def _awaitable(reference: Any) -> Any:
-    return await reference
+        return await asyncio.wait_for(reference, self._pool.release_timeout_s)

@@ -1,6 +1,8 @@
 """Where replicas run: on leases of their own, or beside the trainer on its GPUs.
 
-A plan chooses in each step. A trainer that was to leave and could not leaves no choice for the rest of the run.
+A plan chooses in each step. But a trainer that is found unable to leave its GPUs (memory stays on them) keeps them for
+the rest of the run. From then on fleets lease only what the budget has beside it, or, where that is too little for any
+replica, share the trainer's GPUs for good.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ class ReplicaPlaces:
         return asleep if asleep.total() and self._has_room_for_engines() else Counter()
 
     def devices_for(self, decision: FleetDecision) -> TrainerDevices | None:
-        """Return the trainer's devices where a fleet runs on them, ``None`` where it leases; once it is known to stay.
+        """Return the trainer's devices if a fleet runs on them, ``None`` if it leases.
+
+        Call it when it is settled whether the trainer leaves.
 
         Raises:
             DeviceMemoryError: The trainer could not leave, and neither beside it nor on its GPUs is room for a replica.
@@ -70,14 +74,17 @@ class ReplicaPlaces:
         return self._ranks.devices() if decision.is_resident or self.shares_for_good else None
 
     def limit(self) -> int | None:
-        """Return, once, what later fleets may lease beside a trainer that could not leave; call it between rollouts."""
+        """Return how many GPUs later fleets may have, the first time after the trainer could not leave, else ``None``.
+
+        Call it between rollouts.
+        """
         if not self._could_not_leave:
             return None
         self.room = self._lease.num_gpus if self.shares_for_good else self._lease.num_gpus_beside
         return self.room
 
     def placed(self, decision: FleetDecision) -> FleetDecision:
-        """Return a fleet as it runs beside a trainer that could not leave: a schedule knows nothing of that."""
+        """Return the part of a fleet that has room beside a trainer that could not leave, which no schedule knows."""
         if self.room is None:
             return decision
         return replace(fleet_within(decision, self.room), is_resident=self.shares_for_good)

@@ -20,7 +20,6 @@ from verl.workers.rollout.llm_server import LLMServerManager
 from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import DataError, ReplicaError
 from verl_rlhfless.live.accelerator import Accelerator
-from verl_rlhfless.live.asking import ask
 from verl_rlhfless.live.client import ElasticClient
 from verl_rlhfless.live.completeness import RolloutLedger
 from verl_rlhfless.live.events import EventLog
@@ -28,7 +27,8 @@ from verl_rlhfless.live.model_check import check_shape
 from verl_rlhfless.live.own_queue import refuse_foreign_queue
 from verl_rlhfless.live.request_server import RequestReplica
 from verl_rlhfless.live.residency import device_bytes
-from verl_rlhfless.live.routing import Nodes, RoutingSettings
+from verl_rlhfless.live.retry import retry
+from verl_rlhfless.live.routing_settings import Nodes, RoutingSettings
 from verl_rlhfless.live.step_report import RolloutReport
 from verl_rlhfless.live.tickets import RouterSettings
 
@@ -69,10 +69,10 @@ class RequestTrainer(PPOTrainerSync):
         super()._setup()
         self._routing = self._routing_settings()
         settings = self._router_settings()
-        ask(lambda: self._router.configure_rollouts.remote(settings, self._routing))
+        retry(lambda: self._router.configure_rollouts.remote(settings, self._routing))
 
     def _wait_for_samples(self, partition_id: str, last_debug_time: float) -> float:
-        """Wait as verl's replay buffer does, but poll often only after the last sample: a poll reads every key."""
+        """Wait as verl's replay buffer does, but first 0.5 s for the rollout's end: each poll reads every key."""
         with contextlib.suppress(ray.exceptions.RayActorError):  # the clients of a dead router say so
             ray.get(self._router.wait_ended.remote(_LOOK_S))
         self.agent_loop_manager.check_workers()
@@ -116,7 +116,7 @@ class RequestTrainer(PPOTrainerSync):
     def _save_checkpoint(self) -> None:
         folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / LENGTHS_FILE).write_text(ask(self._router.lengths.remote), encoding="utf-8")
+        (folder / LENGTHS_FILE).write_text(retry(self._router.lengths.remote), encoding="utf-8")
         super()._save_checkpoint()
 
     def _load_checkpoint(self) -> None:
@@ -135,7 +135,7 @@ class RequestTrainer(PPOTrainerSync):
         if self.global_steps and path.exists():
             try:
                 text = path.read_text(encoding="utf-8")
-                ask(lambda: restore.remote(text))
+                retry(lambda: restore.remote(text))
             except ray.exceptions.RayTaskError as error:
                 raise DataError(f"{path}: {error.cause}") from error
 
@@ -158,7 +158,7 @@ class RequestTrainer(PPOTrainerSync):
         super().on_sample_end()
 
     def _take_report(self) -> None:
-        report: RolloutReport | None = ask(self._router.report.remote)
+        report: RolloutReport | None = retry(self._router.report.remote)
         if report is None:
             return
         if report.failure:

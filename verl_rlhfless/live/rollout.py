@@ -1,4 +1,4 @@
-"""One rollout as its control loop sees it: the ports of the simulator's own loop, over the router's book."""
+"""One rollout as the control loop (``control.run_rollout``) sees it: its ports, over the router's book of requests."""
 
 from __future__ import annotations
 
@@ -25,17 +25,13 @@ class LiveRollout:
         router: Sends the requests.
         desk: What is up, expected and asked for.
         want: Asks the fleet for a replica of so many GPUs; returns whether one may come.
-        step: Training step, 1-based.
         start_limit_s: How long a replica is waited for of which nothing is heard.
     """
 
-    def __init__(
-        self, router: Router, desk: FleetDesk, want: Callable[[int], bool], step: int, start_limit_s: float
-    ) -> None:
+    def __init__(self, router: Router, desk: FleetDesk, want: Callable[[int], bool], start_limit_s: float) -> None:
         self._router, self._book, self._desk, self._want = router, router.book, desk, want
         self._start_limit_s = start_limit_s
         self._limits: list[asyncio.TimerHandle] = []
-        self._version = step - 1  # every token of a step comes from the weights of the step before
         self._began_s = time.monotonic()
         self._changed = asyncio.Event()
         self._was_dry = False
@@ -126,16 +122,12 @@ class LiveRollout:
         """Return whether every announced sample is complete."""
         return self._book.is_done
 
-    # ---- what routing never asks for
+    # ---- inference
 
     def fuse(self, num_gpus: int) -> None:
-        """Refuse: inference starts after the rollout.
+        """Refuse: policies of live runs ask for none. There the trainer itself begins inference (``fusion_loop``).
 
         Raises:
             UnsupportedError: Always.
         """
         raise UnsupportedError(f"fusing inference on {num_gpus} GPUs is not supported in live runs yet.")
-
-    def version(self) -> int:
-        """Return the weight version of the rollout."""
-        return self._version

@@ -1,6 +1,6 @@
-"""The router of a run of ours: the simulator's own control loop, as a task inside the router's process.
+"""The router of a run of ours: it runs the control loop (``control.run_rollout``, the simulator's too) in its process.
 
-Decisions and their effect are direct calls; only cuts and grants leave the process.
+So decisions and their effects are direct calls, and only cuts and grants leave the process.
 
 Invariants: one announced rollout at a time, and what comes while it runs is served without a plan; when a policy fails,
 its rollout ends without further decisions, and the trainer is told.
@@ -26,14 +26,14 @@ from verl_rlhfless.live.orders import Order
 from verl_rlhfless.live.planning_router import PlanningRouter
 from verl_rlhfless.live.preload import SERVER_MODULE, import_in_background
 from verl_rlhfless.live.rollout import LiveRollout
-from verl_rlhfless.live.router import ACTOR_OPTIONS, WAITING
+from verl_rlhfless.live.router import ACTOR_OPTIONS, WAITING_CALLS
 from verl_rlhfless.live.samples import Rollout
 from verl_rlhfless.live.step_report import RolloutReport, StepReport
 from verl_rlhfless.live.tickets import Message, SessionEnd
 from verl_rlhfless.policy.arm import Policy
 from verl_rlhfless.policy.balance import Foresight
 from verl_rlhfless.policy.baselines.stock import NoReaction
-from verl_rlhfless.policy.predict import Prediction
+from verl_rlhfless.policy.prediction import Prediction
 from verl_rlhfless.policy.snapshot import STARTING, Batch, RolloutPlan, RolloutView
 from verl_rlhfless.ports import RolloutPorts
 
@@ -69,7 +69,7 @@ class RolloutRouter(PlanningRouter):
         self.desk.start(tp)
         return True
 
-    @ray.method(concurrency_group=WAITING)
+    @ray.method(concurrency_group=WAITING_CALLS)
     async def wanted(self, number: int) -> Order | None:
         """Return a replica to start or to end, the rollout's ``number``-th; ``None`` once there will be none."""
         return await self._on_own_loop(self.desk.order(number))
@@ -118,15 +118,15 @@ class RolloutRouter(PlanningRouter):
         self.begin(Rollout(batch, announced.samples(), rank, predicted, pool))
         self._step.begin(announced.step)
         limit_s = start_limit_s(self._routing.config)
-        self._live = LiveRollout(self, self.desk, self.want_replica, announced.step, limit_s)
+        self._live = LiveRollout(self, self.desk, self.want_replica, limit_s)
         self._refine = routing.refine
-        ports = RolloutPorts(self._live, self._live, self._live, self._live, self._live)
+        ports = RolloutPorts(clock=self._live, pool=self._live, engine=self._live, inference=self._live)
         control = self._run((policy, plan, ports), batch, self._live)
         self._control = asyncio.get_running_loop().create_task(control)
         await asyncio.sleep(0)  # the loop has placed every sample when the caller goes on to submit
         return tuple(dict.fromkeys(batch.group_of[plan.order].tolist()))
 
-    @ray.method(concurrency_group=WAITING)
+    @ray.method(concurrency_group=WAITING_CALLS)
     async def wait_ended(self, timeout_s: float) -> None:
         """Return when the announced rollout's last sample is complete, at once when none runs, or at the deadline."""
         await self._on_own_loop(self._control_ended(timeout_s))
@@ -255,7 +255,7 @@ class RolloutRouter(PlanningRouter):
             logger.exception("rlhfless: nothing brings the samples of a lost replica to another one any more")
             while not ports.engine.is_done():
                 await ports.clock.wait(_NEVER_S)
-            return RolloutRecord(ports.weights.version()), f", and then {error!r}"
+            return RolloutRecord(), f", and then {error!r}"
 
 
 def start_limit_s(config: RlhflessConfig) -> float:

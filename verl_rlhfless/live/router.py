@@ -12,17 +12,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ray
 
 from verl_rlhfless.errors import UnsupportedError
-from verl_rlhfless.live.asking import asked
 from verl_rlhfless.live.journal import Journal
-from verl_rlhfless.live.once import Once
 from verl_rlhfless.live.post_office import PostOffice
-from verl_rlhfless.live.requests import RequestBook
+from verl_rlhfless.live.request_book import RequestBook
+from verl_rlhfless.live.retry import Once, retry_async
 from verl_rlhfless.live.samples import Rollout
 from verl_rlhfless.live.tickets import (
     Delivery,
@@ -39,13 +38,13 @@ from verl_rlhfless.policy.snapshot import IntArray
 
 logger = logging.getLogger(__name__)
 
-WAITING = "waiting"
+WAITING_CALLS = "waiting"
 """Concurrency group of calls that wait."""
 _MAX_WAITING = 1_000_000
 _SETTLE_S = 1.0  # by then prompts are tokenized; an agent that starts with a tool call is not waited for
 _T = TypeVar("_T")
 
-ACTOR_OPTIONS = {"concurrency_groups": {WAITING: _MAX_WAITING}, "num_cpus": 0}
+ACTOR_OPTIONS = {"concurrency_groups": {WAITING_CALLS: _MAX_WAITING}, "num_cpus": 0}
 """What ``ray.remote`` needs to make an actor of :class:`Router` or of a subclass."""
 
 
@@ -143,7 +142,7 @@ class Router:
             self.pump()
         return self._post.answer(worker, num_received, is_first=is_new)
 
-    @ray.method(concurrency_group=WAITING)
+    @ray.method(concurrency_group=WAITING_CALLS)
     async def grants(self, worker: str, num_received: int, timeout_s: float) -> Delivery:
         """Return what the worker may start or must give up, as soon as there is anything; nothing at the deadline."""
         return await self._on_own_loop(self._post.wait(worker, num_received, timeout_s))
@@ -163,14 +162,9 @@ class Router:
         if delta.is_dead:
             self.lose_server(server, "its engine died")
 
-    async def lose_servers(self, servers: Iterable[str], reason: str) -> None:
-        """Note that servers are dead."""
-        for server in servers:
-            self.lose_server(server, reason)
-
     # ---- verl's protocol
 
-    @ray.method(concurrency_group=WAITING)
+    @ray.method(concurrency_group=WAITING_CALLS)
     async def acquire_server(self, request_id: str, **_: Any) -> tuple[str, Any]:
         """Return the server for a request of a client that tells no more; wait while none is up.
 
@@ -252,7 +246,7 @@ class Router:
         router, limit_s = ray.get_runtime_context().current_actor, self.settings.stranded_timeout_s
         interval_s = self.settings.progress_interval_s
         try:
-            answer = asked(lambda: handle.report_to.remote(router, server, interval_s))
+            answer = retry_async(lambda: handle.report_to.remote(router, server, interval_s))
             fits: ServerLimits = await asyncio.wait_for(answer, limit_s)
         except ray.exceptions.RayError as error:
             return str(error)

@@ -1,4 +1,4 @@
-"""Leases for live processes, which can't change their devices, and Ray can't be asked for a device.
+"""Leases of certain devices, for live processes: these can't change their devices, and Ray grants any that are free.
 
 One mechanism for a suspended trainer and for parked engines: lease, look at what came, give back what nobody can use,
 and try again for a bounded time.

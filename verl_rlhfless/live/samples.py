@@ -99,7 +99,7 @@ class SampleTable:
         count = rollout.batch.num_samples
         self.rollout = rollout
         self.replicas: list[Replica] = []
-        self.num_left = self.num_expected = count
+        self.num_left = count
         self.is_settled = False
         self.state: NDArray[np.int8] = np.full(count, HELD, dtype=np.int8)
         self.replica_of: IntArray = np.full(count, -1, dtype=np.int64)
@@ -137,9 +137,7 @@ class SampleTable:
         """Note that the turn's sample waits for a replica."""
         sample = turn.sample
         self.turn_of[sample] = turn
-        if not self._has_begun[sample]:
-            self._has_begun[sample] = True
-            self.num_expected -= 1
+        self._has_begun[sample] = True
         if self.state[sample] == WAITING:
             self._push(sample)
 
@@ -194,9 +192,7 @@ class SampleTable:
         """Note that a sample is complete."""
         if self.state[sample] == WAITING:
             self._of(sample).num_waiting -= 1
-        if not self._has_begun[sample]:
-            self._has_begun[sample] = True
-            self.num_expected -= 1
+        self._has_begun[sample] = True
         self.state[sample] = FINISHED
         self.num_left -= 1
 

@@ -8,9 +8,9 @@ import os
 from verl_rlhfless.live.available_memory import available_bytes
 from verl_rlhfless.live.engine_death import ends_with_engine
 from verl_rlhfless.live.engine_files import end_engine
-from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.parked_memory import ParkedMemory, measure_parked
 from verl_rlhfless.live.request_server import RequestServer
+from verl_rlhfless.live.variables import LEASE_VARIABLE
 from verl_rlhfless.live.weights import PullReport, pull_into_engine
 from verl_rlhfless.processes import ProcessKey, descendants, process_key
 

@@ -1,10 +1,12 @@
 """Measured decode iterations, from the progress that replicas report anyway.
 
-Each request that runs on a replica gets one token an iteration. So while none joins, the tokens of a request that goes
-on count the iterations, and the tokens of all divided by them are the mean batch. Requests may end meanwhile: else only
-the small batches of a rollout's tail would be measured, and plans would hold large ones to be as fast. Prefill is not
-measured: a report in which a request has its first tokens is left out, and so is the one before, in which it may have
-been computed.
+Each running request gets one token in every iteration of its engine. So between two reports, if no request joined, the
+most new tokens of any request are the number of iterations, and the new tokens of all requests divided by it are the
+mean batch. Reports during which requests ended count too. Else only the small batches of a rollout's tail would be
+measured, and plans would take large ones to be as fast.
+
+Prefill must not be measured. So a report in which a request has its first tokens is left out, and so is the one before
+it, during which the prompt may have been computed.
 """
 
 from __future__ import annotations

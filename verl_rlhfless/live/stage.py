@@ -1,11 +1,11 @@
-"""The rollout stage: the router knows a step's prompts before they come, and every turn says whose it is.
+"""The rollout stage: announces a step's prompts to the router before they come, and tells which sample each turn is of.
 
 verl's own agent-loop manager and worker do everything else, so any agent loop works unchanged. Validation is not
 announced: nothing is predicted for it and nothing is learnt from it.
 
-A worker builds its agent loops one a turn of its event loop: a build takes milliseconds, and verl's worker, which
-builds all of them in one turn, sends its first request after the last build. What the plan puts first is built first:
-a replica has its first requests at once, and holds no place for one that is still to come.
+To build an agent loop takes milliseconds. verl's worker builds all of its loops before any of them sends its first
+request. Ours lets the event loop run after each build, and builds the samples first that the plan puts first. So
+replicas have requests at once, and they need not keep a slot free for a request that the plan wants earlier.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 
 from verl_rlhfless.errors import SampleLossError
 from verl_rlhfless.live.announcement import announcement_of
-from verl_rlhfless.live.asking import ask, once
 from verl_rlhfless.live.client import serving
 from verl_rlhfless.live.preload import SERVER_MODULE, import_in_background
+from verl_rlhfless.live.retry import once, retry
 from verl_rlhfless.live.tickets import SampleKey
 
 
 class Turns:
-    """Deals out the turns of an event loop, so that what one coroutine sends leaves before the next goes on."""
+    """Lets one waiting coroutine at a time go on, so that its request is sent before the next agent loop is built."""
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
 
     async def take(self) -> None:
-        """Return in a turn of the event loop in which no other caller does."""
+        """Return in an iteration of the event loop in which no other caller returns."""
         async with self._lock:
             await asyncio.sleep(0)
 
@@ -109,13 +109,13 @@ class StageManager(AgentLoopManagerTQ):
         is_validation = prompts["validate"] if "validate" in prompts else False  # noqa: SIM401  get() wraps the value
         if not is_validation:
             router = self.llm_client._load_balancer
-            order = ask(once(router, "announce", announcement_of(prompts, self.rollout_config)))
+            order = retry(once(router, "announce", announcement_of(prompts, self.rollout_config)))
             prompts = prompts[ordered_in_shares(order, len(self.agent_loop_workers))]
         super().generate_sequences(prompts)
 
 
 def ordered_in_shares(order: Sequence[int], num_workers: int) -> list[int]:
-    """Return the prompts' positions so that each worker has the share that verl deals it, sorted as in ``order``."""
+    """Return the prompts' positions, sorted as in ``order`` within the contiguous share that verl gives each worker."""
     size = -(-len(order) // num_workers)
     rank = {prompt: place for place, prompt in enumerate(order)}
     return sorted(range(len(order)), key=lambda prompt: (prompt // size, rank[prompt]))

@@ -17,28 +17,28 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
+from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig
 from verl_rlhfless.errors import ConfigError, LeaseLostError, RlhflessError, UnsupportedError
 from verl_rlhfless.live.budget import Demand, other_pools
 from verl_rlhfless.live.fusion_check import check_fusion
 from verl_rlhfless.live.instrument import instrument_environment
 from verl_rlhfless.live.model_check import check_model_at_hand
 from verl_rlhfless.live.recipe_check import (
-    check_adapters,
+    check_adapters_are_merged,
     check_data_files,
     check_entry,
     check_recipe,
     tell_what_has_no_effect,
 )
+from verl_rlhfless.live.replay import check_replay
 from verl_rlhfless.live.seams import check_estimator, check_prefix_grouper, check_seams
+from verl_rlhfless.live.settings import settings_of
 from verl_rlhfless.live.suspendable import tell_what_is_not_saved, why_lease_is_kept
+from verl_rlhfless.live.variables import CHECK_ONLY_VARIABLE
 from verl_rlhfless.versions import REQUIREMENTS, check_requirement
 
 PLUGIN_NAME = "rlhfless"
 """Name of our entry point in the group ``verl.plugins``."""
-
-CHECK_ONLY_VARIABLE = "RLHFLESS_CHECK_ONLY"
-"""Environment variable: the process ends well after the check, without a training."""
 
 _MODE_KEY = "trainer.v1.trainer_mode"
 _ROLLOUT = "actor_rollout_ref.rollout"
@@ -53,7 +53,7 @@ class StartupCheck(Callback):
         """Check ``config``; print one line and exit with 1 if it can't work."""
         try:
             print(f"rlhfless: {check_run(config, os.environ, task_function)}", flush=True)
-            os.environ.update(instrument_environment(_read_section(config).instrument))
+            os.environ.update(instrument_environment(settings_of(config).instrument))
             if os.environ.get(CHECK_ONLY_VARIABLE):
                 raise SystemExit(0)
         except Exception as error:  # whatever it is, Hydra would print a warning and start the run unchecked
@@ -81,54 +81,54 @@ def check_run(config: DictConfig, environ: Mapping[str, str], task: Callable[...
     Raises:
         RlhflessError: The configuration is invalid, unsupported, or can't become active.
     """
-    parsed = _read_section(config)
-    check_trainer_mode(config, parsed)
-    active = parsed.active()
+    settings = settings_of(config)
+    check_trainer_mode(config, settings)
+    active = settings.active()
     if not active:
         return "all plugins are off: stock verl"
     check_plugin_policy(environ)
     versions = [f"{item.distribution} {check_requirement(item)}" for item in REQUIREMENTS]
     load_plugin()
-    if parsed.has_own_rollout:
+    if settings.has_own_rollout:
         if task is not None:
             check_entry(task)
         check_backend(config)
-        check_rollout(config, parsed)
-        check_recipe(config, parsed)
-        check_model_at_hand(config, parsed)
-    if parsed.is_elastic:
-        check_elastic(config, parsed)
-        check_parking(config, parsed)
-        check_budget(config, parsed, environ)
-        if not why_lease_is_kept(config, parsed.pool.suspend_trainer):
+        check_rollout(config, settings)
+        check_recipe(config, settings)
+        check_model_at_hand(config, settings)
+    if settings.is_elastic:
+        check_elastic(config, settings)
+        check_parking(config, settings)
+        check_budget(config, settings, environ)
+        if not why_lease_is_kept(config, settings.pool.suspend_trainer):
             tell_what_is_not_saved(config)
         tell_what_has_no_effect(config)
-    if parsed.fusion.name == "on":
+    if settings.fusion.name == "on":
         check_fusion(config)
     check_data_files(config)
-    instrument_environment(parsed.instrument)
-    if parsed.replay.trace is not None:
-        _check_replay(config, parsed.replay.trace, environ)
-    if parsed.has_own_rollout:  # last, since it imports verl's trainer
+    instrument_environment(settings.instrument)
+    if settings.replay.trace is not None:
+        _check_replay(config, settings.replay.trace, environ)
+    if settings.has_own_rollout:  # last, since it imports verl's trainer
         check_seams()
         check_estimator(config.algorithm.adv_estimator)
         _check_trainer_registered()
-    return f"active: {_describe(active, parsed)} ({', '.join(versions)})"
+    return f"active: {_describe(active, settings)} ({', '.join(versions)})"
 
 
-def check_trainer_mode(config: DictConfig, parsed: RlhflessConfig) -> None:
+def check_trainer_mode(config: DictConfig, settings: RlhflessConfig) -> None:
     """Check that the trainer mode and the pool are both ours or both verl's."""
     mode = OmegaConf.select(config, _MODE_KEY)
-    if parsed.has_own_rollout and mode != TRAINER_MODE:
+    if settings.has_own_rollout and mode != TRAINER_MODE:
         given = [item for item in _task_overrides(config) if item.lstrip("+").startswith(f"{_MODE_KEY}=")]
         source = f"the override {given[-1]!r}" if given else "a configuration file after the group"
         raise ConfigError(
             _MODE_KEY,
             mode,
-            f"must be {TRAINER_MODE} while rlhfless.pool.name={parsed.pool.name}, but {source} replaced it",
+            f"must be {TRAINER_MODE} while rlhfless.pool.name={settings.pool.name}, but {source} replaced it",
             f"Remove it, or append {_MODE_KEY}={TRAINER_MODE} as the last override.",
         )
-    if mode == TRAINER_MODE and not parsed.has_own_rollout:
+    if mode == TRAINER_MODE and not settings.has_own_rollout:
         raise ConfigError(
             _MODE_KEY,
             mode,
@@ -164,7 +164,7 @@ def check_backend(config: DictConfig) -> None:
         raise ConfigError(f"{_ROLLOUT}.disaggregation.enabled", True, rule, "Set it to False, or use +rlhfless=off.")
 
 
-def check_rollout(config: DictConfig, parsed: RlhflessConfig) -> None:
+def check_rollout(config: DictConfig, settings: RlhflessConfig) -> None:
     """Refuse a recipe that brings its own router or rollout stage, or wants what our dispatcher can't promise."""
     rollout = config.actor_rollout_ref.rollout
     for key in ("router_config_path", "agent.agent_loop_manager_class"):
@@ -172,17 +172,17 @@ def check_rollout(config: DictConfig, parsed: RlhflessConfig) -> None:
         if value:
             rule = "a run of ours has its own router and rollout stage, and there can be one of each"
             raise ConfigError(f"{_ROLLOUT}.{key}", value, rule, "Remove it, or use +rlhfless=off.")
-    if OmegaConf.select(rollout, "full_determinism") and not parsed.is_placement_fixed:
+    if OmegaConf.select(rollout, "full_determinism") and not settings.is_placement_fixed:
         rule = "requests are placed by what is predicted and measured, so two runs are not alike"
         action = "Set rlhfless/dispatcher=stock and rlhfless/migration=off, or full_determinism=False."
         raise ConfigError(f"{_ROLLOUT}.full_determinism", True, rule, action)
-    if parsed.prefix_dedup.training == "prefix_grouper":
+    if settings.prefix_dedup.training == "prefix_grouper":
         check_prefix_grouper()
 
 
-def check_elastic(config: DictConfig, parsed: RlhflessConfig) -> None:
+def check_elastic(config: DictConfig, settings: RlhflessConfig) -> None:
     """Refuse what leases can't do: weights of an engine nobody tried, adapters apart, other parallelism or tenants."""
-    check_adapters(config)
+    check_adapters_are_merged(config)
     reward = config.reward.reward_model
     if reward.enable and not reward.enable_resource_pool:
         rule = "a colocated reward model would stay on GPUs that the trainer gives back"
@@ -194,47 +194,40 @@ def check_elastic(config: DictConfig, parsed: RlhflessConfig) -> None:
     if strategy not in _STRATEGIES:
         rule = f"elastic replicas get their weights from {', '.join(_STRATEGIES)} only"
         raise ConfigError("actor_rollout_ref.actor.strategy", strategy, rule, "Choose one, or use +rlhfless=resident.")
-    if parsed.plans and (size := config.actor_rollout_ref.rollout.expert_parallel_size) > 1:
+    if settings.plans and (size := config.actor_rollout_ref.rollout.expert_parallel_size) > 1:
         rule = "plans choose the size of a replica, and verl wants as many expert ranks as tensor ranks"
         raise ConfigError(f"{_ROLLOUT}.expert_parallel_size", size, rule, "Set it to 1, or rlhfless/planner=fixed.")
 
 
-def check_parking(config: DictConfig, parsed: RlhflessConfig) -> None:
+def check_parking(config: DictConfig, settings: RlhflessConfig) -> None:
     """Refuse to park engines always that can't free their device; ``auto`` ends them instead."""
     can_sleep = OmegaConf.select(config.actor_rollout_ref.rollout, "enable_sleep_mode", default=True)
-    if parsed.pool.park == "always" and not can_sleep and config.trainer.device != "cpu":
+    if settings.pool.park == "always" and not can_sleep and config.trainer.device != "cpu":
         rule = f"a parked engine frees its device by vLLM's sleep mode, and {_ROLLOUT}.enable_sleep_mode=False"
         raise ConfigError("rlhfless.pool.park", "always", rule, "Set enable_sleep_mode=True, or park=auto.")
 
 
-def check_budget(config: DictConfig, parsed: RlhflessConfig, environ: Mapping[str, str]) -> None:
+def check_budget(config: DictConfig, settings: RlhflessConfig, environ: Mapping[str, str]) -> None:
     """Check that trainer and the fleet fit into ``max_gpus``, and with verl's other pools into a local cluster.
 
     The fleet is the largest scheduled one, or the smallest that may be planned.
     """
     ray_init = OmegaConf.select(config, "ray_kwargs.ray_init") or {}
-    limits: dict[str, tuple[int | None, dict[str, int]]] = {"rlhfless.pool.max_gpus": (parsed.pool.max_gpus, {})}
+    limits: dict[str, tuple[int | None, dict[str, int]]] = {"rlhfless.pool.max_gpus": (settings.pool.max_gpus, {})}
     if ray_init.get("address") is None and "RAY_ADDRESS" not in environ:
         limits["ray_kwargs.ray_init.num_gpus"] = ray_init.get("num_gpus"), other_pools(config)
     for key, (limit, others) in limits.items():
-        demand = Demand.of_run(config, parsed, others)
+        demand = Demand.of_run(config, settings, others)
         if limit is not None and demand.total > limit:
             action = f"Raise it to {demand.total}, lower {demand.lowered_by}, or use +rlhfless=resident."
             raise ConfigError(key, limit, str(demand), action)
 
 
 def _check_replay(config: DictConfig, trace: str, environ: Mapping[str, str]) -> None:
-    from verl_rlhfless.live.replay import check_replay
-
     if "RAY_ADDRESS" in environ and not Path(trace).is_absolute():
         rule = "must be an absolute path on a running Ray cluster, whose processes have another working directory"
         raise ConfigError("rlhfless.replay.trace", trace, rule, f"Write rlhfless.replay.trace={Path(trace).resolve()}.")
     check_replay(config)
-
-
-def _read_section(config: DictConfig) -> RlhflessConfig:
-    section = OmegaConf.select(config, "rlhfless")
-    return parse_config(OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else section)
 
 
 def load_plugin() -> None:
@@ -268,8 +261,8 @@ def _task_overrides(config: DictConfig) -> Sequence[str]:
     return list(OmegaConf.select(config, "hydra.overrides.task") or [])
 
 
-def _describe(active: Mapping[str, str], parsed: RlhflessConfig) -> str:
+def _describe(active: Mapping[str, str], settings: RlhflessConfig) -> str:
     parts = [f"{section}={name}" for section, name in active.items()]
-    if parsed.is_elastic and not parsed.plans:
-        parts.append(f"schedule={list(parsed.planner.schedule)}")
+    if settings.is_elastic and not settings.plans:
+        parts.append(f"schedule={list(settings.planner.schedule)}")
     return " ".join(parts)

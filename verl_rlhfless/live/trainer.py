@@ -1,4 +1,7 @@
-"""The trainer of ``trainer.v1.trainer_mode=rlhfless_sync``; the elastic one's replicas exist only while they generate.
+"""The elastic trainer, and the class that ``trainer.v1.trainer_mode=rlhfless_sync`` selects.
+
+Three classes add to verl's synchronous trainer in turn: ``RequestTrainer`` our router, on verl's resident replicas,
+``FusionTrainer`` inference during the rollout, and ``ElasticTrainerSync`` replicas that exist only while they generate.
 
 Every token of a sample comes from the weights of its step: version k is published at the end of step k, and a
 replica of step k + 1 pulls exactly that version before it is registered.
@@ -14,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
 from verl.utils.debug import marked_timer
 
-from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig, parse_config
+from verl_rlhfless.config import TRAINER_MODE, RlhflessConfig
 from verl_rlhfless.errors import (
     ConfigError,
     DeviceMismatchError,
@@ -28,21 +31,22 @@ from verl_rlhfless.errors import (
 )
 from verl_rlhfless.live import weight_engine
 from verl_rlhfless.live.announcement import announcement_of
-from verl_rlhfless.live.asking import ask, once
 from verl_rlhfless.live.budget import gpu_budget
-from verl_rlhfless.live.cluster_check import check_run
+from verl_rlhfless.live.cluster_check import check_cluster
 from verl_rlhfless.live.fleet import Fleet
 from verl_rlhfless.live.fusion_trainer import FusionTrainer
 from verl_rlhfless.live.pool import TRAINER_POOL, ElasticResourcePoolManager
-from verl_rlhfless.live.replica import WeightSource
+from verl_rlhfless.live.replica_life import WeightSource
 from verl_rlhfless.live.replica_places import ReplicaPlaces
 from verl_rlhfless.live.request_trainer import RequestTrainer
 from verl_rlhfless.live.residency import expand_segments
+from verl_rlhfless.live.retry import once, retry
+from verl_rlhfless.live.settings import settings_of
 from verl_rlhfless.live.suspendable import why_lease_is_kept
 from verl_rlhfless.live.suspended_checkpoint import save_suspended
 from verl_rlhfless.live.trainer_lease import Gpus, TrainerLease
 from verl_rlhfless.live.warm_pool import WarmPool
-from verl_rlhfless.live.weights import create_store
+from verl_rlhfless.live.weight_store import create_store
 from verl_rlhfless.live.worker_group import ElasticWorkerGroup
 from verl_rlhfless.policy.learnt import Standby, StepTimes
 from verl_rlhfless.policy.schedule import largest_fleet, scheduled_fleet, validation_fleet
@@ -58,11 +62,22 @@ COSTS_FILE = "rlhfless_costs.json"
 
 
 class ElasticTrainerSync(FusionTrainer):
-    """Synchronous PPO / GRPO whose rollout replicas are leased, loaded, drained and released inside every step."""
+    """Synchronous PPO / GRPO whose rollout replicas are leased, loaded, drained and released inside every step.
+
+    A step, by the hooks of verl that are overridden here:
+
+    1. ``_submit_batch_to_rollout``: the router plans the fleet. While verl submits the prompts, the trainer leaves its
+       GPUs, if it does, and the replicas start.
+    2. ``on_sample_begin``: agent loops generate on what is up; finished samples may be inferred meanwhile.
+    3. ``on_sample_end``: the replicas are drained, parked or ended, and the trainer comes back onto its GPUs.
+    4. verl's phases, up to the update of the actor.
+    5. ``on_step_end``: the new weights are published for the next step's replicas.
+    6. ``_consume_sync_metrics``: what the plan had predicted is recorded beside what the step took.
+    """
 
     def __init__(self, config: DictConfig, settings: RlhflessConfig) -> None:
         self._store_name = f"rlhfless-weights-{ray.get_runtime_context().get_job_id()}"
-        _adapt_to_verl(config, settings, self._store_name)
+        _use_weight_store(config, settings, self._store_name)
         self._data_state: Any = None  # of the data loader, before the prompts of a rollout without a trainer
         self._enable_hybrid_replicas = False
         self._decision: FleetDecision | None = None  # of the step, once its first prompts are there
@@ -82,7 +97,7 @@ class ElasticTrainerSync(FusionTrainer):
         )
 
     def _setup(self) -> None:
-        for account in check_run(self.config, self._settings):
+        for account in check_cluster(self.config, self._settings):
             parts = {need.what: need.num_bytes for need in account.needs}
             self._events.write("host_memory", node=account.node.node_id, num_bytes=account.num_bytes, parts=parts)
         self._store = create_store(self._store_name, self._settings.weights)
@@ -131,7 +146,7 @@ class ElasticTrainerSync(FusionTrainer):
     def _save_checkpoint(self) -> None:
         folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / COSTS_FILE).write_text(ask(self._router.costs.remote), encoding="utf-8")
+        (folder / COSTS_FILE).write_text(retry(self._router.costs.remote), encoding="utf-8")
         super()._save_checkpoint()
 
     def _load_checkpoint(self) -> None:
@@ -142,13 +157,10 @@ class ElasticTrainerSync(FusionTrainer):
 
     def _publish(self) -> None:
         self._fleet.look_after_standby()
-        (report,) = [
-            metrics
-            for metrics in ray.get(
-                self.actor_rollout_wg.update_weights(global_steps=self.global_steps, mode=weight_engine.BACKEND)
-            )
-            if metrics
-        ]
+        of_ranks = ray.get(
+            self.actor_rollout_wg.update_weights(global_steps=self.global_steps, mode=weight_engine.BACKEND)
+        )
+        (report,) = filter(None, of_ranks)  # rank 0 publishes; the others return nothing
         self._version = self.global_steps
         self._events.write("published", version=self._version, **report)
 
@@ -184,7 +196,7 @@ class ElasticTrainerSync(FusionTrainer):
         """Lower what later fleets may lease, once the trainer could not leave; call it between rollouts."""
         if (room := self._places.limit()) is not None:
             self._routing = dataclasses.replace(self._routing, replica_gpus=room, keeps_trainer=True)
-            ask(lambda: self._router.reroute.remote(self._routing))
+            retry(lambda: self._router.reroute.remote(self._routing))
 
     def prepare_step(self) -> dict[str, Any]:
         """Submit the step's prompts, and begin to start its replicas."""
@@ -214,7 +226,7 @@ class ElasticTrainerSync(FusionTrainer):
             return scheduled_fleet(self.global_steps, self._settings.planner.schedule, self._tp())
         announced, standby = announcement_of(batch, self.config.actor_rollout_ref.rollout), self._standby()
         try:
-            decision: FleetDecision = ask(lambda: self._router.plan.remote(announced, standby))
+            decision: FleetDecision = retry(lambda: self._router.plan.remote(announced, standby))
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         self._events.write("planned", **dataclasses.asdict(decision))
@@ -249,7 +261,7 @@ class ElasticTrainerSync(FusionTrainer):
             publish_s=self._publish_s,
             moves_s=self._trainer_lease.moves_s,
         )
-        ask(once(self._router, "learn_costs", times))
+        retry(once(self._router, "learn_costs", times))
 
     def on_sample_end(self) -> None:
         with marked_timer("rlhfless_release", self.timing_raw):
@@ -331,8 +343,7 @@ class Trainer(PPOTrainer):
 
     def __new__(cls, config: DictConfig) -> RequestTrainer:
         """Return the elastic trainer, or the one with resident replicas."""
-        values = OmegaConf.select(config, "rlhfless")
-        settings = parse_config(OmegaConf.to_container(values, resolve=True) if values is not None else None)
+        settings = settings_of(config)
         if not settings.has_own_rollout:
             raise ConfigError(
                 "trainer.v1.trainer_mode",
@@ -343,8 +354,8 @@ class Trainer(PPOTrainer):
         return (ElasticTrainerSync if settings.is_elastic else RequestTrainer)(config, settings)
 
 
-def _adapt_to_verl(config: DictConfig, settings: RlhflessConfig, store_name: str) -> None:
-    """Set the keys of verl that an elastic run needs, so that the user sets none of them."""
+def _use_weight_store(config: DictConfig, settings: RlhflessConfig, store_name: str) -> None:
+    """Set the keys of verl by which its weight sync publishes into our store, so that the user sets none of them."""
     rollout = config.actor_rollout_ref.rollout
     with open_dict(config):
         rollout.nnodes = max(1, rollout.nnodes)  # asserted by verl's server manager, which stays empty

@@ -19,7 +19,14 @@ from verl_rlhfless.errors import DeviceMemoryError, DeviceMismatchError, LeaseTi
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.lease import share_devices
 from verl_rlhfless.live.worker_group import ResumeResult, SuspendResult
-from verl_rlhfless.policy.suspend import RolloutNeeds, SuspendDecision, SuspendHistory, decide_suspend, learn_rollout
+from verl_rlhfless.policy.suspend import (
+    RolloutNeeds,
+    SuspendDecision,
+    SuspendHistory,
+    decide_suspend,
+    learn_rollout,
+    stay,
+)
 from verl_rlhfless.types import DeviceKey
 
 logger = logging.getLogger(__name__)
@@ -31,7 +38,7 @@ very GPUs that it holds."""
 _POLL_S = 0.02
 
 
-class Group(Protocol):
+class SuspendableGroup(Protocol):
     """The trainer's worker group."""
 
     @property
@@ -73,11 +80,13 @@ class TrainerLease:
         kept_because: Why the trainer never leaves any more; empty when it may.
     """
 
-    def __init__(self, group: Group, gpus: Gpus, config: PoolConfig, events: EventLog, kept_because: str = "") -> None:
+    def __init__(
+        self, group: SuspendableGroup, gpus: Gpus, config: PoolConfig, events: EventLog, kept_because: str = ""
+    ) -> None:
         self._group, self._gpus, self._config, self._events = group, gpus, config, events
         self.kept_because = kept_because
         self.history = SuspendHistory()
-        self.decision, self._is_validation = _stay("no rollout yet"), False
+        self.decision, self._is_validation = stay("no rollout yet"), False
         self._began_s = 0.0
         self._over = threading.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rlhfless-trainer-lease")
@@ -116,14 +125,14 @@ class TrainerLease:
         """
         needs = RolloutNeeds(self._gpus.trainer, replica_gpus, self._gpus.budget(), is_validation)
         kept_because = "the replicas share its GPUs" if is_shared else self.kept_because
-        self.decision = decision = _stay(kept_because) if kept_because else decide_suspend(self.history, needs)
+        self.decision = decision = stay(kept_because) if kept_because else decide_suspend(self.history, needs)
         self._is_validation, self._began_s = is_validation, time.monotonic()
         self._over.clear()
         self._suspended = self._resumed = None
         self._events.write("trainer_lease", is_suspended=decision.is_suspended, reason=decision.reason)
         logger.info("rlhfless: trainer %s: %s", "leaves" if decision.is_suspended else "stays", decision.reason)
         if decision.is_first and not self._try_suspend():
-            self.decision = _stay(self.kept_because)
+            self.decision = stay(self.kept_because)
         return self.decision
 
     def during_rollout(self, replicas: Replicas) -> None:
@@ -234,7 +243,3 @@ class TrainerLease:
         assert left.lease.released_s is not None
         held_s = sum(lease.released_s - lease.granted_s for lease in back.wrong_leases if lease.released_s is not None)
         return self._gpus.trainer * max(0.0, back.lease.granted_s - left.lease.released_s - held_s)
-
-
-def _stay(reason: str) -> SuspendDecision:
-    return SuspendDecision(False, False, None, 0.0, reason)

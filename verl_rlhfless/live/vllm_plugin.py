@@ -10,9 +10,7 @@ import multiprocessing
 import os
 
 from verl_rlhfless.live.engine_files import name_segments
-from verl_rlhfless.live.engine_log import LEASE_VARIABLE
-from verl_rlhfless.live.events import OBSERVER_DIR_VARIABLE
-from verl_rlhfless.live.pacing import PACE_ENV
+from verl_rlhfless.live.variables import LEASE_VARIABLE, OBSERVER_DIR_VARIABLE, PACE_VARIABLE, is_cpu_platform
 from verl_rlhfless.processes import die_with_parent
 from verl_rlhfless_patches import vllm_file_store, vllm_shm_spin, vllm_worker_hook
 
@@ -31,8 +29,8 @@ def install_in_vllm() -> None:
         vllm_file_store.apply()
     if is_leased and multiprocessing.parent_process() is not None:
         die_with_parent()  # else EngineCore outlives a server actor that is killed, and goes on using leased GPUs
-    is_paced = bool(os.environ.get(PACE_ENV))
-    if is_paced or os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
+    is_paced = bool(os.environ.get(PACE_VARIABLE))
+    if is_paced or is_cpu_platform():
         vllm_shm_spin.apply()
     if is_paced or os.environ.get(OBSERVER_DIR_VARIABLE):
         vllm_worker_hook.apply()

@@ -21,13 +21,11 @@ import ray
 
 from verl_rlhfless.errors import WeightStoreError
 from verl_rlhfless.live.checksum import EngineChecksum, verify
-from verl_rlhfless.live.engine_log import LEASE_VARIABLE
+from verl_rlhfless.live.variables import LEASE_VARIABLE
 from verl_rlhfless.live.weight_channel import BoundedSender
 from verl_rlhfless.live.weight_manifest import Manifest
 from verl_rlhfless.live.weight_reader import read_slices
-from verl_rlhfless.live.weight_store import ANSWER_GRACE_S, answered, connect, create_store
-
-__all__ = ["PullReport", "create_store", "pull_into_engine"]
+from verl_rlhfless.live.weight_store import ANSWER_GRACE_S, answered, connect
 
 
 @dataclass(frozen=True, slots=True)

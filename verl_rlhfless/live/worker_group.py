@@ -10,10 +10,11 @@ Not yet measured on a GPU (see ``residency.py``). A suspended rank keeps its CUD
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -33,6 +34,9 @@ from verl_rlhfless.live.residency import DeviceResidency, RankMemory, VerlReside
 from verl_rlhfless.live.same_devices import describe_devices, lease_devices
 from verl_rlhfless.live.shared_lease import TrainerDevices
 from verl_rlhfless.types import DeviceKey
+
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,16 @@ class _OutsideGroup:
             "num_cpus": 0,
         }
         return self.cls.options(**{**self._options, **placement}).remote(*self._stock.args, **self._stock.kwargs)
+
+
+def _by_owner(method: Callable[Concatenate[Any, _Args], _Result]) -> Callable[Concatenate[Any, _Args], _Result]:
+    """Return a group's method that the owner of the lease runs, whichever group is asked."""
+
+    @functools.wraps(method)
+    def call(group: Any, /, *args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+        return method(group._owner, *args, **kwargs)
+
+    return call
 
 
 class ElasticWorkerGroup(RayWorkerGroup):
@@ -169,8 +183,14 @@ class ElasticWorkerGroup(RayWorkerGroup):
     @property
     def bound_devices(self) -> DeviceKey:
         """The devices that the processes are bound to, leased or not."""
-        return self._bound if self._parent is None else self._parent.bound_devices
+        return self._owner._bound
 
+    @property
+    def _owner(self) -> ElasticWorkerGroup:
+        """The group that has the lease: this one, or the one whose processes it shares."""
+        return self if self._parent is None else self._parent._owner
+
+    @_by_owner
     def suspend(self, timeout_s: float, max_reserved_bytes: int = SUSPEND_RESIDUAL_BYTES) -> SuspendResult:
         """Move every role to the host, confirm that the device memory is free, and release the lease.
 
@@ -185,8 +205,6 @@ class ElasticWorkerGroup(RayWorkerGroup):
             DeviceMemoryError: A rank still holds device memory; the state is moved back, and the lease is kept.
             LeaseReleaseError: Ray did not confirm the release; the ranks stay on the host.
         """
-        if self._parent is not None:
-            return self._parent.suspend(timeout_s, max_reserved_bytes)
         pool = self._elastic_pool()
         if pool.lease is None:
             raise RlhflessError(f"worker group {self.name_prefix} is suspended already. Call resume() first.")
@@ -201,6 +219,7 @@ class ElasticWorkerGroup(RayWorkerGroup):
         end_s = time.monotonic()
         return SuspendResult(offloaded_s - start_s, confirmed_s - offloaded_s, end_s - confirmed_s, ranks, lease)
 
+    @_by_owner
     def resume(self, timeout_s: float, same_device_wait_s: float) -> ResumeResult:
         """Lease the same devices again and move every role back onto them.
 
@@ -215,8 +234,6 @@ class ElasticWorkerGroup(RayWorkerGroup):
             SuspendError: A rank did not come back in time. The lease is kept, because ranks may be on the devices:
                 call :meth:`shutdown`.
         """
-        if self._parent is not None:
-            return self._parent.resume(timeout_s, same_device_wait_s)
         pool = self._elastic_pool()
         if pool.lease is not None:
             raise RlhflessError(f"worker group {self.name_prefix} holds lease {pool.lease.name}: it is not suspended.")
@@ -226,15 +243,15 @@ class ElasticWorkerGroup(RayWorkerGroup):
         self._on_every_rank(self.residency.onload, "onload", timeout_s)
         return ResumeResult(leased_s - start_s, time.monotonic() - leased_s, lease, wrong)
 
+    @_by_owner
     def devices(self) -> TrainerDevices:
         """Return the leased devices, for replicas that run on them beside the trainer."""
-        if self._parent is not None:
-            return self._parent.devices()
         lease = self._elastic_pool().lease
         if lease is None:
             raise RlhflessError(f"worker group {self.name_prefix} is suspended: it has no devices to share.")
         return TrainerDevices(lease.name, lease.nodes)
 
+    @_by_owner
     def free_device_share(self, timeout_s: float) -> float:
         """Return the share of its memory that is free on the fullest device, whoever holds the rest.
 
@@ -243,11 +260,10 @@ class ElasticWorkerGroup(RayWorkerGroup):
         Raises:
             SuspendError: A rank did not answer in time.
         """
-        if self._parent is not None:
-            return self._parent.free_device_share(timeout_s)
         shares = self._on_every_rank(self.residency.free_share, "report its free device memory", timeout_s)
         return float(min(shares))
 
+    @_by_owner
     def stay_on_host(self, timeout_s: float) -> None:
         """Let a suspended group be saved from the host, as its last act.
 
@@ -255,20 +271,15 @@ class ElasticWorkerGroup(RayWorkerGroup):
             UnsupportedError: Its state can't be saved without the devices.
             SuspendError: A rank did not answer in time.
         """
-        if self._parent is not None:
-            self._parent.stay_on_host(timeout_s)
-            return
         self._on_every_rank(self.residency.stay, "prepare a checkpoint", timeout_s)
 
+    @_by_owner
     def shutdown(self, timeout_s: float = RELEASE_TIMEOUT_S) -> None:
         """End the processes and release the lease. Safe to call twice.
 
         Raises:
             LeaseReleaseError: Ray did not confirm the release in time.
         """
-        if self._parent is not None:
-            self._parent.shutdown(timeout_s)
-            return
         pool = self._elastic_pool()
         for worker in self._workers:
             ray.kill(worker)

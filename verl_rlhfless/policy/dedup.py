@@ -3,7 +3,7 @@
 Levels may nest: a system prompt shared by all, a few-shot block shared by some, a prompt shared by the samples of a
 group.
 
-Invariants: ``expand(dedup(x)) == x``; the tokens of all nodes are the tokens that have to be computed.
+Invariants: a prompt is the tokens of its chain of nodes, joined; the tokens of all nodes are those to compute.
 """
 
 from __future__ import annotations
@@ -125,14 +125,6 @@ def dedup(prompts: Sequence[Sequence[int]]) -> PrefixTree:
         leaf[index] = path[-1][0]
         before = array
     return _parents_first(parent, tokens, leaf)
-
-
-def expand(tree: PrefixTree) -> list[list[int]]:
-    """Return the prompts that a tree was made of, in their order."""
-    whole: list[list[int]] = []
-    for parent, part in zip(tree.parent, tree.tokens, strict=True):
-        whole.append((whole[parent] if parent >= 0 else []) + part.tolist())
-    return [list(whole[node]) for node in tree.leaf]
 
 
 def _common(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:

@@ -1,7 +1,6 @@
 """Which replica a sample goes to.
 
-Invariants: every sample gets exactly one replica; the result does not depend on the order of equal keys' input (ties
-go by sample id, then by replica id).
+Invariants: every sample gets exactly one replica; ties go by sample id, then by replica id.
 """
 
 from __future__ import annotations

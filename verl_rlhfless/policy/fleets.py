@@ -27,11 +27,13 @@ LONG_SHARES = (0.01, 0.05, 0.2, 0.5)
 _MAX_LANES = 3
 _NUM_DEADLINES = 12
 _CROWDING = np.array([0.0, 0.3, 1.0, 3.0])
-"""Added price of holding a GPU to the deadline, so that lanes together fit into the budget."""
+"""Prices of holding a GPU until the deadline. The higher one is, the fewer GPUs each lane takes for itself: with some
+price, all lanes together fit into the budget."""
 
 _PRICE_FACTORS = np.array([0.0, 0.25, 1.0, 2.0, 12.0])
 _FASTEST = 1e6
-"""Further price where the trainer's lease runs meanwhile: the fastest fleet may then be the cheapest, too."""
+"""One more price of time if the trainer keeps its lease. Each second costs its GPUs too, so that the fastest fleet may
+be the cheapest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ def elastic_fleets(options: Options, costs: StepCosts, goal: Goal, price: float)
     Args:
         options: What a lane may run on.
         costs: Pool, units, and everything beside the rollout.
-        goal: Limits on replicas, and whether lanes may be split.
+        goal: Limits on replicas.
         price: GPU-seconds that one second is worth.
     """
     pool, units = costs.pool, costs.units
@@ -72,7 +74,7 @@ def elastic_fleets(options: Options, costs: StepCosts, goal: Goal, price: float)
     start_s = costs.start_s(options)
     whole = _Choices.of(frontier(pool, options, units.lane(units.order), prices), options, start_s)
     plans = [_Plans(whole.time_s, whole.gpu_s, ((len(units.order),),) * len(whole.time_s), whole.option[:, None])]
-    if goal.can_split and len(units.order) >= 2:
+    if len(units.order) >= 2:
         plans += _split(pool, options, units, (prices, start_s))
     found = []
     for plan in plans:

@@ -15,7 +15,7 @@ import numpy as np
 
 from verl_rlhfless.policy.fuse import CHUNK_TOKENS, fits
 from verl_rlhfless.policy.migrate import Change, fullest, lane_of, moves_onto
-from verl_rlhfless.policy.predict import Prediction
+from verl_rlhfless.policy.prediction import Prediction
 from verl_rlhfless.policy.snapshot import FINISHED, READY, FloatArray, IntArray, PoolSnapshot, RolloutView
 from verl_rlhfless.policy.stages import Lane, Options, longest_depth, options_for, stage_times
 

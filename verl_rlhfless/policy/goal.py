@@ -18,13 +18,12 @@ class Goal:
         cost_weight: 0 = only time, 1 = only cost.
         max_step_s: Deadline of a step.
         max_gpu_s: Budget of a step in GPU-seconds.
-        is_notslower: Least cost with a step no longer than the best static fleet's.
-        slack_s: Seconds by which such a step may be longer all the same, because earlier ones were shorter; negative
-            when they were longer.
+        is_notslower: Least cost with a step no longer than the best static fleet's; ``cost_weight`` does not count.
+        slack_s: With ``is_notslower``, seconds by which the step may still be longer because earlier ones were shorter;
+            negative where earlier ones were longer.
         caution: Factor by which elastic steps were longer than predicted, compared with static ones.
         hysteresis: Least relative gain for which a change during the rollout is worth it.
         payback: The gain of elasticity must be at least this many times what suspending and resuming the trainer costs.
-        can_split: Whether samples predicted long may get their own lane.
         min_replicas / max_replicas: Limits of an elastic fleet at its start.
         usd_per_gpu_s: Price with which a refused budget is told in money; ``None`` = told in GPU-seconds.
     """
@@ -37,7 +36,6 @@ class Goal:
     caution: float = 1.0
     hysteresis: float = 0.02
     payback: float = 1.0
-    can_split: bool = True
     min_replicas: int = 1
     max_replicas: int | None = None
     usd_per_gpu_s: float | None = None

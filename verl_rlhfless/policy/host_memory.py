@@ -111,16 +111,12 @@ class ReplicaMemory:
         state_bytes: What the workers of one replica keep on the host: weights, keys and values, on a device that is the
             host.
         num_warm: Server actors that wait for a replica.
-        num_parked: Engines that are kept without a lease, beside those that run.
-        parked_bytes: Host memory of one of them.
     """
 
     num_replicas: int
     tp: int
     state_bytes: int
     num_warm: int
-    num_parked: int = 0
-    parked_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,7 +322,6 @@ def _replica_needs(run: RunMemory, node: HostMemory) -> list[Need]:
         Need(f"{servers} servers of replicas", servers * SERVER_BYTES),
         Need(f"{here} engines of TP{replicas.tp}", here * (processes + replicas.state_bytes)),
         Need(buffers, here * replicas.tp * run.store.bucket_bytes, is_in_shm=True),
-        Need(f"{replicas.num_parked} parked engines", replicas.num_parked * replicas.parked_bytes),
     ]
 
 

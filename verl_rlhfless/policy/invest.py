@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.plan import plan_fleet
-from verl_rlhfless.policy.predict import Prediction
+from verl_rlhfless.policy.prediction import Prediction
 from verl_rlhfless.policy.snapshot import Batch, PoolSnapshot, RolloutPlan
 
 ROLLOUTS = 8

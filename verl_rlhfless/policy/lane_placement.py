@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from verl_rlhfless.policy.affinity import affine_groups
 from verl_rlhfless.policy.dispatch import least_requests, longest_first
 from verl_rlhfless.policy.fleets import Candidate, LaneFleet
-from verl_rlhfless.policy.predict import Prediction
+from verl_rlhfless.policy.prediction import Prediction
 from verl_rlhfless.policy.snapshot import Batch, FloatArray, IntArray, PoolSnapshot
 from verl_rlhfless.policy.stages import rank_share
 from verl_rlhfless.policy.units import Units

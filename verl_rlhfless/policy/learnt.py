@@ -178,19 +178,24 @@ def learn_speed(
 def apply(model: CostModel, pool: PoolSnapshot, standby: Standby) -> PoolSnapshot:
     """Return the pool with what was measured; a size that never ran has the factors of the nearest one that did.
 
-    A plan knows replicas that come up soon and others. With parked engines the others start on the waiting servers;
-    without, those on the waiting servers are the ones that come up soon.
+    A plan knows two ways to come up, ``times.wake_s`` (on ``warm`` GPUs) and ``times.cold_start_s`` (on all others).
+    But there are three: wake a parked engine, start one on a waiting server, start server and engine. So ``wake_s`` is
+    the fastest way that there is now, and ``cold_start_s`` the next one:
 
-    Where no engine sleeps, every replica leases: while engines start, the trainer's GPUs would be held for nothing.
+    * some engine is parked: a wake, and then a start on a waiting server (if there are any, and one was measured);
+    * none is: a start on a waiting server, and then a start of both.
+
+    A step runs on the trainer's GPUs (``has_resident``) only if engines are parked there: while engines start, they
+    would be held for nothing.
     """
     times = pool.trainer.times
     known = {name: value for name in _SECONDS if (value := model.figure(name)) is not None}
     has_parked = any(standby.parked.values())
-    soon = "wake_s" if has_parked else "warm_start_s"
+    fast = "wake_s" if has_parked else "warm_start_s"
     has_servers = has_parked and standby.num_servers and "warm_start_s" in known
-    late = "warm_start_s" if has_servers else "cold_start_s"
-    moved = {"wake_s": soon, "cold_start_s": late, "park_s": "release_s", "grant_s": "grant_s"}
-    figures = {name: known[source] for name, source in moved.items() if source in known}
+    slow = "warm_start_s" if has_servers else "cold_start_s"
+    measured_as = {"wake_s": fast, "cold_start_s": slow, "park_s": "release_s", "grant_s": "grant_s"}
+    figures = {name: known[source] for name, source in measured_as.items() if source in known}
     if "publish_s" in known:
         figures["publish_bytes_per_s"] = pool.trainer.shape.weight_bytes / max(known["publish_s"], _LEAST)
     trainer = replace(pool.trainer, times=replace(times, **figures), slowness=model.figure("phases") or 1.0)

@@ -17,7 +17,7 @@ from itertools import permutations
 import numpy as np
 
 from verl_rlhfless.policy.dispatch import spread
-from verl_rlhfless.policy.predict import Prediction
+from verl_rlhfless.policy.prediction import Prediction
 from verl_rlhfless.policy.snapshot import GONE, READY, STARTING, FloatArray, IntArray, Move, RolloutView
 from verl_rlhfless.policy.stages import (
     Frontier,

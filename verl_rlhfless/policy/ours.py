@@ -15,7 +15,8 @@ from verl_rlhfless.policy.fusion_cut import cut_for_inference
 from verl_rlhfless.policy.migrate import Change, consolidate
 from verl_rlhfless.policy.paper_rules import RULES, cut_by_rule
 from verl_rlhfless.policy.plan import Goal, plan_fleet, static_steps_s
-from verl_rlhfless.policy.predict import LengthModel, Prediction, exact, learn, predict, refine
+from verl_rlhfless.policy.predict import LengthModel, learn, predict, refine
+from verl_rlhfless.policy.prediction import Prediction, exact
 from verl_rlhfless.policy.snapshot import FINISHED, Batch, PoolSnapshot, Reaction, RolloutPlan, RolloutView
 from verl_rlhfless.policy.step_costs import static_gpus
 
@@ -23,16 +24,16 @@ _LOOKS = 7
 """Looks per predicted remaining time; a look costs about as much as a decode iteration of a small model."""
 
 _REPAY = 0.5
-"""Share of the saved or lost seconds that the next step may spend or has to catch up."""
+"""Share of the seconds saved so far that the next step may be longer by, or of those lost that it has to catch up."""
 
 _CAUTION_RATE = 0.3
 """Weight of the latest step: one step's luck with its longest response must not decide."""
 
 _FEW = 16.0
-"""With this many samples known, leaving the static fleet must promise twice what it takes; with many, just that."""
+"""Predictions that rest on as many samples are half trusted: a gain must be worth twice its transition (``doubt``)."""
 
 _LATE = 100.0
-"""Worth of time against cost, each as a share of the static fleet's, beyond the step that must not be slower."""
+"""Weight of the time beyond a step that must not be slower, against cost; each as a share of the static fleet's."""
 
 _GROWTH = 0.2
 """Longest pause as a share of the rollout so far: an early prediction of what remains may be far too long."""

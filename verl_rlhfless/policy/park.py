@@ -1,6 +1,8 @@
 """Whether an engine that leaves the rollout is kept asleep for the next one, or ended.
 
-A parked engine saves what a start takes beyond a wake, and it holds host memory and a rest of device memory for it.
+A parked engine saves the time by which a start is longer than a wake. It costs host memory, and the device memory that
+it can't free. It wakes only on the devices that it slept on. Where Ray grants a lease of other devices, the parked
+engine is ended and another one starts on its server: a *relaunch*.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ class ParkView:
 
     Attributes:
         can_sleep: Whether the engine was started so that it can free its device.
-        uses_ahead: Engines of its kind that the run is expected to need again at once; 0 after the last rollout.
-        num_parked: Engines of its kind that are parked already.
+        uses_ahead: Engines of its size that a later rollout is expected to need at the same time; 0 after the last one.
+        num_parked: Engines of its size that are parked already.
         starts_s: Measured seconds of engine starts in this run, weights not included.
         wakes_s: Measured seconds of wakes, weights not included.
-        relaunches_s: Measured seconds of starts in place of a parked engine whose devices did not come, on its server.
+        relaunches_s: Measured seconds of relaunches, weights not included.
         same_device_wait_s: Most seconds that a lease may wait for the right devices.
         host_available_bytes: Memory that processes of the engine's node can still get.
         host_reserved_bytes: What of it the weight store needs for the next version.
@@ -75,8 +77,7 @@ def decide_park(mode: str, view: ParkView) -> ParkDecision:
 def worth_waiting_s(view: ParkView) -> float:
     """Return how long a lease may wait for the devices of a parked engine before a relaunch is the faster way [s].
 
-    A relaunch runs on the parked engine's server, whose imports are done. Until one was measured there is no wait: the
-    devices may never come, and the lease that is there can be used.
+    Until a relaunch was measured there is no wait: the devices may never come, and the lease that is there can be used.
     """
     if not view.relaunches_s:
         return 0.0
@@ -88,7 +89,7 @@ def _decide_by_gain(view: ParkView) -> ParkDecision:
     if not view.wakes_s:
         return ParkDecision(True, "no wake is measured yet")
     tries = len(view.wakes_s) + len(view.relaunches_s)
-    missed = len(view.relaunches_s) / tries
+    missed = len(view.relaunches_s) / tries  # the share of leases that had other devices
     start_s = statistics.median(view.starts_s)
     gain_s = (1 - missed) * (start_s - _wake_s(view)) - missed * worth_waiting_s(view)
     figures = (

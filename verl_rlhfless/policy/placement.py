@@ -13,7 +13,7 @@ import numpy as np
 from verl_rlhfless.policy.affinity import PrefixBook
 from verl_rlhfless.policy.balance import Outlook, Workload, assign, run_starts
 from verl_rlhfless.policy.perf import EnginePerf
-from verl_rlhfless.policy.predict import Prediction
+from verl_rlhfless.policy.prediction import Prediction
 from verl_rlhfless.policy.snapshot import Batch, IntArray
 
 _LEAST_GAIN = 0.08

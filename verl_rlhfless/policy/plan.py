@@ -17,10 +17,10 @@ from verl_rlhfless.policy.dispatch import longest_first
 from verl_rlhfless.policy.fleets import Candidate, LaneFleet, elastic_fleets
 from verl_rlhfless.policy.goal import Goal, infeasible, too_few, too_wide
 from verl_rlhfless.policy.lane_placement import place_lanes
-from verl_rlhfless.policy.predict import Prediction
+from verl_rlhfless.policy.prediction import Prediction
 from verl_rlhfless.policy.snapshot import Batch, PoolSnapshot, RolloutPlan
 from verl_rlhfless.policy.stages import Options, options_for
-from verl_rlhfless.policy.step_costs import Reference, StepCosts, static_fleets, static_gpus
+from verl_rlhfless.policy.step_costs import Reference, StepCosts, static_counts, static_gpus
 from verl_rlhfless.policy.units import Units
 
 __all__ = ["Goal", "plan_fleet", "static_steps_s", "time_price"]
@@ -98,7 +98,7 @@ def _options(pool: PoolSnapshot, goal: Goal) -> Options:
     Raises:
         ConfigError: No size fits on a node.
     """
-    static = static_fleets(pool)
+    static = static_counts(pool)
     if not static:
         raise too_wide(min(pool.perf), static_gpus(pool), pool.gpus_per_node)
     has_own = pool.has_resident and not pool.shares_engines

@@ -1,13 +1,15 @@
-"""Predicted response lengths: quantiles for every sample from history, siblings and the running distribution.
+"""Predicts response lengths from earlier steps, and during a step from what its samples have generated so far.
 
-The logarithm of a length is ``level + slope * log(prompt) + prompt effect + noise``. ``level`` follows the drift of
-the whole distribution (an EWMA over steps whose rate is a Kalman gain, so that a few samples move it little; corrected
-inside a step by finished and censored samples), and a prompt effect is an EWMA over its visits shrunk by how well
-effects recur. An interval is as wide as what is not known: the noise, the effect, and how far the level goes until the
-next step; its shape is that of the standardised errors seen so far (so that 80 % means 80 %).
+The model is ``log(length) = level + slope * log(prompt) + prompt effect + noise``:
 
-Invariants: p10 <= p50 <= p90 <= cap; a longer censored sample never lowers its own prediction; state round-trips
-through JSON.
+* The level is that of all lengths, and drifts with training. From step to step a Kalman filter follows it, so that a
+  few samples move it little. Inside a step it is corrected by samples that have finished and by those that still run,
+  of which only the least length is known (censored samples).
+* The effect of a prompt is an EWMA over its visits, shrunk by how well effects have come back so far.
+* An interval covers what is not known: the noise, the effect, and how far the level moves until the next step. Its
+  shape is that of the standardised errors seen so far (``residuals``), so that 80 % means 80 %.
+
+Invariants: a longer censored sample never lowers its own prediction; state round-trips through JSON.
 """
 
 from __future__ import annotations
@@ -21,15 +23,13 @@ import numpy as np
 
 from verl_rlhfless.errors import DataError
 from verl_rlhfless.policy.groups import LEAST_WITHIN, group_means, group_sizes, ridge_slope, spreads
-from verl_rlhfless.policy.residuals import NORMAL, Residuals, learn_residuals, residuals_of
+from verl_rlhfless.policy.prediction import Prediction
+from verl_rlhfless.policy.residuals import NORMAL, learn_residuals, residuals_of
 from verl_rlhfless.policy.snapshot import Batch, FloatArray, IntArray
 
 FORMAT = "rlhfless-lengths/3"
 PRIOR_SHARE_OF_CAP = 1 / 10
 """Median response on the very first step, as a share of the longest allowed one: the only guess that is not learnt."""
-
-KNOWN_SIGMA = 0.01
-"""Spread of the logarithm of a length that is known."""
 
 _EWMA_PROMPT, _EWMA_WANDER = 0.5, 0.2
 """Weights of the latest visit in a prompt's effect, and of the latest step in how far the level wanders."""
@@ -61,8 +61,6 @@ _TAIL_SAMPLES = 256
 
 _LONGEST_KEPT = 0.8
 """Share of the longest response so far that still counts after a step without one as long."""
-
-_NORMAL = residuals_of(NORMAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,62 +126,6 @@ def _finite(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{value!r} is not a finite number")
     return float(value)
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """Lengths of B samples, as a distribution of each: ``log(length) = mu + sigma * error``, up to ``cap``.
-
-    Attributes:
-        mu: [B] float64, centre of the log length (natural logarithm of tokens).
-        sigma: [B] float64, scale of its error.
-        cap: Most tokens of a response.
-        errors: Distribution of the standardised errors, the same for all.
-        in_common: Share of the errors' variance that siblings have in common.
-    """
-
-    mu: FloatArray
-    sigma: FloatArray
-    cap: int
-    errors: Residuals = _NORMAL
-    in_common: float = 0.0
-
-    def of(self, samples: IntArray) -> Prediction:
-        """Return the prediction of some samples."""
-        return replace(self, mu=self.mu[samples], sigma=self.sigma[samples])
-
-    def quantiles(self) -> FloatArray:
-        """Return [B, 3] float64: p10, p50, p90 tokens."""
-        z = np.array([self.errors.quantile(share) for share in (0.1, 0.5, 0.9)])
-        tokens: FloatArray = np.clip(np.exp(self.mu[:, None] + z * self.sigma[:, None]), 1.0, self.cap)
-        return tokens
-
-    def mean(self, reached: IntArray | None = None) -> FloatArray:
-        """Return [B] float64 expected tokens, given that a sample is longer than ``reached``, [B] (``None``: any)."""
-        log_tokens = self.mu[:, None] + self.errors.nodes * self.sigma[:, None]
-        mean: FloatArray = np.exp(np.minimum(log_tokens, math.log(self.cap))).mean(axis=1)
-        if reached is None:
-            return mean
-        z = (np.log(np.maximum(reached, 1)) - self.mu) / self.sigma
-        beyond = np.exp(self.mu + self.sigma * self.errors.mean_beyond(z))
-        tokens: FloatArray = np.minimum(np.maximum(np.maximum(mean, beyond), reached + 1), self.cap)
-        return tokens
-
-    def alive_at(self, depth: FloatArray) -> FloatArray:
-        """Return [B, K] float64: probability that a sample is longer than each depth.
-
-        Args:
-            depth: [K] tokens, or [B, 1] or [B, K] for depths of each sample's own.
-        """
-        z = (np.log(np.maximum(depth, 1e-9)) - self.mu[:, None]) / self.sigma[:, None]
-        alive: FloatArray = np.where(depth < self.cap, self.errors.beyond(z), 0.0)
-        return alive
-
-
-def exact(lengths: IntArray) -> Prediction:
-    """Return the prediction of samples whose lengths, [B] int64, are known."""
-    mu = np.log(np.maximum(lengths, 1) + 0.5)
-    return Prediction(mu, np.full(len(lengths), KNOWN_SIGMA), int(lengths.max()) + 1)
 
 
 def predict(model: LengthModel, batch: Batch) -> Prediction:

@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float64]
+from verl_rlhfless.policy.snapshot import FloatArray
 
 _LOW, _HIGH = -6.0, 8.0
 """Least and largest standardised error that is told apart."""

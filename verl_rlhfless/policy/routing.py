@@ -18,7 +18,8 @@ from verl_rlhfless.policy.balance import Foresight, WorkUnits, best_move, run_st
 from verl_rlhfless.policy.dispatch import least_requests, longest_first
 from verl_rlhfless.policy.paper_rules import RULES, cut_by_rule
 from verl_rlhfless.policy.placement import place
-from verl_rlhfless.policy.predict import KNOWN_SIGMA, LengthModel, Prediction, learn, predict, refine
+from verl_rlhfless.policy.predict import LengthModel, learn, predict, refine
+from verl_rlhfless.policy.prediction import KNOWN_SIGMA, Prediction
 from verl_rlhfless.policy.snapshot import (
     FINISHED,
     READY,

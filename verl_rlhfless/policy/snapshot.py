@@ -26,7 +26,7 @@ STARTING, READY, GONE = "starting", "ready", "gone"
 """States of a replica, as far as a policy tells them apart; ``GONE`` also stands for one that was lost."""
 
 NEVER = 1e12
-"""Time of a look that is not to be [s]."""
+"""A ``next_look_s`` beyond the end of any rollout: no further look is wanted [s]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +77,15 @@ class PoolSnapshot:
         gpus_per_node: GPUs of one node; a replica stays inside one.
         perf: Performance of a replica by tensor-parallel size (the legal ones).
         trainer: Performance of the trainer and times of leases.
-        warm: Tensor-parallel size -> GPUs whose engine of that size is parked and only has to wake.
+        warm: Tensor-parallel size -> GPUs on which replicas of that size come up in ``wake_s`` instead of
+            ``cold_start_s``, because their engines are parked.
         warm_beside: As ``warm``, of the engines that can wake beside the trainer, on its lease.
         has_kv_transfer: Whether a replica can take a moved sample's keys and values from another one; vLLM as verl
             runs it cannot, it recomputes.
         keeps_trainer: The trainer holds its lease during the rollout too, beside ``num_gpus``.
         has_resident: Whether a step may also run on engines that share the trainer's lease, as stock's do.
-        shares_engines: Those are the same engines that other steps lease, and they load what was published; else the
-            trainer has engines of its own, whose weights it reshards, stock's way.
+        shares_engines: Whether those are the engines that other steps lease, which load the published weights; else
+            they are the trainer's own, into which it reshards its weights as stock does.
     """
 
     num_gpus: int
@@ -115,7 +116,7 @@ class RolloutPlan:
         first_look_s: Seconds after the start until the controller looks for the first time.
         price: GPU-seconds that one second of this step is worth, for decisions during the rollout.
         predicted_step_s / predicted_gpu_s: What the planner expects of the whole step.
-        predicted_rollout_s: Of that, from the request for the fleet to the last sample's end; not for stock's engines.
+        predicted_rollout_s: Of that, from the request for the fleet to the last sample's end; ``None`` for stock's.
         static_step_s: What it expects of the best static fleet.
         objective: Weighted time and cost of the step over those of the best static fleet.
         reason: Why this fleet.
@@ -171,7 +172,7 @@ class RolloutView:
         state: [B] int8, ``HELD`` .. ``FINISHED``.
         replica_of: [B] int64, -1 = none.
         replicas: Every replica of this rollout, by id.
-        free_gpus: GPUs of the budget that nobody leases (resident mode: that have no work and no fused inference).
+        free_gpus: GPUs of the budget that nobody leases; on a resident fleet those without work and fused inference.
         fuse_tokens: Tokens of finished samples that no inference phase has taken yet.
         fuse_samples: How many those samples are.
         fusing_gpus: GPUs that run fused inference.
@@ -221,8 +222,8 @@ class Reaction:
         fuse_gpus: Further freed GPUs that begin inference on finished samples.
         next_look_s: Time of the next look.
         reason: Why, empty when nothing changes.
-        releases: Replicas that get no more work and give their lease back with their last request; where empty replicas
-            end by themselves, as in the simulator, nothing need be said of those.
+        releases: Replicas that get no more work and give their lease back with their last request. In the simulator
+            empty replicas end by themselves and need not be named.
     """
 
     next_look_s: float

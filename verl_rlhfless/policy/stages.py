@@ -29,7 +29,7 @@ _FINER_AT_START = 2.2
 """Exponent of the depths: intervals are narrower at the start, where more samples are alive."""
 
 _FORBIDDEN = 1e15
-"""GPU-seconds of a change that must not be."""
+"""GPU-seconds of a change that is not allowed: more than any future costs."""
 
 _TINY = 1e-9
 """Least divisor, where nothing is left to divide."""
@@ -118,8 +118,8 @@ class Frontier:
     Attributes:
         time_s / gpu_s: [P, M] expected seconds and GPU-seconds until the last sample ends.
         first: [P, M] option of the first interval; it differs from the start where changing at once pays.
-        gain: [P, M] what changing at once saves against changing after the first interval or later, as a share of what
-            the first interval is worth.
+        gain: [P, M] what changing at once saves against staying for the first interval and changing later or never, as
+            a share of what the first interval costs (GPU-seconds, and those that its time is worth).
     """
 
     time_s: FloatArray

@@ -148,7 +148,7 @@ class StepCosts:
         time_s, _ = stay(pool, options, self.units.lane(self.units.order))
         held = static_gpus(pool) + (trainer.num_gpus if pool.keeps_trainer else 0)
         found = []
-        for tp, count in static_fleets(pool).items():
+        for tp, count in static_counts(pool).items():
             step_s = self._static_s(tp, float(time_s[options.index(tp, count)]))
             found.append(Reference(tp, step_s, step_s * held))
         return found
@@ -165,7 +165,7 @@ class StepCosts:
         return wake_s + trainer.reshard_s + rollout_s + times.hybrid_sleep_s + self.phases_s
 
 
-def static_fleets(pool: PoolSnapshot) -> dict[int, int]:
+def static_counts(pool: PoolSnapshot) -> dict[int, int]:
     """Return the uniform static fleets: tensor-parallel size -> most replicas that fit, of the sizes that do."""
     most = {tp: most_replicas(tp, static_gpus(pool), pool.gpus_per_node) for tp in sorted(pool.perf)}
     return {tp: count for tp, count in most.items() if count}

@@ -93,7 +93,7 @@ def decide_suspend(history: SuspendHistory, needs: RolloutNeeds) -> SuspendDecis
         )
         return SuspendDecision(True, True, None, gpus * away_s, reason)
     if needs.is_validation:
-        return _keep("nothing is predicted for a validation, and the replicas fit beside the trainer")
+        return stay("nothing is predicted for a validation, and the replicas fit beside the trainer")
     if not is_known:
         return SuspendDecision(True, False, None, 0.0, "the first rollout measures what leaving costs and repays")
     moves_s = statistics.median(history.suspends_s) + statistics.median(history.resumes_s)
@@ -104,7 +104,7 @@ def decide_suspend(history: SuspendHistory, needs: RolloutNeeds) -> SuspendDecis
     if history.num_kept >= RETRY_AFTER:
         reason = f"{figures} did not repay {history.num_kept} rollouts ago: measured again"
         return SuspendDecision(True, False, _resume_after_s(history), gpus * away_s, reason)
-    return _keep(f"{figures} don't repay (wanted: {wanted:g} times)")
+    return stay(f"{figures} don't repay (wanted: {wanted:g} times)")
 
 
 def learn_rollout(history: SuspendHistory, rollout_s: float, moves_s: tuple[float, float] | None) -> SuspendHistory:
@@ -123,7 +123,8 @@ def learn_rollout(history: SuspendHistory, rollout_s: float, moves_s: tuple[floa
     )
 
 
-def _keep(reason: str) -> SuspendDecision:
+def stay(reason: str) -> SuspendDecision:
+    """Return the decision of a trainer that keeps its lease."""
     return SuspendDecision(False, False, None, 0.0, reason)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from verl_rlhfless.policy.predict import Prediction
+from verl_rlhfless.policy.prediction import Prediction
 from verl_rlhfless.policy.snapshot import Batch, FloatArray, IntArray
 from verl_rlhfless.policy.stages import Lane, depth_edges, longest_depth, middle_of, rank_share
 

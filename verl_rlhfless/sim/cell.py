@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from verl_rlhfless.errors import ConfigError, DataError, why
+from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.policy.arm import Arm
 from verl_rlhfless.policy.baselines.oracle import Oracle, PromptOracle
 from verl_rlhfless.policy.baselines.rlhfless_paper import RlhflessPaper
@@ -25,7 +23,7 @@ from verl_rlhfless.policy.routing import Routing
 from verl_rlhfless.policy.shapes import MODELS, ModelShape, parse_model_config
 from verl_rlhfless.policy.snapshot import IntArray, PoolSnapshot
 from verl_rlhfless.policy.transitions import LeaseTimes, Recipe, TrainerPerf, optimizer_state_bytes
-from verl_rlhfless.schema import what_to_do
+from verl_rlhfless.sim import shipped
 from verl_rlhfless.sim.cluster import Cluster
 from verl_rlhfless.sim.records import RunRecord
 from verl_rlhfless.sim.run import ArmRun
@@ -50,23 +48,7 @@ def load_model(name_or_path: str) -> ModelShape:
         ConfigError: An unknown name, or a key whose value breaks a rule.
         DataError: The file cannot be read or is no JSON.
     """
-    if name_or_path in MODELS:
-        return MODELS[name_or_path]
-    path = Path(name_or_path)
-    if not path.is_file():
-        if path.suffix == ".json":
-            raise ConfigError("--model", name_or_path, "no such file", f"Or choose one of {', '.join(MODELS)}.")
-        raise ConfigError(
-            "--model",
-            name_or_path,
-            f"must be one of {', '.join(MODELS)}, or the path of a model's config.json",
-            what_to_do(name_or_path, MODELS, "Choose one."),
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON: {why(error)}. Give the model's config.json.") from error
-    return parse_model_config(values, str(path))
+    return shipped.load("--model", name_or_path, MODELS, parse_model_config, "the model's config.json")
 
 
 def make_pool(

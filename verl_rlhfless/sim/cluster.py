@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-from verl_rlhfless.errors import ConfigError, DataError, why
+from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.policy.gpus import GPUS, GpuType
 from verl_rlhfless.schema import what_to_do
+from verl_rlhfless.sim import shipped
 
 FORMAT = "rlhfless-cluster/1"
 
@@ -80,25 +79,7 @@ def load_cluster(name_or_path: str) -> Cluster:
         ConfigError: An unknown name, or a key whose value breaks a rule.
         DataError: The file cannot be read or is no JSON.
     """
-    if name_or_path in CLUSTERS:
-        return CLUSTERS[name_or_path]
-    path = Path(name_or_path)
-    if not path.is_file():
-        if path.suffix == ".json":
-            raise ConfigError("--cluster", name_or_path, "no such file", f"Or choose one of {', '.join(CLUSTERS)}.")
-        raise ConfigError(
-            "--cluster",
-            name_or_path,
-            f"must be one of {', '.join(CLUSTERS)}, or a JSON file (FORMATS.md)",
-            what_to_do(name_or_path, CLUSTERS, "Choose one of them."),
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: cannot be read as JSON: {why(error)}. Give a cluster file in the format {FORMAT}."
-        ) from error
-    return parse_cluster(values, str(path))
+    return shipped.load("--cluster", name_or_path, CLUSTERS, parse_cluster, f"a cluster file in the format {FORMAT}")
 
 
 def parse_cluster(values: object, name: str) -> Cluster:

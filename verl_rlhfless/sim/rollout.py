@@ -45,7 +45,7 @@ class _Until:
 
 
 class SimRollout:
-    """Implements every port of ``ports.RolloutPorts`` but the weight store.
+    """Implements every port of ``ports.RolloutPorts``.
 
     ``min_start_s`` of the step counts from here on.
     """

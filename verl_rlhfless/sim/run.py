@@ -29,16 +29,6 @@ from verl_rlhfless.sim.workload import StepData
 from verl_rlhfless.types import BusySpan, Window
 
 
-class _Version:
-    """Implements ``ports.WeightStore`` for one step, whose weights have the step's number."""
-
-    def __init__(self, version: int) -> None:
-        self._version = version
-
-    def version(self) -> int:
-        return self._version
-
-
 @dataclass
 class ArmRun:
     """One arm on one cluster.
@@ -156,7 +146,7 @@ class ArmRun:
         self._plan = plan
         rollout = SimRollout(self._book, snapshot, step, plan, self._trainer.lease_id)
         self._rollout = rollout
-        ports = RolloutPorts(rollout, rollout, rollout, rollout, _Version(step.batch.step))
+        ports = RolloutPorts(clock=rollout, pool=rollout, engine=rollout, inference=rollout)
         record: RolloutRecord = yield env.process(_drive(run_rollout(self.arm.policy(memory, step.batch), plan, ports)))
         self._rollout = None
         gen_s = rollout.now_s()

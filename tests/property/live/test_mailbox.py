@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.exceptions import ActorUnavailableError
 
-from verl_rlhfless.live import asking
+from verl_rlhfless.live import retry as retry_module
 from verl_rlhfless.live.mailbox import Mailbox
 from verl_rlhfless.live.router import Router
 from verl_rlhfless.live.tickets import Delivery, Message, Outcome, OutcomeKind, ServerLimits, Ticket
@@ -29,8 +29,8 @@ FATES = st.sampled_from(["arrives"] * 3 + ["is lost", "answer is lost", "breaks 
 def patient() -> Iterator[None]:
     """Calls are made again at once, and more often than any line here breaks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(asking, "_WAITS_S", (0.0,) * 1000)
-        patch.setattr(asking.logger, "disabled", True)
+        patch.setattr(retry_module, "_WAITS_S", (0.0,) * 1000)
+        patch.setattr(retry_module.logger, "disabled", True)
         yield
 
 

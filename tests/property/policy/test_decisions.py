@@ -16,7 +16,7 @@ from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.invest import plan_parked_fleet
 from verl_rlhfless.policy.park import ParkView, decide_park, worth_waiting_s
 from verl_rlhfless.policy.plan import plan_fleet
-from verl_rlhfless.policy.predict import exact
+from verl_rlhfless.policy.prediction import exact
 from verl_rlhfless.policy.snapshot import Batch, PoolSnapshot
 from verl_rlhfless.policy.stages import Lane, depth_edges
 

@@ -30,7 +30,7 @@ def runs(draw: st.DrawFn) -> RunMemory:
     return RunMemory(
         TrainerMemory(tuple(roles), per_node * draw(st.integers(1, 4)), per_node, draw(st.booleans()), draw(COUNTS)),
         StoreMemory(draw(BYTES), draw(st.integers(1, 2)), draw(BYTES)),
-        ReplicaMemory(draw(COUNTS), draw(COUNTS), draw(BYTES), draw(COUNTS), draw(COUNTS), draw(BYTES)),
+        ReplicaMemory(draw(COUNTS), draw(COUNTS), draw(BYTES), draw(COUNTS)),
         draw(COUNTS),
         draw(COUNTS),
     )

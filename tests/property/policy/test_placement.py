@@ -17,7 +17,7 @@ from verl_rlhfless.policy.affinity import PrefixBook, affine_groups
 from verl_rlhfless.policy.balance import Outlook, Workload, WorkUnits, assign, best_move, run_starts
 from verl_rlhfless.policy.dispatch import balanced_groups
 from verl_rlhfless.policy.placement import place
-from verl_rlhfless.policy.predict import exact
+from verl_rlhfless.policy.prediction import exact
 from verl_rlhfless.policy.snapshot import Batch, FloatArray, IntArray, SharedPrefix
 
 FLEETS = st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=4)

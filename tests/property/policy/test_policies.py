@@ -11,8 +11,9 @@ import numpy as np
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from tests.unit.policy.test_dedup import expand
 from tests.unit.sim.cases import cell, steps
-from verl_rlhfless.policy.dedup import dedup, expand
+from verl_rlhfless.policy.dedup import dedup
 from verl_rlhfless.policy.dispatch import balanced_groups, equal_length_blocks, place_orphans, spread
 from verl_rlhfless.policy.fuse import fuse_gpus
 from verl_rlhfless.policy.fusion_cut import cut_for_inference
@@ -20,7 +21,8 @@ from verl_rlhfless.policy.migrate import consolidate
 from verl_rlhfless.policy.packing import packs
 from verl_rlhfless.policy.paper_rules import global_cut, local_cut
 from verl_rlhfless.policy.plan import Goal, plan_fleet
-from verl_rlhfless.policy.predict import LengthModel, exact, learn, predict, refine
+from verl_rlhfless.policy.predict import LengthModel, learn, predict, refine
+from verl_rlhfless.policy.prediction import exact
 from verl_rlhfless.policy.snapshot import (
     FINISHED,
     GONE,

@@ -9,7 +9,7 @@ from typing import Any
 from verl_rlhfless.config import parse_config
 from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.live.router import Router
-from verl_rlhfless.live.routing import RoutingSettings
+from verl_rlhfless.live.routing_settings import RoutingSettings
 from verl_rlhfless.live.tickets import Delivery, Grant, Message, Refusal
 from verl_rlhfless.policy.perf import EngineLimits
 

@@ -13,9 +13,9 @@ from verl_rlhfless.config import parse_config
 from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.live import cluster_check
 from verl_rlhfless.live import trainer as trainer_module
-from verl_rlhfless.live.budget import check_cluster, gpu_budget, other_pools
+from verl_rlhfless.live.budget import check_gpus, gpu_budget, other_pools
 from verl_rlhfless.live.events import EventLog
-from verl_rlhfless.live.routing import Nodes, RoutingSettings
+from verl_rlhfless.live.routing_settings import Nodes, RoutingSettings
 from verl_rlhfless.live.trainer import ElasticTrainerSync
 from verl_rlhfless.policy.host_memory import HostMemory
 
@@ -74,7 +74,7 @@ def test_a_trainer_leaves_where_the_other_pools_leave_no_room_for_it_beside_repl
 
 def check(num_gpus: int, *overrides: str) -> None:
     run = recipe("actor_rollout_ref.rollout.tensor_model_parallel_size=2", *overrides)
-    check_cluster(run, parse_config(OmegaConf.to_container(run.rlhfless, resolve=True)), num_gpus)
+    check_gpus(run, parse_config(OmegaConf.to_container(run.rlhfless, resolve=True)), num_gpus)
 
 
 STAYS, FIXED = "rlhfless.pool.suspend_trainer=never", "rlhfless/planner=fixed"

@@ -16,8 +16,8 @@ from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
 from verl_rlhfless.errors import UnsupportedError
-from verl_rlhfless.live import asking as asking_module
 from verl_rlhfless.live import client as client_module
+from verl_rlhfless.live import retry as retry_module
 from verl_rlhfless.live.client import ElasticClient, _end_by, serving
 from verl_rlhfless.live.sampling import GENERATED, lost_by_a_cut
 from verl_rlhfless.live.tickets import Grant, Outcome, OutcomeKind, Progress, SampleKey, Ticket
@@ -101,7 +101,7 @@ def test_a_response_goes_on_with_what_it_had_once_its_server_answers_again_or_is
             raise outcome
         return outcome
 
-    monkeypatch.setattr(asking_module, "_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(retry_module, "_WAITS_S", (0.0, 0.0))
     monkeypatch.setattr(client_module, "_BACK_WITHIN_S", patience_s)
     monkeypatch.setattr(LLMServerClient, "generate", generate)
     client, box = new_client(SimpleNamespace(abort=SimpleNamespace(remote=abort)))

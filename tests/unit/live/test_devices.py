@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from verl_rlhfless.live.devices import Fleet, declared_pool, find_gpu, gpu_pool, warn_of_several_types
+from verl_rlhfless.live.devices import PoolBounds, declared_pool, find_gpu, gpu_pool, warn_of_several_types
 from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.policy.gpus import GPUS
 from verl_rlhfless.policy.perf import EngineLimits
 from verl_rlhfless.policy.shapes import MODELS
 
-FLEET = Fleet(
+FLEET = PoolBounds(
     tps=(1, 2),
     num_gpus=4,
     gpus_per_node=4,

@@ -17,12 +17,12 @@ from ray.exceptions import ActorUnavailableError
 
 from verl_rlhfless.config import parse_config
 from verl_rlhfless.errors import LeaseTimeoutError, ReplicaError
-from verl_rlhfless.live import asking as asking_module
 from verl_rlhfless.live import fleet as fleet_module
+from verl_rlhfless.live import retry as retry_module
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.fleet import Fleet
 from verl_rlhfless.live.orders import EndReplica, Order, ReclaimReplica, StartReplica
-from verl_rlhfless.live.replica import ReleaseReport, WeightSource
+from verl_rlhfless.live.replica_life import ReleaseReport, WeightSource
 from verl_rlhfless.live.shared_lease import SharedLease, TrainerDevices
 from verl_rlhfless.policy.learnt import ReplicaTimes
 from verl_rlhfless.policy.schedule import scheduled_fleet
@@ -186,7 +186,7 @@ def router() -> FakeRouter:
 def fleet(router: FakeRouter, warm_servers: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
     """A fleet that ends with its test: its thread waits for wishes, and would keep the whole test run alive."""
     monkeypatch.setattr(fleet_module.ray, "get", lambda value, **_: value)
-    monkeypatch.setattr(asking_module, "_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(retry_module, "_WAITS_S", (0.0, 0.0))
     monkeypatch.setattr(fleet_module, "ElasticReplica", type("Replica", (FakeReplica,), {}))
     run = OmegaConf.create({"actor_rollout_ref": {"rollout": {"tensor_model_parallel_size": 1}, "model": {}}})
     fleet = Fleet(run, parse_config(None), router, EventLog(None), warm_servers)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from verl_rlhfless.config import RlhflessConfig, parse_config
 from verl_rlhfless.errors import HostMemoryError, WeightStoreError
 from verl_rlhfless.live.host_memory import (
-    check_nodes,
+    check_host_memory,
     check_store,
     count_parameters,
     has_tied_embeddings,
@@ -133,9 +133,9 @@ def test_an_engine_keeps_weights_keys_and_values_on_a_host_that_is_its_device(mo
 def test_a_node_without_room_is_refused_with_node_holders_and_shortage() -> None:
     node = HostMemory("0123456789", object_store_bytes=10**12, available_bytes=20 * GIB, num_gpus=8)
     with pytest.raises(HostMemoryError, match=r"GiB for 8 trainer ranks.*free on node 01234567: .*GiB short"):
-        check_nodes(memory("trainer.n_gpus_per_node=8", "algorithm.adv_estimator=grpo"), [node])
+        check_host_memory(memory("trainer.n_gpus_per_node=8", "algorithm.adv_estimator=grpo"), [node])
     roomy = HostMemory("0123456789", object_store_bytes=10**12, available_bytes=10**12, num_gpus=8)
-    (account,) = check_nodes(memory("trainer.n_gpus_per_node=8"), [roomy])
+    (account,) = check_host_memory(memory("trainer.n_gpus_per_node=8"), [roomy])
     assert account.num_bytes > 4 * 4 * PARAMS
 
 

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
 
-from verl_rlhfless.live import asking
-from verl_rlhfless.live.asking import ask, once
+from verl_rlhfless.live import retry as retry_module
 from verl_rlhfless.live.mailbox import Mailbox
-from verl_rlhfless.live.once import Once
 from verl_rlhfless.live.post_office import PostOffice
+from verl_rlhfless.live.retry import Once, once, retry
 from verl_rlhfless.live.tickets import Delivery, Grant, Message, Progress, Refusal, SampleKey, SessionEnd, Ticket
 
 AWAY = ActorUnavailableError("a disturbed network", None)
@@ -23,7 +22,7 @@ TRIES = 4
 
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "_WAITS_S", (0.0,) * (TRIES - 1))
+    monkeypatch.setattr(retry_module, "_WAITS_S", (0.0,) * (TRIES - 1))
 
 
 class Router:
@@ -194,11 +193,11 @@ def test_the_trainer_asks_again_with_the_same_id(monkeypatch: pytest.MonkeyPatch
             raise AWAY
         return "answer"
 
-    monkeypatch.setattr(asking.ray, "get", get)
+    monkeypatch.setattr(retry_module.ray, "get", get)
     router = SimpleNamespace(once=SimpleNamespace(remote=lambda *call: call))
-    assert ask(once(router, "announce", "step 1")) == "answer"
+    assert retry(once(router, "announce", "step 1")) == "answer"
     assert len(calls) == TRIES and len(set(calls)) == 1 and calls[0][1:] == ("announce", "step 1")
     calls.clear()
-    monkeypatch.setattr(asking, "_WAITS_S", (0.0,))
+    monkeypatch.setattr(retry_module, "_WAITS_S", (0.0,))
     with pytest.raises(ActorUnavailableError):
-        ask(once(router, "announce", "step 1"))
+        retry(once(router, "announce", "step 1"))

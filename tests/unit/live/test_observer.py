@@ -5,11 +5,11 @@ import pytest
 
 from verl_rlhfless.errors import RlhflessError
 from verl_rlhfless.live import observer
-from verl_rlhfless.live.observer import Group, LeaseWatch, Observer, StepWatch
+from verl_rlhfless.live.observer import LeaseWatch, Observer, PlacedGroup, StepWatch
 
 
 def group(name, granted_s, is_held=True, num_gpus=2):
-    return Group(name.encode(), name, num_gpus, is_held, granted_s)
+    return PlacedGroup(name.encode(), name, num_gpus, is_held, granted_s)
 
 
 class Looks:

@@ -17,7 +17,7 @@ from verl_rlhfless.errors import LeaseImpossibleError, ReplicaError
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.parked_memory import ParkedMemory
 from verl_rlhfless.live.parking import ParkingLot
-from verl_rlhfless.live.replica import ParkReport, ReleaseReport, ReplicaState, WeightSource
+from verl_rlhfless.live.replica_life import ParkReport, ReleaseReport, ReplicaState, WeightSource
 from verl_rlhfless.live.shared_lease import TrainerDevices
 from verl_rlhfless.types import FleetDecision, LeasedNode, ReplicaSpec
 
@@ -172,7 +172,7 @@ def test_a_parked_engine_serves_the_next_step_on_a_new_lease_with_new_weights(ru
     (parked,), (woken,) = run.events("replica_parked"), run.events("replica_woken")
     assert parked["lease"] == woken["parked_as"] != woken["lease"]
     assert parked["memory"]["device_bytes"] == 5 * MIB and parked["num_gpus"] == 1
-    assert run.lot.parked.total() == 0 and run.lot.num_woken == 1
+    assert run.lot.parked.total() == 0
 
 
 def test_single_replicas_may_be_parked_in_the_middle_of_a_rollout(run: Run) -> None:
@@ -379,7 +379,7 @@ def beside_trainer(devices: str) -> TrainerDevices:
 def test_engines_wake_beside_the_trainer_and_on_leases_of_their_own_in_turn(run: Run) -> None:
     run.retire(run.start(1, 1))
     first = run.start(1, 1, shared=beside_trainer("cba"))
-    assert set(first) == Replica.engines and run.lot.num_woken == 2
+    assert set(first) == Replica.engines and len(run.events("replica_woken")) == 2
     assert Lease.held == [], "nothing is leased"
     assert sorted(one.lease.name.rpartition("-")[2] for one in first) == ["1", "2"]
     run.retire(first)
@@ -422,7 +422,7 @@ def test_what_woke_together_for_a_validation_serves_the_next_step(run: Run) -> N
     validating = run.start(*run.lot.sizes_together)
     run.retire(validating)
     assert set(run.start(1, 2, 1)) == set(validating) == set(engines)
-    assert run.lot.num_woken == 6 and run.events("parked_ended") == []
+    assert len(run.events("replica_woken")) == 6 and run.events("parked_ended") == []
 
 
 def test_one_that_does_not_wake_beside_the_trainer_gives_its_devices_to_a_start(run: Run) -> None:

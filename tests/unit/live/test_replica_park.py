@@ -18,7 +18,8 @@ from verl_rlhfless.config import PoolConfig
 from verl_rlhfless.errors import ReplicaError
 from verl_rlhfless.live import replica as replica_module
 from verl_rlhfless.live.parked_memory import ParkedMemory
-from verl_rlhfless.live.replica import ElasticReplica, ReplicaState, WeightSource
+from verl_rlhfless.live.replica import ElasticReplica
+from verl_rlhfless.live.replica_life import ReplicaState, WeightSource
 from verl_rlhfless.live.shared_lease import TrainerDevices
 from verl_rlhfless.types import LeasedNode
 

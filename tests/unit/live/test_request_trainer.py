@@ -18,7 +18,7 @@ from verl_rlhfless.live import request_trainer as module
 from verl_rlhfless.live.events import EventLog
 from verl_rlhfless.live.request_trainer import LENGTHS_FILE, RequestTrainer
 from verl_rlhfless.live.residency import device_bytes
-from verl_rlhfless.live.routing import Nodes
+from verl_rlhfless.live.routing_settings import Nodes
 from verl_rlhfless.live.stage import StageManager
 from verl_rlhfless.live.step_report import RolloutReport
 from verl_rlhfless.policy.predict import LengthModel

@@ -291,7 +291,7 @@ def test_samples_of_a_lost_replica_continue_on_another_at_once() -> None:
         await world.router.announce(announced)
         grants = await world.submit(announced)
         lost = [grant for grant in grants if grant.server == "host:0"]
-        await world.router.lose_servers(["host:0"], "killed")
+        world.router.lose_server("host:0", "killed")
         again = await world.finish(lost, OutcomeKind.LOST)
         while len(again) < len(lost):
             again += await world.more()
@@ -308,7 +308,7 @@ def test_the_only_replica_of_an_elastic_fleet_is_replaced() -> None:
         announced = announcement()
         await world.router.announce(announced)
         grants = await world.submit(announced)
-        await world.router.lose_servers(["host:0"], "killed")
+        world.router.lose_server("host:0", "killed")
         assert await world.finish(grants, OutcomeKind.LOST) == []
         assert await orders(world, 2) == [ReclaimReplica("host:0"), StartReplica(1)]
         await world.router.add_servers({"host:new": Server()})
@@ -326,7 +326,7 @@ def test_a_fleet_that_loses_one_replica_after_the_other_gives_up() -> None:
         announced = announcement()
         await world.router.announce(announced)
         await world.submit(announced)
-        await world.router.lose_servers(["host:0"], "killed")
+        world.router.lose_server("host:0", "killed")
         assert await orders(world, 1) == [ReclaimReplica("host:0")]
         for _ in range(world.router.settings.max_retries):
             await world.order()
@@ -342,7 +342,7 @@ def test_requests_of_a_resident_fleet_that_is_gone_fail_within_a_bounded_wait() 
         announced = announcement()
         await world.router.announce(announced)
         grants = await world.submit(announced)
-        await world.router.lose_servers(["host:0"], "killed")
+        world.router.lose_server("host:0", "killed")
         await world.finish(grants, OutcomeKind.LOST)
         refusals = []
         while len(refusals) < len(grants):
@@ -394,7 +394,7 @@ def test_each_wait_for_a_replica_has_its_whole_time() -> None:
         await router.add_servers({"host:1": Server()})
         assert timers.waits.pop().is_over, "what has begun before a replica came does not end the next wait"
         (grant,) = (await world.letters.send([])).grants
-        await router.lose_servers(["host:1"], "killed")
+        router.lose_server("host:1", "killed")
         await world.letters.send([Outcome("validation", grant.attempt, OutcomeKind.LOST, 0)])
         timers.fire()
         assert len((await world.letters.send([])).refusals) == 1
@@ -405,9 +405,9 @@ def test_each_wait_for_a_replica_has_its_whole_time() -> None:
 async def lose_all_in_validation(world: World) -> None:
     """Start a validation of one request on ``host:0`` and ``host:1``, and lose these after each other."""
     (grant,) = (await world.letters.send([Ticket("validation", "w", "s", None, 50)])).grants
-    await world.router.lose_servers(["host:1"], "killed")
+    world.router.lose_server("host:1", "killed")
     assert world.router.desk.orders.items == [ReclaimReplica("host:1")], "another one is left"
-    await world.router.lose_servers(["host:0"], "killed")
+    world.router.lose_server("host:0", "killed")
     await world.letters.send([Outcome("validation", grant.attempt, OutcomeKind.LOST, 3)])
     assert world.router.desk.orders.items[1:] == [ReclaimReplica("host:0"), StartReplica(1)]
 
@@ -447,7 +447,7 @@ def test_nothing_is_given_up_while_a_replica_starts() -> None:
         await router.announce(announced)
         grants = await world.submit(announced)
         router._loop = timers = Timers()  # type: ignore[assignment]
-        await router.lose_servers(["host:0"], "killed")
+        router.lose_server("host:0", "killed")
         assert await world.finish(grants, OutcomeKind.LOST) == []
         router.book.add_replica(1)
         timers.fire()
@@ -510,7 +510,8 @@ def test_a_fleet_that_is_lost_after_its_policy_failed_is_reported_with_both_fail
         monkeypatch.setattr(RoutingPolicy, "react", fail)
         router._look_now()
         await settled()
-        await router.lose_servers(["host:0", "host:1"], "killed")
+        for server in ("host:0", "host:1"):
+            router.lose_server(server, "killed")
         await settled()
         await world.finish(grants, OutcomeKind.LOST)
         await world.letters.send([SessionEnd(key) for key in announced.samples()])
@@ -760,7 +761,8 @@ def test_no_replica_beside_the_trainer_is_ended_before_the_rollout_is_over(monke
 def test_a_lost_replica_beside_the_trainer_is_replaced() -> None:
     async def check(world: World) -> None:
         grants = await share_trainer(world, announcement())
-        await world.router.lose_servers(["host:0", "host:1"], "killed")
+        for server in ("host:0", "host:1"):
+            world.router.lose_server(server, "killed")
         assert await world.finish(grants, OutcomeKind.LOST) == []
         assert await orders(world, 3) == [ReclaimReplica("host:0"), ReclaimReplica("host:1"), StartReplica(1)]
         await world.router.add_servers({"host:2": Server()}, 1)

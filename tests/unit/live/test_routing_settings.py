@@ -13,7 +13,7 @@ from verl_rlhfless.config import parse_config
 from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.live.announcement import Announcement, Group
 from verl_rlhfless.live.pacing import PaceModel
-from verl_rlhfless.live.routing import RoutingSettings
+from verl_rlhfless.live.routing_settings import RoutingSettings
 from verl_rlhfless.policy.perf import EngineLimits
 
 STEP = Announcement(1, (Group("u0", "p0", 0, 2, 9), Group("u1", "p1", 1, 2, 9)), 100)

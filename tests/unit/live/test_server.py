@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from verl_rlhfless.live import server as server_module
-from verl_rlhfless.live.engine_log import LEASE_VARIABLE
 from verl_rlhfless.live.parked_memory import ParkedMemory
 from verl_rlhfless.live.server import ElasticServer
+from verl_rlhfless.live.variables import LEASE_VARIABLE
 
 
 class Engine:

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_module
 
 from verl_rlhfless.config import parse_config
 from verl_rlhfless.live import weight_engine
-from verl_rlhfless.live.trainer import _adapt_to_verl
+from verl_rlhfless.live.trainer import _use_weight_store
 from verl_rlhfless.live.weight_engine import BACKEND, Publication, StoreCheckpointEngine, narrowed
 
 BF16 = torch.bfloat16
@@ -62,7 +62,7 @@ def test_a_cast_matrix_is_what_an_engine_makes_of_the_published_one() -> None:
 def test_the_trainers_workers_learn_the_type_of_the_rollout() -> None:
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = compose("ppo_trainer", overrides=["actor_rollout_ref.rollout.dtype=float16"])
-    _adapt_to_verl(config, parse_config({}), "store")
+    _use_weight_store(config, parse_config({}), "store")
     assert config.actor_rollout_ref.rollout.checkpoint_engine.engine_kwargs[BACKEND].rollout_dtype == "float16"
 
 

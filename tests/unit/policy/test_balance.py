@@ -10,7 +10,7 @@ import pytest
 from tests.unit.policy.paced import POOL
 from verl_rlhfless.policy.balance import Foresight, Outlook, Workload, WorkUnits, assign, best_move
 from verl_rlhfless.policy.layers import Window
-from verl_rlhfless.policy.predict import Prediction, exact
+from verl_rlhfless.policy.prediction import Prediction, exact
 from verl_rlhfless.policy.shapes import MODELS
 from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, Batch, FloatArray, ReplicaView, RolloutView
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from verl_rlhfless.policy.dedup import dedup, expand
+from verl_rlhfless.policy.dedup import PrefixTree, dedup
+
+
+def expand(tree: PrefixTree) -> list[list[int]]:
+    """Return the prompts that a tree was made of, in their order."""
+    return [[token for node in tree.chain(i) for token in tree.tokens[node].tolist()] for i in range(len(tree.leaf))]
 
 
 def test_levels_nest() -> None:

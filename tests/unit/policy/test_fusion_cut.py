@@ -12,7 +12,7 @@ from verl_rlhfless.policy.fusion_cut import Cuts, Inference, cut_for_inference, 
 from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.migrate import Change
 from verl_rlhfless.policy.ours import Ours
-from verl_rlhfless.policy.predict import exact
+from verl_rlhfless.policy.prediction import exact
 from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, PoolSnapshot, ReplicaView, RolloutView
 from verl_rlhfless.policy.stages import Lane, depth_edges
 from verl_rlhfless.policy.transitions import RECIPES

@@ -81,11 +81,6 @@ def test_only_replicas_that_fit_on_a_node_count_there() -> None:
     ]
 
 
-def test_parked_engines_count_beside_those_that_run() -> None:
-    parked = replace(run().replicas, num_parked=3, parked_bytes=5 * GIB)
-    assert needed(account_node(run(replicas=parked), ROOMY, has_trainer=False), "3 parked engines") == 15 * GIB
-
-
 def test_loading_whole_copies_can_be_the_worst_moment() -> None:
     whole = replace(run().trainer, copies_at_load=8, is_on_host=False)
     account = account_node(run(trainer=whole), ROOMY, has_trainer=True)

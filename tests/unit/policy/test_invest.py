@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 
 from verl_rlhfless.errors import ConfigError
-from verl_rlhfless.live.devices import Fleet, declared_pool
+from verl_rlhfless.live.devices import PoolBounds, declared_pool
 from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.invest import plan_parked_fleet
 from verl_rlhfless.policy.perf import EngineLimits
 from verl_rlhfless.policy.plan import plan_fleet
-from verl_rlhfless.policy.predict import exact
+from verl_rlhfless.policy.prediction import exact
 from verl_rlhfless.policy.snapshot import Batch, PoolSnapshot
 
 LENGTHS = np.clip(np.exp(np.random.default_rng(0).normal(3.3, 0.75, 64)), 5, 160).astype(np.int64)
 BATCH = Batch(1, tuple("abcdefgh"), np.repeat(np.arange(8), 8), np.full(64, 165), 160)
-POOL = declared_pool(Fleet((1,), 4, 4, EngineLimits(32, 8192), 10**6), PaceModel(120.0, 4.0, 0.4))
+POOL = declared_pool(PoolBounds((1,), 4, 4, EngineLimits(32, 8192), 10**6), PaceModel(120.0, 4.0, 0.4))
 
 
 def pool(num_parked: int, start_s: float) -> PoolSnapshot:
@@ -68,7 +68,7 @@ def test_the_forecast_of_a_step_whose_start_is_shared_is_that_of_the_same_fleet_
 
 
 def test_a_parked_engine_of_two_gpus_is_one_replica_that_need_not_start() -> None:
-    wide = declared_pool(Fleet((2,), 8, 4, EngineLimits(32, 8192), 10**6), PaceModel(120.0, 4.0, 0.4))
+    wide = declared_pool(PoolBounds((2,), 8, 4, EngineLimits(32, 8192), 10**6), PaceModel(120.0, 4.0, 0.4))
     trainer = pool(1, start_s=9.6).trainer
     few = replace(wide, keeps_trainer=False, has_resident=False, trainer=trainer, warm={2: 2})
     plan = plan_parked_fleet(few, BATCH, exact(LENGTHS), Goal(cost_weight=0.3))

@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.policy.paced import POOL
 from verl_rlhfless.errors import DataError
-from verl_rlhfless.live.devices import Fleet, declared_pool
+from verl_rlhfless.live.devices import PoolBounds, declared_pool
 from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.policy.calibrate import IterationSample
 from verl_rlhfless.policy.learnt import CostModel, ReplicaTimes, Standby, StepTimes, apply, learn_speed, learn_step
@@ -22,7 +22,7 @@ WARM, COLD = ReplicaTimes("warm_start", 0.2, 12.0, 0.4), ReplicaTimes("cold_star
 TIMES = StepTimes((WARM, COLD), 0.7, 9.0, 1.5)
 SERVERS = Standby(num_servers=2)
 TWO_SIZES = declared_pool(
-    Fleet((1, 2), 4, 4, EngineLimits(8, 8192), 10**6), PaceModel(60.0, 2.0, 0.1, tp_speedup={2: 1.5})
+    PoolBounds((1, 2), 4, 4, EngineLimits(8, 8192), 10**6), PaceModel(60.0, 2.0, 0.1, tp_speedup={2: 1.5})
 )
 
 

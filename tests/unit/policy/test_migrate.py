@@ -10,7 +10,7 @@ import pytest
 from tests.unit.sim.cases import cell, steps
 from verl_rlhfless.policy.migrate import Change, consolidate
 from verl_rlhfless.policy.paper_rules import local_cut
-from verl_rlhfless.policy.predict import Prediction, exact
+from verl_rlhfless.policy.prediction import Prediction, exact
 from verl_rlhfless.policy.snapshot import (
     FINISHED,
     GONE,

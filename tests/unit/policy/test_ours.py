@@ -12,7 +12,8 @@ from verl_rlhfless.policy.arm import Outcome
 from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.ours import Memory, Ours, OursPolicy
 from verl_rlhfless.policy.plan import plan_fleet, static_steps_s
-from verl_rlhfless.policy.predict import LengthModel, exact, predict
+from verl_rlhfless.policy.predict import LengthModel, predict
+from verl_rlhfless.policy.prediction import exact
 from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, ReplicaView, RolloutPlan, RolloutView
 
 DATA = steps(1, 64, 8, mean=2000.0, cap=16384)

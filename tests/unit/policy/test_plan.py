@@ -10,7 +10,8 @@ import pytest
 from tests.unit.sim.cases import cell, steps
 from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.policy.plan import Goal, plan_fleet, time_price
-from verl_rlhfless.policy.predict import LengthModel, exact, learn, predict
+from verl_rlhfless.policy.predict import LengthModel, learn, predict
+from verl_rlhfless.policy.prediction import exact
 from verl_rlhfless.policy.snapshot import PoolSnapshot, RolloutPlan
 from verl_rlhfless.policy.stages import options_for
 

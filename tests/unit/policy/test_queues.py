@@ -11,7 +11,7 @@ import pytest
 from tests.unit.sim.cases import cell, steps
 from verl_rlhfless.policy.lane_placement import fill_slots
 from verl_rlhfless.policy.perf import Efficiencies, EngineLimits, EnginePerf
-from verl_rlhfless.policy.predict import Prediction, exact
+from verl_rlhfless.policy.prediction import Prediction, exact
 from verl_rlhfless.policy.snapshot import Batch, FloatArray
 from verl_rlhfless.policy.stages import options_for, rank_share, stay
 from verl_rlhfless.policy.units import Units

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from verl_rlhfless.policy.predict import LengthModel, Prediction, learn, predict, refine
+from verl_rlhfless.policy.predict import LengthModel, learn, predict, refine
+from verl_rlhfless.policy.prediction import Prediction
 from verl_rlhfless.policy.residuals import NORMAL, Residuals, learn_residuals
 from verl_rlhfless.policy.snapshot import Batch
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from verl_rlhfless.live.devices import Fleet, declared_pool
+from verl_rlhfless.live.devices import PoolBounds, declared_pool
 from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.invest import plan_parked_fleet
 from verl_rlhfless.policy.perf import EngineLimits
 from verl_rlhfless.policy.plan import plan_fleet
-from verl_rlhfless.policy.predict import exact
+from verl_rlhfless.policy.prediction import exact
 from verl_rlhfless.policy.snapshot import Batch, PoolSnapshot, RolloutPlan
 
 SHORT = np.full(64, 40)
@@ -22,7 +22,7 @@ LIMITS = EngineLimits(32, 8192)
 
 
 def pool(trainer_gpus: int = 4, *, resume_s: float = 5.0, num_parked: int = 4, replica_gpus: int = 4) -> PoolSnapshot:
-    declared = declared_pool(Fleet((1,), replica_gpus, trainer_gpus, LIMITS, 10**6), PaceModel(60.0, 2.0, 0.1))
+    declared = declared_pool(PoolBounds((1,), replica_gpus, trainer_gpus, LIMITS, 10**6), PaceModel(60.0, 2.0, 0.1))
     times = replace(declared.trainer.times, wake_s=0.1, cold_start_s=20.0, resume_s=resume_s)
     trainer = replace(declared.trainer, num_gpus=trainer_gpus, times=times)
     warm, beside = {1: num_parked}, {1: min(num_parked, trainer_gpus)}

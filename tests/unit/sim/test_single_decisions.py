@@ -14,7 +14,7 @@ from tests.unit.sim.cases import request
 from verl_rlhfless.policy.fuse import fuse_gpus
 from verl_rlhfless.policy.gpus import GPUS
 from verl_rlhfless.policy.migrate import consolidate, moves_onto
-from verl_rlhfless.policy.predict import exact
+from verl_rlhfless.policy.prediction import exact
 from verl_rlhfless.policy.shapes import MODELS
 from verl_rlhfless.policy.snapshot import FINISHED, READY, RUNNING, Batch, IntArray, Move, ReplicaView, RolloutView
 from verl_rlhfless.policy.transitions import LeaseTimes

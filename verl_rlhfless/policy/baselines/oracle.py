@@ -9,7 +9,7 @@ import numpy as np
 
 from verl_rlhfless.policy.groups import group_means
 from verl_rlhfless.policy.ours import Memory, Ours, OursPolicy
-from verl_rlhfless.policy.predict import KNOWN_SIGMA, Prediction, exact
+from verl_rlhfless.policy.prediction import KNOWN_SIGMA, Prediction, exact
 from verl_rlhfless.policy.residuals import NORMAL, learn_residuals, residuals_of
 from verl_rlhfless.policy.snapshot import Batch, IntArray, RolloutView
 

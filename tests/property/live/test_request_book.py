@@ -14,7 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from verl_rlhfless.live.requests import RequestBook
+from verl_rlhfless.live.request_book import RequestBook
 from verl_rlhfless.live.samples import Rollout
 from verl_rlhfless.live.tickets import Grant, Outcome, OutcomeKind, SampleKey, ServerLimits, Ticket
 from verl_rlhfless.policy.snapshot import FINISHED, GONE, HELD, READY, Batch

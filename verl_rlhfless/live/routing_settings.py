@@ -14,18 +14,18 @@ from verl_rlhfless.config import RlhflessConfig
 from verl_rlhfless.errors import ConfigError
 from verl_rlhfless.live.announcement import Announcement
 from verl_rlhfless.live.budget import gpu_budget
-from verl_rlhfless.live.devices import UNPACED_CPU, Fleet, declared_pool, find_gpu, gpu_pool
-from verl_rlhfless.live.pacing import PACE_ENV, PaceModel
+from verl_rlhfless.live.devices import UNPACED_CPU, PoolBounds, declared_pool, find_gpu, gpu_pool
+from verl_rlhfless.live.pacing import PaceModel
 from verl_rlhfless.live.replay import plan_of
 from verl_rlhfless.live.sizes import legal_sizes
 from verl_rlhfless.live.suspendable import why_lease_is_kept
+from verl_rlhfless.live.variables import PACE_VARIABLE
 from verl_rlhfless.policy.elastic import Resizing
 from verl_rlhfless.policy.goal import Goal
 from verl_rlhfless.policy.perf import EngineLimits
 from verl_rlhfless.policy.routing import Routing, RoutingPolicy
 from verl_rlhfless.policy.shapes import parse_model_config
-from verl_rlhfless.policy.snapshot import PoolSnapshot, RolloutPlan
-from verl_rlhfless.types import FleetDecision, Forecast, ReplicaSpec
+from verl_rlhfless.policy.snapshot import PoolSnapshot
 
 _UNKNOWN_KV_TOKENS = 2**24  # an engine tells its own; the declared device's is only used to plan
 
@@ -82,7 +82,7 @@ class RoutingSettings:
             nodes: The cluster.
         """
         rollout = run.actor_rollout_ref.rollout
-        pace = os.environ.get(PACE_ENV)
+        pace = os.environ.get(PACE_VARIABLE)
         trainer_gpus = run.trainer.n_gpus_per_node * run.trainer.nnodes
         budget = gpu_budget(run, config.pool.max_gpus, sum(nodes.num_gpus))
         keeps_trainer = bool(why_lease_is_kept(run, config.pool.suspend_trainer))
@@ -188,14 +188,14 @@ class RoutingSettings:
         return self._pool(tuple(sorted(set(fleet))), sum(fleet))
 
     def _pool(self, sizes: tuple[int, ...], num_gpus: int) -> PoolSnapshot:
-        fleet = Fleet(sizes, num_gpus, self.gpus_per_node, self.limits, _UNKNOWN_KV_TOKENS)
+        bounds = PoolBounds(sizes, num_gpus, self.gpus_per_node, self.limits, _UNKNOWN_KV_TOKENS)
         gpu = None if self.pace else find_gpu(self.resources, self.device_bytes)
         if gpu is None or (
             self.config.is_placement_fixed and not self.config.plans
         ):  # a fixed placement asks for no price
-            return declared_pool(fleet, self.pace or UNPACED_CPU)
+            return declared_pool(bounds, self.pace or UNPACED_CPU)
         try:
-            return gpu_pool(fleet, parse_model_config(self.model, "the model's config.json"), gpu)
+            return gpu_pool(bounds, parse_model_config(self.model, "the model's config.json"), gpu)
         except ConfigError as error:
             key, name = "rlhfless.dispatcher.name", self.config.dispatcher.name
             action = "Set rlhfless/dispatcher=stock and rlhfless/migration=off for this model."
@@ -212,12 +212,3 @@ class RoutingSettings:
                 for session in range(group.n)
             ]
         )
-
-
-def decision_of(plan: RolloutPlan, step: int) -> FleetDecision:
-    """Return the decision that a plan is, with what it expects."""
-    rollout_s, step_s = plan.predicted_rollout_s, plan.predicted_step_s
-    gpu_s, static_step_s = plan.predicted_gpu_s, plan.static_step_s
-    assert rollout_s is not None and step_s is not None and gpu_s is not None and static_step_s is not None
-    forecast = Forecast(rollout_s, step_s, gpu_s, static_step_s)
-    return FleetDecision(step, tuple(ReplicaSpec(tp) for tp in plan.fleet), plan.reason, forecast, plan.is_resident)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from verl_rlhfless.errors import ReplicaError
-from verl_rlhfless.live.requests import RequestBook
+from verl_rlhfless.live.request_book import RequestBook
 from verl_rlhfless.live.samples import Rollout
 from verl_rlhfless.live.tickets import Cut, Outcome, OutcomeKind, SampleKey, ServerLimits, Ticket
 from verl_rlhfless.policy.snapshot import FINISHED, GONE, HELD, RUNNING, WAITING, Batch

@@ -17,9 +17,9 @@ from verl_rlhfless.policy.snapshot import FINISHED, GONE, READY, RUNNING, STARTI
 
 
 class RequestBook:
-    """The state of all requests. Methods that change it return nothing that is not said here; ask ``grants`` after.
+    """The state of all requests. After each change, ``grants`` tells which attempts may start now.
 
-    ``servers`` is open to be changed from outside by ``add``, ``acquire`` and ``release`` alone.
+    Others may read ``servers``, and change it by ``add``, ``acquire`` and ``release`` alone.
 
     Args:
         max_retries: How often a turn survives the death of its engine or server.
