@@ -25,7 +25,6 @@ OLD = {"commit": "0ld", "has_uncommitted_changes": False}
 NOW = {"commit": "n0w", "has_uncommitted_changes": False}
 FORMATS = {"rlhfless-bench/1", "rlhfless-ab/1", "rlhfless-columns/1"}
 OF_UNKNOWN_CODE = {
-    "columns.json": "hours of paced runs, made before tables were stamped",
     "columns_cold.json": "hours of paced runs, made before tables were stamped",
     "columns_rl_math.json": "hours of paced runs, made before tables were stamped",
     "faults.json": "its commit is in no history; half an hour of faults on real engines",
